@@ -51,7 +51,7 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class Expert:
-    """One LoRA expert of a module: `scaling * B_e A_e`, with `A_e [rank, in]`, `B_e [out, rank]`."""
+    """One LoRA expert of a module: `scaling * B_e A_e`; `A_e` is [rank, in], `B_e` [out, rank]."""
 
     rank: int
     scaling: float
@@ -193,7 +193,13 @@ class AdapterSpec:
                     f"{list(targets)} names"
                 )
         if "r" in value:
-            _check(value["r"] == spec.max_total_rank, where, "r", value["r"], f"{spec.max_total_rank}, the largest total rank of a module")
+            _check(
+                value["r"] == spec.max_total_rank,
+                where,
+                "r",
+                value["r"],
+                f"{spec.max_total_rank}, the largest total rank of a module",
+            )
         return spec
 
 
