@@ -45,6 +45,9 @@ if [[ $(cat $venv/lock.stamp 2>/dev/null) != "$lock_hash" ]]; then
     [[ -n $python ]] || fail "no python3.11 on this machine: install Python 3.11"
     "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' ||
         fail "$python is $("$python" --version), guilomo's locks need Python 3.11, 3.12 or 3.13"
+    # vLLM's CPU library is linked with libnuma, which no package brings.
+    [[ $device == cuda ]] || "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+        fail "libnuma.so.1 is missing, which vLLM on CPU needs (on Debian the package libnuma1)"
     say "1/4 new environment $venv for $device with $("$python" --version)"
     rm -rf $venv
     "$python" -m venv $venv ||

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +34,19 @@ from guilomo_serve.adapter.spec import (
     WEIGHTS_FILE,
     AdapterError,
     AdapterSpec,
+    Expert,
 )
 
-_WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ROUTER_DTYPES = ("F32",)
+_WEIGHT_DTYPES = ("F32", "F16", "BF16")
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+# How files of torch.save begin (zip, and the older format). As a safetensors file's first bytes,
+# the header's size, they would stand for more than 64 MB.
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
+_PICKLE_REFUSED = f"a pickle file can run code when it is read; save the adapter as {WEIGHTS_FILE}"
+
+Header = tuple[str, tuple[int, ...]]  # a tensor's dtype, by safetensors' name, and its shape
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Adapter:
 def is_guilomo_adapter(folder: str | Path) -> bool:
     """Whether the folder's config names itself a LoRA-MoE adapter (it may still be a bad one)."""
     try:
-        value = json.loads((Path(folder) / CONFIG_FILE).read_text())
+        value = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(value, dict) and value.get("peft_type") == PEFT_TYPE
@@ -99,21 +108,20 @@ def read_adapter(folder: str | Path, base: BaseModel | None = None) -> Adapter:
     path = _file_in(folder, WEIGHTS_FILE)
     if base is not None:
         _check_base(spec, base, str(folder / CONFIG_FILE))
+    with path.open("rb") as file:
+        if file.read(4).startswith(_PICKLE_STARTS):
+            raise AdapterError(f"{path}: {_PICKLE_REFUSED}")
     try:
-        with safe_open(path, framework="pt") as file:
-            _check_tensors(spec, base, file, str(path))
-            weights = {m: _module_weights(m, file) for m in spec.experts}
-    except SafetensorError as e:
+        with safe_open(path, framework="pt") as tensors:
+            _check_headers(spec, base, _headers_of_file(tensors), str(path))
+            weights = {
+                m: _module_weights(m, experts, tensors) for m, experts in spec.experts.items()
+            }
+    except (SafetensorError, OSError) as e:
         raise AdapterError(
             f"{path}: not a complete safetensors file ({e}); copy the adapter again"
         ) from None
-    for module, tensors in weights.items():
-        for kind, tensor in _named_tensors(tensors):
-            if not torch.isfinite(tensor).all():
-                raise AdapterError(
-                    f"{path}: {TENSOR_PREFIX}{module}.{kind}.weight has values that are not "
-                    "finite (NaN or infinity)"
-                )
+    _check_finite(weights, str(path))
     return Adapter(spec, weights)
 
 
@@ -126,39 +134,61 @@ def write_adapter(adapter: Adapter, folder: str | Path, card: str) -> None:
         card: the text of README.md.
 
     Raises:
-        AdapterError: `folder` exists and is no adapter folder.
+        AdapterError: the adapter would not be read back (tensors that do not fit the spec or are
+            not finite), or `folder` exists and is no adapter folder. Nothing is written.
     """
-    tensors = {
-        f"{TENSOR_PREFIX}{module}.{kind}.weight": tensor.detach().cpu().contiguous()
-        for module, weights in adapter.weights.items()
-        for kind, tensor in _named_tensors(weights)
-    }
     target = Path(folder)
-    if target.exists() and any(target.iterdir()) and not (target / CONFIG_FILE).is_file():
+    if target.exists() and not (target / CONFIG_FILE).is_file() and not _is_empty_folder(target):
         raise AdapterError(f"{target}: exists and is not an adapter folder; choose another name")
+    config = adapter.spec.to_json()
+    AdapterSpec.from_json(config, str(target / CONFIG_FILE))
+    tensors = {
+        # A copy: save_file refuses tensors that share memory, as slices of one parameter do.
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for module, weights in adapter.weights.items()
+        for name, tensor in _named_tensors(module, weights)
+    }
+    headers = {
+        name: (_DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+    _check_headers(adapter.spec, None, headers, str(target / WEIGHTS_FILE))
+    _check_finite(adapter.weights, str(target / WEIGHTS_FILE))
     with replace_folder(target) as partial:
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        (partial / CONFIG_FILE).write_text(json.dumps(adapter.spec.to_json(), indent=2) + "\n")
-        (partial / "README.md").write_text(card)
+        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 @contextmanager
 def replace_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder that takes the name `target` when the block ends without an error."""
+    """Yields an empty folder that takes the name `target` when the block ends without an error.
+
+    What had that name stays untouched until then, and for good if the block fails.
+    """
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield partial
         partial.chmod(0o755)  # mkdtemp makes it private
         if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            retired = partial.with_suffix(".retired")
             os.replace(target, retired)
-            os.replace(partial, target)
+            try:
+                os.replace(partial, target)
+            except OSError:
+                os.replace(retired, target)
+                raise
             shutil.rmtree(retired)
         else:
             os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _file_in(folder: Path, name: str) -> Path:
@@ -168,10 +198,7 @@ def _file_in(folder: Path, name: str) -> Path:
     if not path.is_file():
         pickles = [p for p in _PICKLE_FILES if (folder / p).exists()]
         if name == WEIGHTS_FILE and pickles:
-            raise AdapterError(
-                f"{folder / pickles[0]}: a pickle file can run code when it is read; "
-                f"save the adapter as {WEIGHTS_FILE}"
-            )
+            raise AdapterError(f"{folder / pickles[0]}: {_PICKLE_REFUSED}")
         raise AdapterError(f"{path}: the file is missing")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise AdapterError(f"{path}: leads out of the adapter folder; copy the file into it")
@@ -189,61 +216,73 @@ def _check_base(spec: AdapterSpec, base: BaseModel, where: str) -> None:
             raise AdapterError(f"{where}: experts has {module!r}, no linear layer of the base")
 
 
-def _check_tensors(spec: AdapterSpec, base: BaseModel | None, file: safe_open, where: str) -> None:
-    """Names, dtypes and shapes, from the header alone."""
-    found = set(file.keys())
+def _check_headers(
+    spec: AdapterSpec, base: BaseModel | None, headers: Mapping[str, Header], where: str
+) -> None:
+    """Names, shapes and dtypes of the tensors, before one of them is loaded."""
     expected: set[str] = set()
     for module, experts in spec.experts.items():
-        prefix = f"{TENSOR_PREFIX}{module}"
-        rank, count = sum(e.rank for e in experts), len(experts)
-        names = {f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"}
-        if count > 1:
-            names.add(f"{prefix}.router.weight")
-        expected |= names
-        for name in sorted(names):
-            if name not in found:
+        names = _tensor_names(module, experts)
+        expected.update(names)
+        for name in names:
+            if name not in headers:
                 raise AdapterError(f"{where}: the tensor {name} is missing")
-        shape_a = tuple(file.get_slice(f"{prefix}.lora_A.weight").get_shape())
-        shape_b = tuple(file.get_slice(f"{prefix}.lora_B.weight").get_shape())
+            if len(headers[name][1]) != 2:
+                raise AdapterError(
+                    f"{where}: {name} has shape {list(headers[name][1])}, expected two dimensions"
+                )
+        # Without a base to ask, A and B themselves say the layer's size.
+        in_features, out_features = headers[names[0]][1][1], headers[names[1]][1][0]
         if base is not None:
             out_features, in_features = base.linears[module]
-        else:
-            out_features, in_features = shape_b[0], shape_a[-1]
-        shapes = {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
-        if count > 1:
-            shapes["router"] = (count, in_features)
-        for kind, shape in shapes.items():
-            header = file.get_slice(f"{prefix}.{kind}.weight")
-            if tuple(header.get_shape()) != shape:
+        rank, count = sum(e.rank for e in experts), len(experts)
+        shapes = ((rank, in_features), (out_features, rank), (count, in_features))
+        dtypes = (_WEIGHT_DTYPES, _WEIGHT_DTYPES, _ROUTER_DTYPES)
+        for name, shape, allowed in zip(names, shapes, dtypes, strict=False):
+            found_dtype, found_shape = headers[name]
+            if found_shape != shape:
                 raise AdapterError(
-                    f"{where}: {prefix}.{kind}.weight has shape {list(header.get_shape())}, "
-                    f"expected {list(shape)} ({count} experts of total rank {rank})"
+                    f"{where}: {name} has shape {list(found_shape)}, expected {list(shape)} "
+                    f"({count} experts of total rank {rank})"
                 )
-            dtypes = ["F32"] if kind == "router" else list(_WEIGHT_DTYPES)
-            if header.get_dtype() not in dtypes:
+            if found_dtype not in allowed:
                 raise AdapterError(
-                    f"{where}: {prefix}.{kind}.weight is {header.get_dtype()}, "
-                    f"expected {' or '.join(dtypes)}"
+                    f"{where}: {name} is {found_dtype}, expected {' or '.join(allowed)}"
                 )
-    superfluous = sorted(found - expected)
+    superfluous = sorted(headers.keys() - expected)
     if superfluous:
         raise AdapterError(
             f"{where}: the tensor {superfluous[0]} belongs to no module of the config's experts"
         )
 
 
-def _module_weights(module: str, file: safe_open) -> ModuleWeights:
-    prefix = f"{TENSOR_PREFIX}{module}"
-    router = f"{prefix}.router.weight"
-    return ModuleWeights(
-        lora_a=file.get_tensor(f"{prefix}.lora_A.weight"),
-        lora_b=file.get_tensor(f"{prefix}.lora_B.weight"),
-        router=file.get_tensor(router) if router in file.keys() else None,  # noqa: SIM118
-    )
+def _check_finite(weights: Mapping[str, ModuleWeights], where: str) -> None:
+    for module, of_module in weights.items():
+        for name, tensor in _named_tensors(module, of_module):
+            if not torch.isfinite(tensor).all():
+                raise AdapterError(
+                    f"{where}: {name} has values that are not finite (NaN or infinity)"
+                )
 
 
-def _named_tensors(weights: ModuleWeights) -> Iterator[tuple[str, torch.Tensor]]:
-    yield "lora_A", weights.lora_a
-    yield "lora_B", weights.lora_b
+def _headers_of_file(file: safe_open) -> dict[str, Header]:
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    return {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+
+
+def _tensor_names(module: str, experts: Sequence[Expert]) -> list[str]:
+    """Names on disk of A, B and, if there is a choice to make, the router."""
+    kinds = ("lora_A", "lora_B", "router") if len(experts) > 1 else ("lora_A", "lora_B")
+    return [f"{TENSOR_PREFIX}{module}.{kind}.weight" for kind in kinds]
+
+
+def _module_weights(module: str, experts: Sequence[Expert], file: safe_open) -> ModuleWeights:
+    tensors = [file.get_tensor(name) for name in _tensor_names(module, experts)]
+    return ModuleWeights(tensors[0], tensors[1], tensors[2] if len(experts) > 1 else None)
+
+
+def _named_tensors(module: str, weights: ModuleWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    yield f"{TENSOR_PREFIX}{module}.lora_A.weight", weights.lora_a
+    yield f"{TENSOR_PREFIX}{module}.lora_B.weight", weights.lora_b
     if weights.router is not None:
-        yield "router", weights.router
+        yield f"{TENSOR_PREFIX}{module}.router.weight", weights.router

@@ -6,7 +6,8 @@ change what the adapter computes, so it is an error and not ignored.
 
 from __future__ import annotations
 
-import math
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,7 @@ _NEUTRAL_KEYS: Mapping[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
 }
 _TRAINING_KEYS = frozenset({"lora_dropout", "num_experts", "expert_rank", "exclude_modules"})
+_MODULE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _KNOWN_KEYS = (
     frozenset(_REQUIRED_KEYS)
     | {"peft_type", "task_type", "r", "base_fingerprint", "search"}
@@ -174,6 +176,9 @@ class AdapterSpec:
             "an object with a list of experts for each module",
         )
         fingerprint = value.get("base_fingerprint")
+        task_type = value.get("task_type")
+        is_name = task_type is None or isinstance(task_type, str)
+        _check(is_name, where, "task_type", task_type, "a string")
         search = value.get("search")
         _check(search is None or isinstance(search, dict), where, "search", search, "an object")
         spec = cls(
@@ -183,10 +188,12 @@ class AdapterSpec:
             lora_alpha=float(alpha),
             experts={m: _experts_of(m, listed, where) for m, listed in modules.items()},
             base=_fingerprint_of(fingerprint, where) if fingerprint is not None else None,
-            task_type=value.get("task_type"),
+            task_type=task_type,
             search=search,
         )
         for module in spec.experts:
+            if not _MODULE_NAME.fullmatch(module):
+                raise AdapterError(f"{where}: experts has {module!r}, which is no module's name")
             if not any(module == t or module.endswith("." + t) for t in targets):
                 raise AdapterError(
                     f"{where}: experts has {module!r}, which no entry of target_modules "
@@ -241,4 +248,5 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max

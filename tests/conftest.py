@@ -1,0 +1,18 @@
+"""Fixtures of all tests: the small model that deploy/setup.sh prepares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct."""
+    folder = REPOSITORY / ".cache" / "smollm2-135m-instruct"
+    if not folder.is_dir():
+        pytest.fail(f"{folder} is missing: run deploy/setup.sh")
+    return folder
