@@ -1,0 +1,229 @@
+"""The LoRA-MoE layer: a frozen linear layer `W` and its experts in fused form.
+
+    z  = W_r x                                        router logits in float32    [..., E]
+    w  = softmax over the top_k largest z             GuiLoMo, arXiv 2506.14646   [..., E]
+    y  = W x + B ((A x) * (w S))                      S[e, row] = s_e if the row is expert e's
+
+`A [R, in]` and `B [out, R]` hold all experts' rows one after another, R the sum of their ranks,
+so that neither tokens nor experts are looped over. `guilomo_serve.ops.reference` is the same
+maths expert by expert.
+
+While a search runs, masks in [0, 1] weigh experts (`M_E`) and their rank rows (`M_R`):
+
+    w_e = M_e t_e exp(z_e) / sum_j M_j t_j exp(z_j)   t_e = 1 if z_e reaches the top_k-th largest
+                                                      logit among the experts with M > 0
+    y   = W x + B ((A x) * (w (S * M_R)))
+
+With hard masks that is exactly a layer of the chosen experts and ranks, yet an expert that is
+masked out now has the derivative it would enter with.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn import functional as F
+
+from guilomo_serve.adapter import Expert
+from guilomo_train.lora_moe.config import LoraMoeConfig
+
+
+@dataclass
+class Masks:
+    """Selection masks of one layer during a search: `experts [E]`, `ranks [E, r]`, in [0, 1]."""
+
+    experts: torch.Tensor
+    ranks: torch.Tensor
+
+
+@dataclass
+class Routing:
+    """What the router of one layer did in the last forward pass.
+
+    `logits [..., E]` and `weights [..., E]` (0 where not chosen); `available [E]` says which
+    experts could be chosen.
+    """
+
+    logits: torch.Tensor
+    weights: torch.Tensor
+    available: torch.Tensor | None
+
+
+class LoraMoeLayer(BaseTunerLayer):
+    """The adapters of one linear layer; see the head of this file for the maths."""
+
+    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "router")
+    other_param_names: tuple[str, ...] = ("lora_dropout",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.router = nn.ModuleDict()
+        self.lora_dropout = nn.ModuleDict()
+        self.top_k: dict[str, int] = {}
+        self.experts: dict[str, tuple[Expert, ...]] = {}
+        self._expand: dict[str, torch.Tensor] = {}
+        self.masks: Masks | None = None
+        self.keep_routing = False
+        self.routing: Routing | None = None
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.in_features: int = base_layer.in_features  # type: ignore[assignment]
+        self.out_features: int = base_layer.out_features  # type: ignore[assignment]
+
+    def update_layer(
+        self, adapter_name: str, experts: tuple[Expert, ...], config: LoraMoeConfig
+    ) -> None:
+        """Adds (or replaces) an adapter: A as `nn.Linear` starts, B zero, the router as A."""
+        rank = sum(e.rank for e in experts)
+        self.experts[adapter_name] = experts
+        self.top_k[adapter_name] = config.top_k
+        self._expand[adapter_name] = expansion(experts)
+        self.lora_dropout[adapter_name] = (
+            nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        )
+        self.lora_A[adapter_name] = nn.Linear(self.in_features, rank, bias=False)
+        self.lora_B[adapter_name] = nn.Linear(rank, self.out_features, bias=False)
+        nn.init.kaiming_uniform_(self.lora_A[adapter_name].weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B[adapter_name].weight)
+        if len(experts) > 1:
+            self.router[adapter_name] = nn.Linear(self.in_features, len(experts), bias=False)
+            nn.init.kaiming_uniform_(self.router[adapter_name].weight, a=math.sqrt(5))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        if adapter_name in self.router:
+            self.router[adapter_name].float()  # near ties are decided in float32 everywhere
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for kept in (self.experts, self.top_k, self._expand):
+            kept.pop(adapter_name, None)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(
+            "a LoRA-MoE adapter cannot be merged: its weights depend on the token; "
+            "serve it with guilomo-serve"
+        )
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+class LoraMoeLinear(nn.Module, LoraMoeLayer):
+    """A linear layer with LoRA-MoE adapters; quantised bases work as they offer a forward."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        experts: tuple[Expert, ...],
+        config: LoraMoeConfig,
+    ) -> None:
+        super().__init__()
+        LoraMoeLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, experts, config)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`x [..., in]` to `[..., out]`, in the base layer's dtype."""
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return y
+        for adapter in self.active_adapters:
+            if adapter in self.lora_A:
+                y = y + self._delta(adapter, x).to(y.dtype)
+        return y
+
+    def _delta(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        # The parameters stay in their own (float32) precision; the products run in x's.
+        a = self.lora_A[adapter].weight.to(x.dtype)
+        b = self.lora_B[adapter].weight.to(x.dtype)
+        expand = self._expand_on(adapter, x.device)
+        if self.masks is not None:
+            expand = expand.to(self.masks.ranks.dtype) * self.masks.ranks.reshape(1, -1)
+        h = F.linear(self.lora_dropout[adapter](x), a)
+        if adapter not in self.router:
+            return F.linear(h * expand[0].to(x.dtype), b)
+        gates = self._expert_weights(adapter, x) @ expand
+        return F.linear(h * gates.to(x.dtype), b)
+
+    def _expert_weights(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """`[..., E]` in the router's precision."""
+        weight = self.router[adapter].weight
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(weight.dtype), weight)
+            if self.masks is None:
+                weights = top_k_softmax(logits, self.top_k[adapter])
+            else:
+                weights = masked_top_k_softmax(logits, self.masks.experts, self.top_k[adapter])
+        if self.keep_routing:
+            available = None if self.masks is None else self.masks.experts.detach() > 0
+            self.routing = Routing(logits, weights, available)
+        return weights
+
+    def _expand_on(self, adapter: str, device: torch.device) -> torch.Tensor:
+        matrix = self._expand[adapter]
+        if matrix.device != device:
+            matrix = self._expand[adapter] = matrix.to(device)
+        router = self.router[adapter] if adapter in self.router else None
+        return matrix if router is None else matrix.to(router.weight.dtype)
+
+    def __repr__(self) -> str:
+        return "guilomo." + super().__repr__()
+
+
+def expansion(experts: tuple[Expert, ...]) -> torch.Tensor:
+    """`S [E, R]`: an expert's scaling in the columns of its rank rows, 0 elsewhere.
+
+    `weights @ S` spreads expert weights over rows; as a product it is cheaper than an index,
+    above all backwards.
+    """
+    blocks = [torch.full((1, e.rank), e.scaling) for e in experts]
+    return torch.block_diag(*blocks)
+
+
+def top_k_softmax(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Softmax over the `top_k` largest logits of `[..., E]`, 0 elsewhere (all E if fewer)."""
+    if top_k >= logits.shape[-1]:
+        return torch.softmax(logits, dim=-1)
+    dropped = torch.ones_like(logits, dtype=torch.bool)
+    dropped.scatter_(-1, logits.detach().topk(top_k, dim=-1).indices, False)
+    return torch.softmax(logits.masked_fill(dropped, -torch.inf), dim=-1)
+
+
+def masked_top_k_softmax(
+    logits: torch.Tensor, expert_mask: torch.Tensor, top_k: int
+) -> torch.Tensor:
+    """The routing weights under a mask of experts; see the head of this file.
+
+    Args:
+        logits: [..., E].
+        expert_mask: [E], in [0, 1], at least one entry > 0.
+        top_k: experts that a token uses among those with a mask > 0.
+
+    Returns:
+        [..., E], 0 for experts that are masked out or not chosen.
+    """
+    available = expert_mask.detach() > 0
+    among = logits.detach().masked_fill(~available, -torch.inf)
+    k = min(top_k, int(available.sum()))
+    threshold = among.topk(k, dim=-1).values[..., -1:]
+    # Shifted so that an available expert has exp(0); a masked one may lie above, but e^60 is far
+    # within float32.
+    shifted = (logits - among.amax(dim=-1, keepdim=True)).clamp(max=60.0)
+    scores = shifted.exp() * (logits.detach() >= threshold) * expert_mask
+    return scores / scores.sum(dim=-1, keepdim=True)

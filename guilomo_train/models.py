@@ -1,0 +1,44 @@
+"""The base model and its tokenizer, loaded as training and evaluation need them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+class BaseError(ValueError):
+    """The base model cannot be loaded; the message says why."""
+
+
+@dataclass
+class Base:
+    """A base model in memory. `name` is what the adapter will record."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_base(name: str, dtype: str = "auto") -> Base:
+    """Loads a causal language model from a folder or by its hub name, onto the GPU if there is one.
+
+    Raises:
+        BaseError: there is no such model, or it is not a causal language model.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise BaseError(f"--base {name}: not a causal language model's folder or name: {reason}")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config._name_or_path = name
+    return Base(name, model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)

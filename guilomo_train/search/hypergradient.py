@@ -1,0 +1,140 @@
+"""The upper gradient of the bilevel problem: dL_val/dg through one unrolled optimiser step.
+
+    min_g  L_val(w*(g), g)     with  w*(g) = argmin_w L_train(w, g)
+
+As in DARTS (Liu et al. 2019, eq. 6 to 8), w* is replaced by one step of the lower optimiser,
+
+    w' = w - eta D dL_train/dw (w, g)
+
+with D the diagonal by which the optimiser scales a gradient (Adam: 1 / (sqrt(v) + eps), held
+fixed; 1 for SGD). With v = D dL_val/dw (w', g) and w+- = w +- eps v,
+
+    dL_val(w'(g), g)/dg = dL_val/dg (w', g)
+                          - eta [dL_train/dg (w+, g) - dL_train/dg (w-, g)] / (2 eps)
+
+First order takes eta = 0: dL_val/dg (w, g), one pass instead of three.
+
+The weights move while the passes run and are put back bit by bit. `.grad` is neither read nor
+written, and the optimiser's state is only read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+# ||eps v|| as a share of ||w||. Small enough for the curvature, large enough that the
+# difference of two bfloat16 passes is more than rounding.
+RELATIVE_STEP = 0.01
+
+
+@dataclass(frozen=True)
+class UnrolledStep:
+    """The lower optimiser's step to differentiate through.
+
+    Attributes:
+        learning_rate: eta.
+        train_gradient: dL_train/dw (w, g), one tensor a weight.
+        scales: D, one tensor a weight; None for plain SGD.
+    """
+
+    learning_rate: float
+    train_gradient: Sequence[torch.Tensor]
+    scales: Sequence[torch.Tensor] | None
+
+    def scaled(self, gradient: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """D times a gradient."""
+        if self.scales is None:
+            return list(gradient)
+        return [g * d for g, d in zip(gradient, self.scales, strict=True)]
+
+
+def hypergradient(
+    train_loss: Callable[[], torch.Tensor],
+    validation_loss: Callable[[], torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    vectors: Sequence[torch.Tensor],
+    unrolled: UnrolledStep | None,
+    relative_step: float = RELATIVE_STEP,
+) -> list[torch.Tensor]:
+    """dL_val/dg for the selection vectors; see the head of this file.
+
+    Args:
+        train_loss, validation_loss: a loss of the current weights and vectors, each with its
+            batch (and noise) fixed; called anew for each pass.
+        weights: the lower level's parameters w.
+        vectors: the selection vectors g.
+        unrolled: the step to differentiate through (second order); None for first order.
+        relative_step: ||eps v|| / ||w||.
+
+    Returns:
+        One gradient a vector.
+    """
+    if unrolled is None:
+        return list(torch.autograd.grad(validation_loss(), list(vectors)))
+
+    before = [w.detach().clone() for w in weights]
+    eta = unrolled.learning_rate
+    try:
+        _move(weights, before, unrolled.scaled(unrolled.train_gradient), -eta)
+        gradients = torch.autograd.grad(validation_loss(), [*vectors, *weights])
+        direct, by_weight = gradients[: len(vectors)], gradients[len(vectors) :]
+        v = unrolled.scaled(by_weight)
+        v_norm = _norm(v)
+        if v_norm == 0:
+            return list(direct)
+        step = relative_step * _norm(before) / v_norm
+        _move(weights, before, v, step)
+        plus = torch.autograd.grad(train_loss(), list(vectors))
+        _move(weights, before, v, -step)
+        minus = torch.autograd.grad(train_loss(), list(vectors))
+        return [
+            d - eta * (p - m) / (2 * step) for d, p, m in zip(direct, plus, minus, strict=True)
+        ]
+    finally:
+        with torch.no_grad():
+            for w, kept in zip(weights, before, strict=True):
+                w.copy_(kept)
+
+
+def adam_scales(
+    optimizer: torch.optim.Optimizer,
+    weights: Sequence[torch.Tensor],
+    gradient: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """D of the Adam (or AdamW) step that would be taken now with `gradient`.
+
+        v_t = beta2 v + (1 - beta2) gradient^2        D = 1 / (sqrt(v_t / (1 - beta2^t)) + eps)
+
+    Where v_t is 0 Adam does not move the weight, so D is 0. The optimiser's state is not changed.
+    """
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    scales = []
+    for w, g in zip(weights, gradient, strict=True):
+        group = group_of[id(w)]
+        beta2, state = group["betas"][1], optimizer.state.get(w, {})
+        second = (1 - beta2) * g.square()
+        if "exp_avg_sq" in state:
+            second += beta2 * state["exp_avg_sq"]
+        steps = float(state.get("step", 0)) + 1
+        scale = 1.0 / ((second / (1 - beta2**steps)).sqrt() + group["eps"])
+        scales.append(scale.masked_fill_(second == 0, 0.0))
+    return scales
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+
+
+@torch.no_grad()
+def _move(
+    weights: Sequence[torch.Tensor],
+    start: Sequence[torch.Tensor],
+    direction: Sequence[torch.Tensor],
+    step: float | torch.Tensor,
+) -> None:
+    """`weights = start + step * direction`, in place."""
+    for w, s, d in zip(weights, start, direction, strict=True):
+        w.copy_(s + step * d)
