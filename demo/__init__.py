@@ -1,0 +1,1 @@
+"""`make demo`: two small adapters trained, served and asked, end to end."""
