@@ -19,7 +19,7 @@ install() {
         tee "$log" |
         while IFS= read -r line; do
             case $line in
-                Collecting*)
+                Collecting\ * | Processing\ *)
                     count=$((count + 1))
                     if ((count % 20 == 0)); then say "  $count of about $total packages fetched"; fi
                     ;;
