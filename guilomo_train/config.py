@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-class ConfigError(ValueError):
-    """A setting out of its range; the message names it."""
+from guilomo_train.errors import ConfigError
 
 
 def option(default: Any, text: str) -> Any:

@@ -12,9 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-
-class BaseError(ValueError):
-    """The base model cannot be loaded; the message says why."""
+from guilomo_train.errors import BaseError
 
 
 @dataclass
@@ -37,7 +35,9 @@ def load_base(name: str, dtype: str = "auto") -> Base:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise BaseError(f"--base {name}: not a causal language model's folder or name: {reason}")
+        raise BaseError(
+            f"--base {name}: not a causal language model's folder or name: {reason}"
+        ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config._name_or_path = name

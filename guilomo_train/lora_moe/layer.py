@@ -179,8 +179,9 @@ class LoraMoeLinear(nn.Module, LoraMoeLayer):
         matrix = self._expand[adapter]
         if matrix.device != device:
             matrix = self._expand[adapter] = matrix.to(device)
-        router = self.router[adapter] if adapter in self.router else None
-        return matrix if router is None else matrix.to(router.weight.dtype)
+        if adapter in self.router:
+            matrix = matrix.to(self.router[adapter].weight.dtype)
+        return matrix
 
     def __repr__(self) -> str:
         return "guilomo." + super().__repr__()

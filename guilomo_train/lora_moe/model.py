@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -22,7 +23,7 @@ class LoraMoeModel(BaseTuner):
 
     prefix = "guilomo_"
     tuner_layer_cls = LoraMoeLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping = MappingProxyType({})  # no defaults by architecture: all-linear is one
 
     @staticmethod
     def _check_target_module_exists(peft_config: LoraMoeConfig, key: str) -> Any:

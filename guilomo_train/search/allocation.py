@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from guilomo_serve.adapter import Expert
+from guilomo_train.errors import AllocationError
 
 FORMAT_VERSION = 1
-
-
-class AllocationError(ValueError):
-    """An allocation that cannot be used; the message names the file, the key and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Allocation:
         cls, modules: tuple[str, ...], experts: int, rank: int, top_k: int = 2
     ) -> Allocation:
         """The same number of experts of the same rank everywhere."""
-        return cls({m: (rank,) * experts for m in modules}, top_k, rank)
+        return cls(dict.fromkeys(modules, (rank,) * experts), top_k, rank)
 
     @property
     def total_experts(self) -> int:

@@ -90,9 +90,7 @@ def hypergradient(
         plus = torch.autograd.grad(train_loss(), list(vectors))
         _move(weights, before, v, -step)
         minus = torch.autograd.grad(train_loss(), list(vectors))
-        return [
-            d - eta * (p - m) / (2 * step) for d, p, m in zip(direct, plus, minus, strict=True)
-        ]
+        return [d - eta * (p - m) / (2 * step) for d, p, m in zip(direct, plus, minus, strict=True)]
     finally:
         with torch.no_grad():
             for w, kept in zip(weights, before, strict=True):

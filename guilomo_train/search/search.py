@@ -139,14 +139,19 @@ class SearchTrainer(LoraMoeTrainer):
 
 
 def search(
-    base: Base, train: Dataset, common: CommonConfig, config: SearchConfig, work: Path
+    base: Base,
+    train: Dataset,
+    validation: Dataset | None,
+    common: CommonConfig,
+    config: SearchConfig,
+    work: Path,
 ) -> SearchResult:
     """Searches an allocation.
 
     Args:
         base: the base model; it is wrapped while the search runs and unwrapped afterwards.
-        train: rows as `data.load_rows` gives them. Validation rows are split off, unless the
-            config names some.
+        train: rows as `data.load_rows` gives them.
+        validation: rows of the upper level; None splits a share off `train`.
         common, config: the settings.
         work: a folder for the trainer's files.
 
@@ -154,7 +159,7 @@ def search(
         DataError: the data cannot be used.
     """
     started = time.monotonic()
-    lower, upper = split_validation(train, common)
+    lower, upper = split_validation(train, common, validation)
     torch.manual_seed(common.seed)
     peft_config = LoraMoeConfig(
         task_type="CAUSAL_LM",

@@ -1,0 +1,175 @@
+"""The command `guilomo-train`.
+
+search     data -> allocation.json and its picture
+finetune   data and an allocation -> adapter folder
+run        both, and an evaluation
+eval       scores of an adapter, or of the base alone, by its answers
+inspect    the table and picture of an adapter or allocation
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import HfArgumentParser
+
+import guilomo_serve
+from guilomo_serve.adapter import AdapterError, read_spec
+from guilomo_train.config import CommonConfig, EvalConfig, FinetuneConfig, SearchConfig, option
+from guilomo_train.errors import TrainError
+from guilomo_train.report import allocation_of, heat_map, table
+from guilomo_train.search.allocation import Allocation
+
+
+@dataclass
+class AllocationOption:
+    """The allocation to fine-tune."""
+
+    allocation: str = field(metadata={"help": "allocation.json of a search."})
+
+
+@dataclass
+class HeldOutOption:
+    """Rows to evaluate a new adapter on."""
+
+    eval: str | None = option(None, "Rows to evaluate on when the adapter is trained.")
+
+
+@dataclass
+class EvalOptions:
+    """What to evaluate."""
+
+    base: str = field(metadata={"help": "Base model: a folder or a hub name."})
+    data: str = field(metadata={"help": "Rows, in any form that --train takes."})
+    adapter: str | None = option(None, "Adapter folder; without it the base answers alone.")
+    output: str | None = option(None, "Write scores and answers into this JSON file.")
+    dtype: str = option("auto", "Precision of the base model.")
+
+
+@dataclass
+class InspectOptions:
+    """What to show."""
+
+    path: str = field(metadata={"help": "An adapter folder or an allocation.json."})
+    png: str | None = option(None, "Draw the heat map into this file.")
+
+
+def _search(common: CommonConfig, config: SearchConfig) -> None:
+    from guilomo_train.pipeline import Run
+
+    Run("search", common).search(config)
+
+
+def _finetune(common: CommonConfig, chosen: AllocationOption, config: FinetuneConfig) -> None:
+    allocation = Allocation.load(Path(chosen.allocation))
+    from guilomo_train.pipeline import Run
+
+    Run("finetune", common).finetune(allocation, config, None)
+
+
+def _run(
+    common: CommonConfig,
+    search: SearchConfig,
+    finetune: FinetuneConfig,
+    held_out: HeldOutOption,
+    evaluation: EvalConfig,
+) -> None:
+    from guilomo_train.data import load_rows
+    from guilomo_train.pipeline import Run
+
+    run = Run("run", common)
+    # Read before hours of training, not after them.
+    rows = (
+        load_rows(held_out.eval, run.base.tokenizer, evaluation.eval_rows)
+        if held_out.eval
+        else None
+    )
+    found = run.search(search)
+    result = run.finetune(found.allocation, finetune, found.record)
+    if rows is not None:
+        run.evaluate(result, rows, evaluation)
+
+
+def _eval(chosen: EvalOptions, config: EvalConfig) -> None:
+    from guilomo_train.pipeline import evaluate_adapter, score_line, write_json
+
+    scores, answers = evaluate_adapter(
+        chosen.base, chosen.data, chosen.adapter, chosen.dtype, config
+    )
+    if chosen.output is not None:
+        write_json(Path(chosen.output), {**scores.to_json(), "answers": answers})
+    print(score_line(scores))
+
+
+def _inspect(chosen: InspectOptions) -> None:
+    path = Path(chosen.path)
+    if path.is_dir():
+        spec = read_spec(path)
+        allocation = allocation_of(spec)
+        print(f"adapter for {spec.base_model_name_or_path}, top {spec.top_k} experts a token")
+    else:
+        allocation = Allocation.load(path)
+    print(table(allocation))
+    if chosen.png is not None:
+        heat_map(allocation, Path(chosen.png))
+
+
+class Command(NamedTuple):
+    """A subcommand: its line in `--help`, the settings it takes, and what it does with them."""
+
+    text: str
+    settings: tuple[type, ...]
+    run: Callable[..., None]
+
+
+COMMANDS = {
+    "search": Command("search an allocation", (CommonConfig, SearchConfig), _search),
+    "finetune": Command(
+        "train a given allocation", (CommonConfig, AllocationOption, FinetuneConfig), _finetune
+    ),
+    "run": Command(
+        "search, fine-tune and evaluate",
+        (CommonConfig, SearchConfig, FinetuneConfig, HeldOutOption, EvalConfig),
+        _run,
+    ),
+    "eval": Command("score an adapter by its answers", (EvalOptions, EvalConfig), _eval),
+    "inspect": Command("show an adapter or allocation", (InspectOptions,), _inspect),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit status; an error a user can act on is one line."""
+    arguments = _parser().parse_args(argv)
+    command = COMMANDS[arguments.command]
+    try:
+        command.run(*(_take(kind, arguments) for kind in command.settings))
+    except (TrainError, AdapterError) as e:
+        print(f"guilomo-train {arguments.command}: error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="guilomo-train", description="Train searched LoRA-MoE adapters.")
+    parser.add_argument("--version", action="version", version=guilomo_serve.__version__)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=HfArgumentParser
+    )
+    for name, command in COMMANDS.items():
+        commands.add_parser(
+            name, help=command.text, description=command.text, dataclass_types=command.settings
+        )
+    return parser
+
+
+def _take(kind: type, arguments: Namespace) -> Any:
+    return kind(**{f.name: getattr(arguments, f.name) for f in fields(kind)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

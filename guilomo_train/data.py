@@ -1,0 +1,153 @@
+"""Rows of a data set, brought to one form: `prompt` and `completion` as chat messages, `answer`.
+
+    {"prompt": "...", "completion": "..."}                     both may be lists of messages
+    {"messages": [..., {"role": "assistant", ...}]}            the last message is the completion
+    {"instruction": "...", "input": "...", "output": "..."}    Alpaca; input may be missing
+
+`answer` is what an evaluation compares with; it is the completion where a row has none. Rows stay
+plain text for a tokenizer without chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from transformers import PreTrainedTokenizerBase
+
+from guilomo_train.config import CommonConfig
+from guilomo_train.errors import DataError
+
+FORMS = "prompt and completion, or messages, or instruction and output"
+_SMALLEST_VALIDATION = 8
+
+
+def load_rows(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None = None,
+    seed: int | None = None,
+) -> Dataset:
+    """Loads a data set in one form.
+
+    Args:
+        source: a .jsonl file, or NAME, NAME:SPLIT or NAME:CONFIG:SPLIT of a data set that the
+            `datasets` library can load.
+        tokenizer: its chat template decides whether rows become messages.
+        limit: rows to keep.
+        seed: draw the kept rows at random; None keeps the first ones.
+
+    Returns:
+        Columns `prompt`, `completion` and `answer` (text).
+
+    Raises:
+        DataError: the source cannot be read, or a row has none of the known forms.
+    """
+    chat = tokenizer.chat_template is not None
+    is_file = source.endswith((".jsonl", ".json")) or Path(source).is_file()
+    raw = _read_jsonl(Path(source)) if is_file else _read_named(source)
+    rows = [_row(row, where, chat) for where, row in raw]
+    if not rows:
+        raise DataError(f"{source}: has no rows")
+    dataset = Dataset.from_list(rows)
+    if limit is not None and limit < len(dataset):
+        if seed is not None:
+            dataset = dataset.shuffle(seed=seed)
+        dataset = dataset.select(range(limit))
+    return dataset
+
+
+def split_validation(
+    train: Dataset, common: CommonConfig, validation: Dataset | None = None
+) -> tuple[Dataset, Dataset]:
+    """Training and validation rows of a search: `validation`, or a share split off `train`.
+
+    Raises:
+        DataError: too few rows are left to validate on.
+    """
+    if validation is not None:
+        lower, upper = train, validation
+    else:
+        parts = train.train_test_split(test_size=common.validation_share, seed=common.seed)
+        lower, upper = parts["train"], parts["test"]
+    if len(upper) < _SMALLEST_VALIDATION:
+        raise DataError(
+            f"{len(upper)} rows to validate on are too few for a search, expected at least "
+            f"{_SMALLEST_VALIDATION}: give more rows, a larger --validation_share or --validation"
+        )
+    return lower, upper
+
+
+def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: cannot be read as text ({e})") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((f"{path}, line {number}", json.loads(line)))
+        except ValueError as e:
+            raise DataError(f"{path}, line {number}: not JSON ({e})") from None
+    return rows
+
+
+def _read_named(source: str) -> list[tuple[str, Any]]:
+    name, *rest = source.split(":")
+    split = rest[-1] if rest else "train"
+    config = rest[0] if len(rest) == 2 else None
+    try:
+        dataset = load_dataset(name, config, split=split)
+    except (DatasetNotFoundError, FileNotFoundError, ValueError, ConnectionError) as e:
+        raise DataError(f"{source}: not a file, and not a data set to load: {e}") from None
+    return [(f"{source}, row {i}", row) for i, row in enumerate(dataset)]
+
+
+def _row(row: Any, where: str, chat: bool) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: found {type(row).__name__}, expected an object with {FORMS}")
+    if "prompt" in row and "completion" in row:
+        prompt, completion = row["prompt"], row["completion"]
+    elif isinstance(row.get("messages"), list) and len(row["messages"]) >= 2:
+        prompt, completion = row["messages"][:-1], row["messages"][-1:]
+    elif "instruction" in row and "output" in row:
+        given = row.get("input") or ""
+        prompt = f"{row['instruction']}\n\n{given}" if given else row["instruction"]
+        completion = row["output"]
+    else:
+        raise DataError(f"{where}: has {sorted(row)}, expected {FORMS}")
+    prompt = _messages(prompt, "user", f"{where}: prompt")
+    completion = _messages(completion, "assistant", f"{where}: completion")
+    if completion[-1]["role"] != "assistant":
+        raise DataError(f"{where}: the last message is not the assistant's")
+    text = completion[-1]["content"]
+    answer = row.get("answer")
+    answer = text if answer is None else str(answer)
+    if chat:
+        return {"prompt": prompt, "completion": completion, "answer": answer}
+    plain = "\n".join(m["content"] for m in prompt)
+    return {"prompt": plain, "completion": text, "answer": answer}
+
+
+def _messages(value: Any, role: str, where: str) -> list[dict[str, str]]:
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where} is {value!r}, expected text or a list of messages")
+    messages = []
+    for message in value:
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise DataError(f"{where} has {message!r}, expected an object with role and content")
+        messages.append({"role": message["role"], "content": message["content"]})
+    if not messages[-1]["content"].strip():
+        raise DataError(f"{where} is empty")
+    return messages

@@ -1,0 +1,25 @@
+"""Errors that a user can act on: the message names the setting, file or line, and the remedy."""
+
+
+class TrainError(ValueError):
+    """Base of the errors below; the command prints it as one line."""
+
+
+class ConfigError(TrainError):
+    """A setting out of its range."""
+
+
+class BaseError(TrainError):
+    """The base model cannot be loaded."""
+
+
+class DataError(TrainError):
+    """A data set that cannot be used."""
+
+
+class AllocationError(TrainError):
+    """An allocation that cannot be used."""
+
+
+class DivergedError(TrainError):
+    """Training left the finite numbers."""

@@ -1,0 +1,107 @@
+"""Evaluation by greedy generation: does the model answer as the row does?"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import GenerationMixin, PreTrainedTokenizerBase
+
+from guilomo_train.config import EvalConfig
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Shares of rows, 0 to 1.
+
+    Attributes:
+        exact_match: the generated text is the completion.
+        accuracy: the generated text ends with the answer (`answer`, where a row has one), so
+            that reasoning before it, or case, does not count.
+        majority: accuracy of always giving the most frequent answer.
+        rows: how many were asked.
+    """
+
+    exact_match: float
+    accuracy: float
+    majority: float
+    rows: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: GenerationMixin,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    config: EvalConfig,
+) -> tuple[Scores, list[str]]:
+    """Generates an answer to each row and scores it.
+
+    Args:
+        model: a causal language model (a PEFT model too).
+        tokenizer: its tokenizer.
+        rows: as `data.load_rows` gives them.
+        config: batch size and length.
+
+    Returns:
+        The scores, and the generated texts in the rows' order.
+    """
+    model.eval()
+    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    for start in tqdm(range(0, len(order), config.eval_batch_size), desc="evaluate"):
+        batch = order[start : start + config.eval_batch_size]
+        padded = tokenizer.pad(
+            {"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        generated = model.generate(
+            **padded,
+            max_new_tokens=config.max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )[:, padded["input_ids"].shape[1] :]
+        decoded = tokenizer.batch_decode(generated, skip_special_tokens=True)
+        for i, text in zip(batch, decoded, strict=True):
+            texts[i] = text.strip()
+    completions = [completion_text(row["completion"]) for row in rows]
+    return score(texts, completions, rows["answer"]), texts
+
+
+def score(texts: list[str], completions: list[str], answers: list[str]) -> Scores:
+    """Compares generated texts with completions and answers; all lists are in the same order."""
+    exact = sum(t.strip() == c.strip() for t, c in zip(texts, completions, strict=True))
+    right = sum(ends_with_answer(t, a) for t, a in zip(texts, answers, strict=True))
+    majority = max(answers.count(a) for a in set(answers))
+    n = len(texts)
+    return Scores(exact / n, right / n, majority / n, n)
+
+
+def ends_with_answer(text: str, answer: str) -> bool:
+    """Whether the text ends with the answer as whole words; case and a final stop don't count."""
+    pattern = r"(?:^|(?<=\W))" + re.escape(_plain(answer)) + "$"
+    return re.search(pattern, _plain(text)) is not None
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".!").strip().casefold()
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+    """Token ids of a prompt as the trainer made them: chat messages, or plain text."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    return encoded["input_ids"]
+
+
+def completion_text(completion: Any) -> str:
+    """The text of a completion, given as text or as messages."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]

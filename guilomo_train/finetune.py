@@ -1,0 +1,162 @@
+"""Fine-tuning: an allocation and data to an adapter in memory."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from trl import SFTConfig
+
+from guilomo_serve.adapter import Adapter, AdapterSpec, BaseFingerprint, ModuleWeights
+from guilomo_train.config import CommonConfig, FinetuneConfig
+from guilomo_train.errors import DivergedError
+from guilomo_train.lora_moe import LoraMoeConfig
+from guilomo_train.models import Base
+from guilomo_train.search.allocation import Allocation
+from guilomo_train.trainer import LoraMoeTrainer
+
+WARMUP = 0.05  # share of the steps over which the learning rate rises
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A trained adapter. The base it was trained on carries it as a PEFT model."""
+
+    adapter: Adapter
+    model: PeftModel
+    seconds: float
+    loss: float
+
+
+def finetune(
+    base: Base,
+    train: Dataset,
+    allocation: Allocation,
+    common: CommonConfig,
+    config: FinetuneConfig,
+    work: Path,
+    search_record: dict[str, Any] | None = None,
+) -> FinetuneResult:
+    """Trains the adapter of an allocation.
+
+    Args:
+        base: the base model.
+        train: rows as `data.load_rows` gives them.
+        allocation: experts and ranks of each module.
+        common, config: the settings.
+        work: a folder for the trainer's files.
+        search_record: how the allocation was found; it is written into the adapter.
+
+    Raises:
+        DivergedError: the loss is not finite.
+        ValueError: the allocation names a module that the base lacks.
+    """
+    started = time.monotonic()
+    torch.manual_seed(common.seed)
+    experts = allocation.experts(common.lora_alpha)
+    peft_config = LoraMoeConfig(
+        task_type="CAUSAL_LM",
+        top_k=allocation.top_k,
+        lora_alpha=common.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        experts={
+            module: [{"rank": e.rank, "scaling": e.scaling} for e in listed]
+            for module, listed in experts.items()
+        },
+        search=search_record,
+    )
+    model = get_peft_model(base.model, peft_config)
+    trainer = LoraMoeTrainer(
+        model=model,
+        args=training_arguments(
+            common,
+            work,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+        ),
+        train_dataset=train,
+        processing_class=base.tokenizer,
+        balance_coefficient=config.balance_coefficient,
+    )
+    loss = trainer.train().training_loss
+    for layer in trainer.layers:
+        layer.keep_routing = False
+    adapter = adapter_of(model)
+    if not all(torch.isfinite(w.lora_b).all() for w in adapter.weights.values()):
+        raise DivergedError(
+            f"training diverged (loss {loss}): lower --learning_rate ({config.learning_rate})"
+        )
+    return FinetuneResult(adapter, model, time.monotonic() - started, loss)
+
+
+def adapter_of(model: PeftModel) -> Adapter:
+    """The active adapter of a PEFT model as the adapter format has it.
+
+    A and B are in the base's precision, in which their products run anyway.
+    """
+    name = model.active_adapter
+    config = model.peft_config[name]
+    experts = {module: config.experts_of(module) for module in config.experts}
+    spec = AdapterSpec(
+        base_model_name_or_path=config.base_model_name_or_path,
+        target_modules=tuple(config.to_dict()["target_modules"]),
+        top_k=config.top_k,
+        lora_alpha=config.lora_alpha,
+        experts=experts,
+        base=BaseFingerprint.from_json(config.base_fingerprint),
+        task_type=config.task_type,
+        search=config.search,
+    )
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    dtype = model.dtype
+
+    def tensor(module: str, kind: str) -> torch.Tensor:
+        return state[f"base_model.model.{module}.{kind}.weight"].detach().cpu()
+
+    weights = {
+        module: ModuleWeights(
+            lora_a=tensor(module, "lora_A").to(dtype),
+            lora_b=tensor(module, "lora_B").to(dtype),
+            router=tensor(module, "router").float() if len(listed) > 1 else None,
+        )
+        for module, listed in experts.items()
+    }
+    return Adapter(spec, weights)
+
+
+def training_arguments(
+    common: CommonConfig,
+    work: Path,
+    *,
+    epochs: float,
+    batch_size: int,
+    learning_rate: float,
+    gradient_accumulation_steps: int = 1,
+) -> SFTConfig:
+    """TRL's arguments for a stage. The adapter's weights are float32, the base runs as loaded."""
+    return SFTConfig(
+        output_dir=str(work),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=WARMUP,
+        max_length=common.max_length,
+        completion_only_loss=True,
+        train_sampling_strategy="group_by_length",
+        gradient_checkpointing=common.gradient_checkpointing,
+        bf16=False,
+        seed=common.seed,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )

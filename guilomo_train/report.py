@@ -1,0 +1,129 @@
+"""What people read of a run: the table of experts and ranks, the heat map, the model card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from guilomo_serve.adapter import AdapterSpec
+from guilomo_train.search.allocation import Allocation
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+def allocation_of(spec: AdapterSpec) -> Allocation:
+    """The allocation that an adapter has."""
+    ranks = {m: tuple(e.rank for e in experts) for m, experts in spec.experts.items()}
+    return Allocation(ranks, spec.top_k, max(r for listed in ranks.values() for r in listed))
+
+
+def grid(allocation: Allocation) -> tuple[list[str], list[str], dict[tuple[str, str], str]]:
+    """Layers, kinds of module (`q_proj`, ...), and the module at each (layer, kind)."""
+    layers: dict[str, None] = {}
+    kinds: dict[str, None] = {}
+    cells = {}
+    for module in allocation.ranks:
+        found = _LAYER.search(module)
+        layer = found.group(1) if found else "-"
+        kind = module.split(".")[-1]
+        layers[layer], kinds[kind] = None, None
+        cells[layer, kind] = module
+    return list(layers), list(kinds), cells
+
+
+def table(allocation: Allocation) -> str:
+    """One line a layer: for each kind of module its number of experts and their total rank.
+
+    A `*` marks a module whose experts are all used by each token: its router only weighs them.
+    """
+    layers, kinds, cells = grid(allocation)
+    width = max(9, *(len(k) + 1 for k in kinds))
+    lines = ["layer" + "".join(k.rjust(width) for k in kinds) + "     rank"]
+    for layer in layers:
+        line, total = layer.rjust(5), 0
+        for kind in kinds:
+            ranks = allocation.ranks.get(cells.get((layer, kind), ""), ())
+            dense = "*" if 1 < len(ranks) <= allocation.top_k else ""
+            line += (f"{len(ranks)}{dense} x {sum(ranks)}" if ranks else "-").rjust(width)
+            total += sum(ranks)
+        lines.append(line + str(total).rjust(9))
+    modules = len(allocation.ranks)
+    lines.append(
+        f"{modules} modules: {allocation.total_experts} experts "
+        f"({allocation.total_experts / modules:.2f} a module), total rank {allocation.total_rank} "
+        f"({allocation.total_rank / modules:.1f} a module). Cells: experts x total rank; "
+        f"* = every token uses all of them."
+    )
+    return "\n".join(lines)
+
+
+def heat_map(allocation: Allocation, path: Path) -> None:
+    """Draws experts and total rank over layers and kinds of module into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    layers, kinds, cells = grid(allocation)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(3 + 1.1 * len(kinds), 1.6 + 0.24 * len(layers)), layout="constrained"
+    )
+    for axis, title, value in (
+        (axes[0], "experts", len),
+        (axes[1], "total rank", sum),
+    ):
+        numbers = [
+            [value(allocation.ranks.get(cells.get((layer, kind), ""), ())) for kind in kinds]
+            for layer in layers
+        ]
+        image = axis.imshow(numbers, aspect="auto", cmap="viridis", vmin=0)
+        axis.set_title(title)
+        axis.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right", fontsize=8)
+        axis.set_yticks(range(len(layers)), layers, fontsize=7)
+        axis.set_ylabel("layer")
+        figure.colorbar(image, ax=axis, shrink=0.8)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=130, format="png")
+    plt.close(figure)
+    partial.replace(path)
+
+
+def model_card(
+    spec: AdapterSpec, data: str, parameters: int, metrics: Mapping[str, Any] | None
+) -> str:
+    """The README.md of an adapter folder."""
+    allocation = allocation_of(spec)
+    lines = [
+        "---",
+        "library_name: guilomo",
+        f"base_model: {spec.base_model_name_or_path}",
+        "tags: [lora, mixture-of-experts, guilomo]",
+        "---",
+        "",
+        f"# LoRA-MoE adapter for {Path(spec.base_model_name_or_path).name}",
+        "",
+        f"- Training data: {data}",
+        f"- Experts: {spec.total_experts} in {len(spec.experts)} layers, "
+        f"top {spec.top_k} a token; total rank {spec.total_rank}; {parameters:,} parameters",
+    ]
+    if spec.search is not None:
+        found = ", ".join(f"{k} {v}" for k, v in spec.search.items())
+        lines.append(f"- Allocation: searched ({found})")
+    if metrics is not None:
+        lines.append(
+            f"- Evaluation ({metrics['rows']} rows, greedy): exact match "
+            f"{metrics['exact_match']:.3f}, accuracy {metrics['accuracy']:.3f} "
+            f"(most frequent answer alone: {metrics['majority']:.3f})"
+        )
+    lines += [
+        "",
+        "Serve it: `guilomo-serve BASE --adapter name=THIS_FOLDER`",
+        "",
+        "```",
+        table(allocation),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
