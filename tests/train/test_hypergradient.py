@@ -1,0 +1,202 @@
+"""The upper gradient against brute force, and what an upper step must leave alone."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoTokenizer
+
+from guilomo_train.config import CommonConfig
+from guilomo_train.finetune import training_arguments
+from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
+from guilomo_train.lora_moe.layer import Masks
+from guilomo_train.search.hypergradient import UnrolledStep, adam_scales, hypergradient
+from guilomo_train.search.search import SearchTrainer
+from guilomo_train.search.selection import SearchSpace, SelectionVectors
+from guilomo_train.trainer import completion_nll
+from tests.train.tiny import tiny_llama
+
+
+class Problem:
+    """A relaxed bilevel problem on a tiny Llama in float64, its adapter away from its start."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(3)
+        config = LoraMoeConfig(num_experts=3, expert_rank=2, top_k=2, task_type="CAUSAL_LM")
+        self.model = get_peft_model(tiny_llama(64, layers=1), config).double()
+        self.layers = [m for m in self.model.modules() if isinstance(m, LoraMoeLayer)]
+        assert config.experts is not None
+        space = SearchSpace(tuple(config.experts), max_experts=3, max_rank=2, top_k=2)
+        self.selection = SelectionVectors(space, choice="relaxed").double()
+        self.noise = self.selection.noise(torch.Generator())
+        for parameter in self.selection.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        self.weights = [p for p in self.model.parameters() if p.requires_grad]
+        for weight in self.weights:
+            torch.nn.init.normal_(weight, std=0.3)
+        self.vectors = list(self.selection.parameters())
+        self.train, self.validation = (self.batch(seed) for seed in (0, 1))
+
+    @staticmethod
+    def batch(seed: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(seed))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        experts, ranks = self.selection.masks(self.noise)
+        for layer, e, r in zip(self.layers, experts, ranks, strict=True):
+            layer.masks = Masks(e, r)
+        return completion_nll(self.model, batch)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_second_order_agrees_with_the_brute_force_derivative(preconditioned: bool) -> None:
+    problem = Problem()
+    eta = 0.05
+    scales = None
+    if preconditioned:
+        scales = [torch.rand_like(w) + 0.5 for w in problem.weights]
+    start = [w.detach().clone() for w in problem.weights]
+    origin = [g.detach().clone() for g in problem.vectors]
+
+    gradient = torch.autograd.grad(problem.loss(problem.train), problem.weights)
+    estimate = hypergradient(
+        lambda: problem.loss(problem.train),
+        lambda: problem.loss(problem.validation),
+        problem.weights,
+        problem.vectors,
+        UnrolledStep(eta, gradient, scales),
+        relative_step=1e-4,
+    )
+
+    def upper(direction: list[torch.Tensor], h: float) -> float:
+        """L_val(w'(g + h d), g + h d) with w' = w - eta D dL_train/dw."""
+        with torch.no_grad():
+            for g, o, d in zip(problem.vectors, origin, direction, strict=True):
+                g.copy_(o + h * d)
+        step = torch.autograd.grad(problem.loss(problem.train), problem.weights)
+        with torch.no_grad():
+            for i, (w, s) in enumerate(zip(problem.weights, start, strict=True)):
+                w.copy_(s - eta * (step[i] if scales is None else scales[i] * step[i]))
+            value = problem.loss(problem.validation).item()
+            for w, s in zip(problem.weights, start, strict=True):
+                w.copy_(s)
+        return value
+
+    first = torch.autograd.grad(problem.loss(problem.validation), problem.vectors)
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        direction = [
+            torch.randn(g.shape, generator=generator, dtype=torch.float64) for g in origin
+        ]
+        h = 1e-5
+        brute = (upper(direction, h) - upper(direction, -h)) / (2 * h)
+        second = sum((e * d).sum().item() for e, d in zip(estimate, direction, strict=True))
+        assert second == pytest.approx(brute, rel=1e-4)
+        # The problem must be one where the orders differ, or this test could not fail.
+        simple = sum((f * d).sum().item() for f, d in zip(first, direction, strict=True))
+        assert abs(simple - brute) > 1e-2 * abs(brute)
+
+
+def test_first_order_is_the_plain_derivative_at_the_weights() -> None:
+    problem = Problem()
+    expected = torch.autograd.grad(problem.loss(problem.validation), problem.vectors)
+    got = hypergradient(
+        lambda: problem.loss(problem.train),
+        lambda: problem.loss(problem.validation),
+        problem.weights,
+        problem.vectors,
+        None,
+    )
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_adam_scales_are_those_of_the_step_that_adam_takes() -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(5, dtype=torch.float64))
+    # Without momentum the step is eta D g alone.
+    optimizer = torch.optim.AdamW([weight], lr=0.1, betas=(0.0, 0.99), weight_decay=0.0)
+    for _ in range(3):
+        weight.grad = torch.randn_like(weight)
+        before = weight.detach().clone()
+        (scale,) = adam_scales(optimizer, [weight], [weight.grad])
+        optimizer.step()
+        torch.testing.assert_close(before - 0.1 * scale * weight.grad, weight.detach())
+    weight.grad = torch.zeros_like(weight)
+    fresh = torch.optim.AdamW([weight])
+    assert adam_scales(fresh, [weight], [weight.grad])[0].tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_an_upper_step_changes_the_selection_vectors_and_nothing_else(
+    tiny_base: Path, tmp_path: Path, second_order: bool
+) -> None:
+    rows = Dataset.from_list(
+        [{"prompt": f"number {i}", "completion": f" is {i * i}"} for i in range(24)]
+    )
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    config = LoraMoeConfig(num_experts=3, expert_rank=2, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(len(tokenizer)), config)
+    assert config.experts is not None
+    common = CommonConfig(base="", train="", output="")
+    trainer = SearchTrainer(
+        model=model,
+        args=training_arguments(common, tmp_path, epochs=1, batch_size=4, learning_rate=1e-2),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        balance_coefficient=0.01,
+        selection=SelectionVectors(SearchSpace(tuple(config.experts), 3, 2)),
+        second_order=second_order,
+        selection_learning_rate=0.1,
+        validation_dataset=rows,
+    )
+    seen = []
+    upper_step = trainer._upper_step
+
+    def watched(*args: object) -> None:
+        def state() -> tuple[object, ...]:
+            return deepcopy(
+                (
+                    [p.detach() for p in model.parameters()],
+                    [p.grad for p in model.parameters()],
+                    trainer.optimizer.state_dict(),
+                )
+            )
+
+        before, vectors = state(), deepcopy(list(trainer.selection.parameters()))
+        upper_step(*args)  # type: ignore[arg-type]
+        assert_identical(before, state())
+        moved = [
+            not torch.equal(a, b)
+            for a, b in zip(vectors, trainer.selection.parameters(), strict=True)
+        ]
+        seen.append((all(moved), len(trainer.optimizer.state_dict()["state"])))
+
+    trainer._upper_step = watched  # type: ignore[method-assign]
+    trainer.train()
+    assert len(seen) == 6
+    assert all(moved for moved, _ in seen[1:])
+    assert seen[-1][1] > 0  # the optimiser had moments to disturb
+
+
+def assert_identical(a: object, b: object) -> None:
+    """Equal bit by bit, through lists and dicts."""
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor) and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert isinstance(b, dict) and a.keys() == b.keys()
+        for key in a:
+            assert_identical(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert isinstance(b, (list, tuple)) and len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_identical(x, y)
+    else:
+        assert a == b

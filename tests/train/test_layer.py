@@ -1,0 +1,140 @@
+"""The training layer against the float64 loop over experts, with and without masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from guilomo_serve.adapter import Expert
+from guilomo_serve.ops import reference
+from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLinear
+from guilomo_train.lora_moe.layer import Masks, Routing, masked_top_k_softmax
+from guilomo_train.trainer import balance_loss
+
+IN, OUT, TOKENS = 12, 10, 7
+
+# Of the largest value: float32 sums of a few dozen terms, bfloat16 with 8 bits of mantissa.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def random_layer(ranks: tuple[int, ...], top_k: int, dtype: torch.dtype) -> LoraMoeLinear:
+    experts = tuple(Expert(r, 0.5 + 0.25 * i) for i, r in enumerate(ranks))
+    layer = LoraMoeLinear(
+        nn.Linear(IN, OUT, bias=False), "default", experts, LoraMoeConfig(top_k=top_k)
+    )
+    layer = layer.to(dtype)
+    if len(ranks) > 1:
+        layer.router["default"].to(torch.promote_types(dtype, torch.float32))
+    nn.init.normal_(layer.lora_B["default"].weight)
+    layer.base_layer.requires_grad_(False)
+    return layer
+
+
+def adapter_tensors(layer: LoraMoeLinear) -> dict[str, torch.Tensor]:
+    named = {"lora_a": layer.lora_A["default"].weight, "lora_b": layer.lora_B["default"].weight}
+    if "default" in layer.router:
+        named["router"] = layer.router["default"].weight
+    return named
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(12))
+def test_outputs_and_gradients_equal_the_reference(seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    count = int(torch.randint(1, 9, (1,), generator=generator))
+    ranks = tuple(torch.randint(1, 9, (count,), generator=generator).tolist())
+    top_k = int(torch.randint(1, 4, (1,), generator=generator))
+    layer = random_layer(ranks, top_k, dtype)
+    x = torch.randn(TOKENS, IN).to(dtype).requires_grad_()
+    weigh = torch.randn(TOKENS, OUT, dtype=torch.float64)
+
+    tensors = adapter_tensors(layer)
+    y = layer(x)
+    got = torch.autograd.grad((y.double() * weigh).sum(), [x, *tensors.values()])
+
+    exact = {k: t.detach().double().requires_grad_() for k, t in tensors.items()}
+    x64 = x.detach().double().requires_grad_()
+    expected = x64 @ layer.base_layer.weight.double().T + reference.routed_lora(
+        x64,
+        exact["lora_a"],
+        exact["lora_b"],
+        exact.get("router"),
+        ranks,
+        [e.scaling for e in layer.experts["default"]],
+        top_k,
+    )
+    wanted = torch.autograd.grad((expected * weigh).sum(), [x64, *exact.values()])
+
+    for name, a, b in zip(
+        ["y", "x", *tensors], [y, *got], [expected, *wanted], strict=True
+    ):
+        error = (a.double() - b).abs().max()
+        assert error <= TOLERANCE[dtype] * b.abs().max().clamp(min=1), name
+
+
+def test_hard_masks_give_the_layer_of_the_chosen_experts_and_ranks() -> None:
+    torch.manual_seed(0)
+    full = random_layer((4, 4, 4), 2, torch.float64)
+    counts = [3, 1, 4]
+    x = torch.randn(TOKENS, IN, dtype=torch.float64)
+    ranks = (torch.arange(4) < torch.tensor(counts)[:, None]).double()
+
+    for chosen in (2, 3):
+        full.masks = Masks((torch.arange(3) < chosen).double(), ranks)
+        small = random_layer(tuple(counts[:chosen]), 2, torch.float64)
+        rows = torch.cat([4 * e + torch.arange(counts[e]) for e in range(chosen)])
+        with torch.no_grad():
+            small.base_layer.weight.copy_(full.base_layer.weight)
+            small.lora_A["default"].weight.copy_(full.lora_A["default"].weight[rows])
+            small.lora_B["default"].weight.copy_(full.lora_B["default"].weight[:, rows])
+            small.router["default"].weight.copy_(full.router["default"].weight[:chosen])
+        torch.testing.assert_close(full(x), small(x), rtol=1e-12, atol=1e-12)
+
+
+def test_masks_have_the_derivative_of_the_relaxed_formula() -> None:
+    torch.manual_seed(1)
+    layer = random_layer((3, 3, 3, 3), 2, torch.float64)
+    x = torch.randn(TOKENS, IN, dtype=torch.float64)
+
+    def loss(experts: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+        layer.masks = Masks(experts, ranks)
+        return layer(x).square().sum()
+
+    inside = torch.rand(4, dtype=torch.float64) * 0.8 + 0.1
+    assert torch.autograd.gradcheck(
+        loss, (inside.requires_grad_(), torch.rand(4, 3).double().requires_grad_())
+    )
+
+
+def test_an_expert_that_is_masked_out_has_the_derivative_it_would_enter_with() -> None:
+    logits = torch.tensor([[2.0, 1.0, 3.0, 0.0]], dtype=torch.float64)
+    mask = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    weights = masked_top_k_softmax(logits, mask, top_k=2)
+    assert weights.detach()[0, 2:].tolist() == [0.0, 0.0]
+    (gradient,) = torch.autograd.grad(weights[0, 2], mask)
+    scores = logits[0].exp()
+    # Expert 2 reaches the threshold: letting it in by d gives it d e^z2 / (e^z0 + e^z1).
+    assert gradient[2].item() == pytest.approx((scores[2] / (scores[0] + scores[1])).item())
+    # Expert 3 stays below the top 2, so its mask changes nothing.
+    assert torch.autograd.grad(masked_top_k_softmax(logits, mask, 2)[0, 0], mask)[0][3] == 0
+
+
+def test_balance_loss_is_the_switch_formula_and_ignores_padding() -> None:
+    logits = torch.tensor([[[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [9.0, 0.0, 0.0]]])
+    weights = torch.tensor([[[0.7, 0.3, 0.0], [0.0, 0.4, 0.6], [1.0, 0.0, 0.0]]])
+    mask = torch.tensor([[1, 1, 0]])
+    share = torch.tensor([1, 2, 1]) / 4
+    expected = 3 * (share * torch.softmax(logits[0, :2], -1).mean(0)).sum()
+    got = balance_loss([Routing(logits, weights, None)], mask)
+    torch.testing.assert_close(got, expected)
+    two = balance_loss([Routing(logits, weights, None)] * 2, mask)
+    torch.testing.assert_close(two, expected)
+
+
+def test_balance_loss_of_an_even_load_is_one() -> None:
+    logits = torch.eye(4)[None]
+    assert balance_loss(
+        [Routing(logits, torch.eye(4)[None], None)], torch.ones(1, 4)
+    ).item() == pytest.approx(1.0)
