@@ -1,0 +1,191 @@
+"""The routed product of one layer of a served model, for a batch with several adapters.
+
+A served layer may pack several modules of the trained model (q, k and v in one product); these are
+its slices, each with its own experts and router. An adapter's slices are stacked, so that a layer
+costs one product with A and one with the routers whatever it packs:
+
+    h = A x        [T, R]   R: the rows of all slices
+    z = W_r x      [T, E]   E: the experts of all slices that have a router, float32
+    y[:, columns of slice] += (h * gate(z) * scale)[:, rows of slice] @ B_slice
+
+`routed_linear_` is the op in torch, on any device; `native.py` has the same on the CPU in C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from guilomo_serve.ops.torch_ops import route
+
+
+@dataclass(frozen=True)
+class SliceLayout:
+    """Where a slice is found in the stacked tensors; ranges are half open.
+
+    Attributes:
+        rows: of `lora_a`.
+        experts: of `router`; empty where the slice has a single expert.
+        columns: of the layer's output.
+    """
+
+    rows: tuple[int, int]
+    experts: tuple[int, int]
+    columns: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class SliceWeights:
+    """An adapter's weights for one module.
+
+    `lora_a [R, in]`, `lora_b [out, R]`, `router [E, in]` float32 or None for a single expert,
+    `ranks` and `scalings` of its experts.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    router: torch.Tensor | None
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One adapter's weights for one layer, stacked over the slices that it adapts.
+
+    Attributes:
+        lora_a: [R, in].
+        lora_b: for each slice of `layout`, [its rows, its columns] (B transposed).
+        router: [E, in] float32; E may be 0.
+        row_scale: [R] float32, the scaling of each row's expert.
+        expert_of_row: [R] int32, the row of `router`, -1 for a slice with a single expert.
+        top_k: experts that a token uses in a slice.
+        layout: the slices.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: tuple[torch.Tensor, ...]
+    router: torch.Tensor
+    row_scale: torch.Tensor
+    expert_of_row: torch.Tensor
+    top_k: int
+    layout: tuple[SliceLayout, ...]
+
+    @classmethod
+    def stack(
+        cls,
+        slices: Sequence[SliceWeights | None],
+        widths: Sequence[int],
+        top_k: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> LayerWeights:
+        """Stacks an adapter's modules in the order in which the layer packs them.
+
+        Args:
+            slices: one for each slice of the layer, None where the adapter leaves it alone.
+            widths: the output columns of each slice.
+            top_k: experts that a token uses.
+            dtype: of A and B, the layer's own.
+            device: where the layer is.
+        """
+        rows, experts, column = 0, 0, 0
+        layout = []
+        expert_of_row: list[int] = []
+        row_scale: list[float] = []
+        for weights, width in zip(slices, widths, strict=True):
+            if weights is not None:
+                routed = len(weights.ranks) if weights.router is not None else 0
+                rank = sum(weights.ranks)
+                layout.append(
+                    SliceLayout(
+                        (rows, rows + rank), (experts, experts + routed), (column, column + width)
+                    )
+                )
+                for e, (r, s) in enumerate(zip(weights.ranks, weights.scalings, strict=True)):
+                    expert_of_row += [experts + e if routed else -1] * r
+                    row_scale += [s] * r
+                rows, experts = rows + rank, experts + routed
+            column += width
+        present = [w for w in slices if w is not None]
+        routers = [w.router for w in present if w.router is not None]
+        in_features = present[0].lora_a.shape[1]
+        return cls(
+            lora_a=torch.cat([w.lora_a.to(device, dtype) for w in present]),
+            lora_b=tuple(w.lora_b.to(device, dtype).t().contiguous() for w in present),
+            router=torch.cat([torch.empty(0, in_features), *routers]).to(device),
+            row_scale=torch.tensor(row_scale, device=device),
+            expert_of_row=torch.tensor(expert_of_row, dtype=torch.int32, device=device),
+            top_k=top_k,
+            layout=tuple(layout),
+        )
+
+
+class Batch:
+    """Which tokens of a batch use which slot.
+
+    Attributes:
+        order: [n] int32, the tokens that use an adapter, those of one slot together.
+        segments: [s, 3] int32, rows (slot, begin, end) into `order`.
+        size: tokens in the batch.
+    """
+
+    def __init__(self, slot_of_token: np.ndarray) -> None:
+        """Args: slot_of_token: [T] the slot of each token, -1 for the base model."""
+        self.size = len(slot_of_token)
+        order = np.argsort(slot_of_token, kind="stable")
+        order = order[np.searchsorted(slot_of_token[order], 0) :]
+        slots = slot_of_token[order]
+        begins = np.flatnonzero(np.diff(slots, prepend=-1))
+        ends = np.append(begins[1:], len(slots))
+        self.order = np.ascontiguousarray(order, dtype=np.int32)
+        self.segments = np.ascontiguousarray(
+            np.stack([slots[begins], begins, ends], axis=1), dtype=np.int32
+        )
+        # What the C++ op takes of it; the arrays live as long as the batch does.
+        self.addresses = (
+            self.segments.ctypes.data,
+            len(self.segments),
+            self.order.ctypes.data,
+        )
+        self._indices: dict[torch.device, list[torch.Tensor]] = {}
+
+    def tokens(self, device: torch.device) -> list[torch.Tensor]:
+        """The tokens of each segment as an index on `device`; made once a batch."""
+        if device not in self._indices:
+            order = torch.from_numpy(self.order).to(device, torch.int64)
+            self._indices[device] = [order[b:e] for _, b, e in self.segments.tolist()]
+        return self._indices[device]
+
+
+def routed_linear_(
+    y: torch.Tensor, x: torch.Tensor, slots: Sequence[LayerWeights | None], batch: Batch
+) -> None:
+    """Adds the routed product of each token's adapter to `y`, in place.
+
+    Args:
+        y: [T, out], the layer's output so far.
+        x: [T, in], its input.
+        slots: the weights in each slot; None where its adapter leaves the layer alone.
+        batch: the slot of each token; its size is at most T.
+    """
+    for (slot, _, _), tokens in zip(batch.segments.tolist(), batch.tokens(x.device), strict=True):
+        weights = slots[slot]
+        if weights is None:
+            continue
+        inputs = x[tokens]
+        h = torch.nn.functional.linear(inputs, weights.lora_a).float() * weights.row_scale
+        if len(weights.router):
+            logits = torch.nn.functional.linear(inputs.float(), weights.router)
+        for slice_, lora_b in zip(weights.layout, weights.lora_b, strict=True):
+            of_slice = h[:, slice(*slice_.rows)]
+            first, last = slice_.experts
+            if last > first:
+                gates = route(logits[:, first:last], weights.top_k)
+                expert_of_row = weights.expert_of_row[slice(*slice_.rows)] - first
+                of_slice = of_slice * gates[:, expert_of_row]
+            columns = y[:, slice(*slice_.columns)]
+            columns.index_add_(0, tokens, of_slice.to(x.dtype) @ lora_b)
