@@ -8,7 +8,7 @@ costs one product with A and one with the routers whatever it packs:
     z = W_r x      [T, E]   E: the experts of all slices that have a router, float32
     y[:, columns of slice] += (h * gate(z) * scale)[:, rows of slice] @ B_slice
 
-`routed_linear_` is the op in torch, on any device; `native.py` has the same on the CPU in C++.
+`Slots` has the op in torch, on any device; `native.py` the same for the CPU in C++.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Batch:
         order = order[np.searchsorted(slot_of_token[order], 0) :]
         slots = slot_of_token[order]
         begins = np.flatnonzero(np.diff(slots, prepend=-1))
-        ends = np.append(begins[1:], len(slots))
+        ends = np.append(begins, len(slots))[1:]
         self.order = np.ascontiguousarray(order, dtype=np.int32)
         self.segments = np.ascontiguousarray(
             np.stack([slots[begins], begins, ends], axis=1), dtype=np.int32
@@ -161,31 +161,42 @@ class Batch:
         return self._indices[device]
 
 
-def routed_linear_(
-    y: torch.Tensor, x: torch.Tensor, slots: Sequence[LayerWeights | None], batch: Batch
-) -> None:
-    """Adds the routed product of each token's adapter to `y`, in place.
+class Slots:
+    """The adapters' weights of one layer, by slot, and the layer's op in torch."""
 
-    Args:
-        y: [T, out], the layer's output so far.
-        x: [T, in], its input.
-        slots: the weights in each slot; None where its adapter leaves the layer alone.
-        batch: the slot of each token; its size is at most T.
-    """
-    for (slot, _, _), tokens in zip(batch.segments.tolist(), batch.tokens(x.device), strict=True):
-        weights = slots[slot]
-        if weights is None:
-            continue
-        inputs = x[tokens]
-        h = torch.nn.functional.linear(inputs, weights.lora_a).float() * weights.row_scale
-        if len(weights.router):
-            logits = torch.nn.functional.linear(inputs.float(), weights.router)
-        for slice_, lora_b in zip(weights.layout, weights.lora_b, strict=True):
-            of_slice = h[:, slice(*slice_.rows)]
-            first, last = slice_.experts
-            if last > first:
-                gates = route(logits[:, first:last], weights.top_k)
-                expert_of_row = weights.expert_of_row[slice(*slice_.rows)] - first
-                of_slice = of_slice * gates[:, expert_of_row]
-            columns = y[:, slice(*slice_.columns)]
-            columns.index_add_(0, tokens, of_slice.to(x.dtype) @ lora_b)
+    def __init__(self, count: int) -> None:
+        self.weights: list[LayerWeights | None] = [None] * count
+
+    def set(self, slot: int, weights: LayerWeights | None) -> None:
+        """Puts an adapter's weights into a slot, or empties it."""
+        self.weights[slot] = weights
+
+    def apply_(self, y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
+        """Adds the routed product of each token's adapter to `y`, in place.
+
+        Args:
+            y: [T, out], the layer's output so far.
+            x: [T, in], its input.
+            batch: the slot of each token; its size is at most T.
+        """
+        for (slot, _, _), tokens in zip(
+            batch.segments.tolist(), batch.tokens(x.device), strict=True
+        ):
+            weights = self.weights[slot]
+            if weights is not None:
+                _routed_linear_(y, x, tokens, weights)
+
+
+def _routed_linear_(
+    y: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, weights: LayerWeights
+) -> None:
+    inputs = x[tokens]
+    h = torch.nn.functional.linear(inputs, weights.lora_a).float() * weights.row_scale
+    logits = torch.nn.functional.linear(inputs.float(), weights.router)
+    for slice_, lora_b in zip(weights.layout, weights.lora_b, strict=True):
+        of_slice = h[:, slice(*slice_.rows)]
+        first, last = slice_.experts
+        if last > first:
+            gates = route(logits[:, first:last], weights.top_k)
+            of_slice = of_slice * gates[:, weights.expert_of_row[slice(*slice_.rows)] - first]
+        y[:, slice(*slice_.columns)].index_add_(0, tokens, of_slice.to(x.dtype) @ lora_b)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from guilomo_serve.ops.layer import Batch, LayerWeights
+from guilomo_serve.ops.layer import Batch, LayerWeights, Slots
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _COMPILE = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
@@ -63,6 +63,13 @@ def load() -> ctypes.CDLL:
     return library
 
 
+def make_slots(count: int, device: torch.device, dtype: torch.dtype) -> Slots:
+    """The fastest implementation for a layer on this device and of this dtype."""
+    if device.type == "cpu" and dtype in DTYPES and is_available():
+        return NativeSlots(count)
+    return Slots(count)
+
+
 @functools.cache
 def is_available() -> bool:
     """Whether the C++ op can be used; says so once in the log where it cannot."""
@@ -74,32 +81,29 @@ def is_available() -> bool:
     return True
 
 
-class NativeSlots:
-    """The slots of one layer as the C++ op reads them; same meaning as `routed_linear_`'s `slots`.
-
-    It keeps the tensors alive that it points to.
-    """
+class NativeSlots(Slots):
+    """The slots of one layer as the C++ op reads them: addresses of tensors it keeps alive."""
 
     def __init__(self, count: int) -> None:
         self._functions = {
             d: getattr(load(), f"guilomo_routed_linear_{s}") for d, s in _SUFFIXES.items()
         }
-        self.weights: list[LayerWeights | None] = [None] * count
+        super().__init__(count)
         self._descriptors: list[np.ndarray | None] = [None] * count
         self._pointers = np.zeros(count, dtype=np.int64)
         self._address = self._pointers.ctypes.data
 
     def set(self, slot: int, weights: LayerWeights | None) -> None:
-        """Puts an adapter's weights (on the CPU) into a slot, or empties it."""
+        """As `Slots.set`; the weights are on the CPU."""
         descriptor = None if weights is None else _descriptor(weights)
-        self.weights[slot] = weights
+        super().set(slot, weights)
         self._descriptors[slot] = descriptor
         self._pointers[slot] = 0 if descriptor is None else descriptor.ctypes.data
 
     def apply_(self, y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
-        """`routed_linear_(y, x, self.weights, batch)`.
+        """As `Slots.apply_`; y, x and the weights have one dtype of `DTYPES`.
 
-        y and x have one dtype of `DTYPES`, that of the weights, and contiguous rows.
+        The rows of y and x are contiguous, and may be apart.
         """
         self._functions[x.dtype](
             y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), self._address, *batch.addresses

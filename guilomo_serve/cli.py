@@ -1,0 +1,183 @@
+"""`guilomo-serve BASE --adapter name=folder ...`: vLLM's OpenAI server with searched adapters.
+
+Adapters are checked before vLLM starts, which takes half a minute or more. Every other flag is
+vLLM's (`vllm serve --help`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from guilomo_serve.adapter import AdapterError, BaseModel, is_guilomo_adapter, read_adapter
+
+# Storage is ragged, so slots and ranks cost nothing until an adapter fills them. Twice the
+# adapters at start: while a name is swapped its old version still has requests.
+_MIN_SLOTS = 16
+_MAX_RANK = 512
+
+
+class UsageError(ValueError):
+    """The command line names something that cannot be served."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks the adapters and runs the server until it is stopped.
+
+    Returns:
+        2 if an adapter or an argument is refused; the message is on stderr.
+    """
+    parser = argparse.ArgumentParser(
+        prog="guilomo-serve",
+        description="Serves a base model and its adapters with vLLM's OpenAI API.",
+        epilog="All further flags are passed to `vllm serve`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("base", help="base model: a folder or a name on the Hugging Face hub")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="adapter to serve under NAME (LoRA-MoE, or a plain PEFT LoRA); may be repeated",
+    )
+    args, flags = parser.parse_known_args(argv)
+    try:
+        command = vllm_command(args.base, args.adapter, flags)
+    except (UsageError, AdapterError) as e:
+        print(f"guilomo-serve: {e}", file=sys.stderr)
+        return 2
+    # Loading and unloading while serving; vLLM keeps the routes away without it.
+    os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    sys.argv = command
+    vllm_main()
+    return 0
+
+
+def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The `vllm serve` command line, once everything it names has been checked.
+
+    Args:
+        base: the base model.
+        adapters: `name=folder` each.
+        flags: vLLM's own flags, passed on.
+
+    Raises:
+        UsageError: a name or flag is wrong, or the plugin would not be loaded.
+        AdapterError: an adapter cannot be served on this base.
+    """
+    _check_plugin()
+    if _value_of(flags, "--lora-modules"):
+        raise UsageError("--lora-modules: use --adapter NAME=FOLDER, which checks the adapter")
+    folders = _parse_adapters(adapters, [base, *_value_of(flags, "--served-model-name")])
+    if folders:
+        config = _base_config(base, flags)
+        described = None
+        for name, folder in folders.items():
+            if is_guilomo_adapter(folder):
+                described = described or BaseModel.from_config(config)
+                read_adapter(folder, described)
+            else:
+                _check_plain(name, folder)
+    command = ["vllm", "serve", base, *flags, "--enable-lora"]
+    if not _value_of(flags, "--max-loras"):
+        command += ["--max-loras", str(max(_MIN_SLOTS, 2 * len(folders)))]
+    if not _value_of(flags, "--max-lora-rank"):
+        command += ["--max-lora-rank", str(_MAX_RANK)]
+    if _on_cuda() and "--enforce-eager" not in flags:
+        command.append("--enforce-eager")
+    if folders:
+        modules = [json.dumps({"name": n, "path": str(f)}) for n, f in folders.items()]
+        command += ["--lora-modules", *modules]
+    return command
+
+
+def _parse_adapters(adapters: Sequence[str], taken: Sequence[str]) -> dict[str, Path]:
+    folders: dict[str, Path] = {}
+    for adapter in adapters:
+        name, separator, folder = adapter.partition("=")
+        if not separator or not name or not folder:
+            raise UsageError(f"--adapter {adapter}: expected NAME=FOLDER")
+        if name in folders:
+            raise UsageError(f"--adapter {adapter}: the name {name!r} is given twice")
+        if name in taken:
+            raise UsageError(f"--adapter {adapter}: {name!r} is the name of the base model")
+        if not Path(folder).is_dir():
+            raise UsageError(f"--adapter {adapter}: there is no folder {folder}")
+        folders[name] = Path(folder).resolve()
+    return folders
+
+
+def _value_of(flags: Sequence[str], flag: str) -> list[str]:
+    """The values given for one of vLLM's flags, in either way of writing it; [] if not given."""
+    values: list[str] = []
+    for i, given in enumerate(flags):
+        key, separator, value = given.partition("=")
+        if key.replace("_", "-") != flag:
+            continue
+        if separator:
+            values.append(value)
+        else:
+            for following in flags[i + 1 :]:
+                if following.startswith("--"):
+                    break
+                values.append(following)
+    return values
+
+
+def _base_config(base: str, flags: Sequence[str]) -> Any:
+    from transformers import AutoConfig
+
+    revision = (_value_of(flags, "--revision") or [None])[0]
+    try:
+        return AutoConfig.from_pretrained(
+            base, revision=revision, trust_remote_code="--trust-remote-code" in flags
+        )
+    except (OSError, ValueError) as e:
+        raise UsageError(f"{base}: no model can be read there: {e}") from None
+
+
+def _check_plain(name: str, folder: Path) -> None:
+    """What vLLM itself checks of a plain LoRA's config, before it starts."""
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.peft_helper import PEFTHelper
+
+    from guilomo_serve.runtime.loading import check_plain_type
+
+    try:
+        check_plain_type(folder)
+        PEFTHelper.from_local_dir(str(folder), None).validate_legal(
+            LoRAConfig(max_lora_rank=_MAX_RANK)
+        )
+    except AdapterError:
+        raise
+    except (OSError, TypeError, ValueError) as e:
+        raise AdapterError(f"{folder}: {name} is no adapter that can be served: {e}") from None
+
+
+def _check_plugin() -> None:
+    if "guilomo" not in entry_points(group="vllm.general_plugins").names:
+        raise UsageError(
+            "guilomo is not installed, so vLLM would not load its plugin: pip install -e ."
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "guilomo" not in allowed.split(","):
+        raise UsageError(f"VLLM_PLUGINS is {allowed!r}, which keeps guilomo out: add guilomo to it")
+
+
+def _on_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

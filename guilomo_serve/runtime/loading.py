@@ -1,0 +1,153 @@
+"""From an adapter folder to the weights of each layer of the served model.
+
+Everything in an adapter has a place in a layer, or the adapter is refused: one that is applied in
+part would answer like a good one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from guilomo_serve.adapter import (
+    CONFIG_FILE,
+    AdapterError,
+    BaseFingerprint,
+    BaseModel,
+    read_adapter,
+    read_spec,
+)
+from guilomo_serve.ops.layer import LayerWeights, SliceWeights
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer of the served model: `[out, in]` of each module that it packs."""
+
+    slices: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Where adapters go in the served model.
+
+    Attributes:
+        layers: the adaptable layers, by vLLM's name.
+        module_at: module name -> its layer and its place among the layer's slices.
+        fingerprint: of the base model.
+        dtype: of A and B in the layers.
+        device: of the layers.
+        rename: from a module's name in the trained model to vLLM's.
+    """
+
+    layers: Mapping[str, LayerPlan]
+    module_at: Mapping[str, tuple[str, int]]
+    fingerprint: BaseFingerprint
+    dtype: torch.dtype
+    device: torch.device
+    rename: Callable[[str], str]
+
+    def shape_of(self, module: str) -> tuple[int, int] | None:
+        """[out, in] of a module by its name in the trained model, None if it has no place."""
+        place = self.module_at.get(self.rename(module))
+        return None if place is None else self.layers[place[0]].slices[place[1]]
+
+    def stack(self, modules: Mapping[str, SliceWeights], top_k: int) -> dict[str, LayerWeights]:
+        """Sorts an adapter's modules into layers. All of them have a place."""
+        by_layer: dict[str, list[SliceWeights | None]] = {}
+        for module, weights in modules.items():
+            layer, index = self.module_at[self.rename(module)]
+            slices = by_layer.setdefault(layer, [None] * len(self.layers[layer].slices))
+            slices[index] = weights
+        return {
+            layer: LayerWeights.stack(
+                slices,
+                [out for out, _ in self.layers[layer].slices],
+                top_k,
+                self.dtype,
+                self.device,
+            )
+            for layer, slices in by_layer.items()
+        }
+
+
+def load_routed(folder: str | Path, plan: ModelPlan) -> dict[str, LayerWeights]:
+    """Reads a LoRA-MoE adapter for the served model.
+
+    Raises:
+        AdapterError: the adapter is malformed, or made for another base.
+    """
+    spec = read_spec(folder)
+    shapes = {module: plan.shape_of(module) for module in spec.experts}
+    known = {module: shape for module, shape in shapes.items() if shape is not None}
+    adapter = read_adapter(folder, BaseModel(plan.fingerprint, known))
+    modules = {}
+    for module, experts in adapter.spec.experts.items():
+        weights = adapter.weights[module]
+        modules[module] = SliceWeights(
+            weights.lora_a,
+            weights.lora_b,
+            weights.router,
+            tuple(e.rank for e in experts),
+            tuple(e.scaling for e in experts),
+        )
+    return plan.stack(modules, adapter.spec.top_k)
+
+
+def check_plain_type(folder: str | Path) -> None:
+    """Refuses an adapter of PEFT that is no LoRA; vLLM would read what it knows of it.
+
+    Raises:
+        AdapterError: its `peft_type` is another one.
+    """
+    path = Path(folder) / CONFIG_FILE
+    peft_type = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
+    if peft_type != "LORA":
+        raise AdapterError(f"{path}: peft_type is {peft_type!r}, expected 'GUILOMO' or 'LORA'")
+
+
+def convert_plain(loras: Mapping[str, Any], plan: ModelPlan, where: str) -> dict[str, LayerWeights]:
+    """Takes over a plain LoRA that vLLM has read: one expert, no router.
+
+    Args:
+        loras: vLLM's `LoRALayerWeights` by module, in vLLM's names.
+        plan: of the served model.
+        where: the adapter's folder, for messages.
+
+    Raises:
+        AdapterError: something in it would not be applied.
+    """
+    modules = {}
+    for module, lora in loras.items():
+        place = plan.module_at.get(module)
+        if place is None:
+            raise AdapterError(
+                f"{where}: adapts {module!r}, no linear layer of the served model that takes "
+                "adapters"
+            )
+        out_features, in_features = plan.layers[place[0]].slices[place[1]]
+        for name, tensor, size, dim in (
+            ("lora_A", lora.lora_a, in_features, 1),
+            ("lora_B", lora.lora_b, out_features, 0),
+        ):
+            if tensor is None:
+                raise AdapterError(f"{where}: {module} has no {name}")
+            if tensor.ndim != 2 or tensor.shape[dim] != size or tensor.shape[1 - dim] != lora.rank:
+                expected = [lora.rank, in_features] if dim == 1 else [out_features, lora.rank]
+                raise AdapterError(
+                    f"{where}: {name} of {module} has shape {list(tensor.shape)}, "
+                    f"expected {expected}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise AdapterError(f"{where}: {name} of {module} has values that are not finite")
+        modules[module] = SliceWeights(
+            lora.lora_a, lora.lora_b, None, (lora.rank,), (float(lora.scaling),)
+        )
+    if not modules:
+        raise AdapterError(f"{where}: adapts nothing")
+    return plan.stack(modules, top_k=1)

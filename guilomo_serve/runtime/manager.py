@@ -1,0 +1,175 @@
+"""Which adapter is in which slot, and which token of a batch uses which slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.utils import get_adapter_absolute_path, is_moe_model
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+from guilomo_serve.adapter import BaseFingerprint, is_guilomo_adapter
+from guilomo_serve.ops.layer import Batch, LayerWeights
+from guilomo_serve.runtime.loading import (
+    LayerPlan,
+    ModelPlan,
+    check_plain_type,
+    convert_plain,
+    load_routed,
+)
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """A layer's weights in the form in which vLLM hands them to `RoutedLayer.set_lora`."""
+
+    lora_a: LayerWeights
+    lora_b: None = None
+
+
+class TokenSlots:
+    """The slot of each token of the batch, set once a step; in the place of a punica wrapper."""
+
+    def __init__(self) -> None:
+        self.batch = Batch(np.empty(0, dtype=np.int64))
+
+    def update_metadata(
+        self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int
+    ) -> None:
+        """Args: mapping: vLLM's `LoRAMapping`, with an adapter id (0 for none) for each token."""
+        ids = np.asarray(mapping.index_mapping, dtype=np.int64)
+        slots = np.full(len(ids), -1, dtype=np.int64)
+        for adapter_id in np.unique(ids[ids > 0]).tolist():
+            slots[ids == adapter_id] = lora_index_to_id.index(adapter_id)
+        self.batch = Batch(slots)
+
+
+class RoutedModelManager(LRUCacheLoRAModelManager):
+    """vLLM's manager of slots, over layers that hold ragged weights."""
+
+    punica_wrapper_mapping: dict[str, Any]
+    supported_lora_modules: list[str]
+
+    def __init__(self, model: torch.nn.Module, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
+        if is_moe_model(model):
+            raise ValueError(
+                "guilomo does not adapt mixture-of-experts base models: start it without "
+                "--enable-lora, or vLLM without guilomo (VLLM_PLUGINS=)"
+            )
+        super().__init__(model, *args, vllm_config=vllm_config, **kwargs)
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        mapper = mapper.get_rename_mapper() if mapper is not None else None
+        layers, module_at = self._places()
+        self.plan = ModelPlan(
+            layers=layers,
+            module_at=module_at,
+            fingerprint=BaseFingerprint.from_config(vllm_config.model_config.hf_config),
+            dtype=self.lora_config.lora_dtype,
+            device=self.device,
+            rename=lambda name: name if mapper is None else mapper._map_name(name) or name,
+        )
+
+    def _places(self) -> tuple[dict[str, LayerPlan], dict[str, tuple[str, int]]]:
+        layers, module_at = {}, {}
+        for name, layer in self.modules.items():
+            modules = self.packed_modules.get(name, [name])
+            if len(modules) != layer.n_slices:
+                continue  # a layer that splits modules in a way of its own takes no adapters
+            layers[name] = LayerPlan(tuple((out, layer.input_size) for out in layer.output_slices))
+            module_at.update({module: (name, i) for i, module in enumerate(modules)})
+        return layers, module_at
+
+    def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
+        super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
+        # One entry, the language model's: adapters of towers are refused at start.
+        self.punica_wrapper_mapping = {key: TokenSlots() for key in self.punica_wrapper_mapping}
+
+    def _create_lora_modules(self) -> None:
+        # vLLM would wrap the heads too, for adapters that may come; with a wrapped lm_head,
+        # prompt_logprobs on a CPU ends the engine.
+        heads = set(self.model.embedding_modules)
+        self.supported_lora_modules = [m for m in self.supported_lora_modules if m not in heads]
+        super()._create_lora_modules()
+
+    def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
+        """Nothing to do: weights are stacked by layer when they are read."""
+
+    def create_dummy_lora(
+        self, lora_id: int, rank: int, embedding_modules: dict[str, str] | None = None
+    ) -> LoRAModel:
+        """vLLM's warm-up adapter: without weights, as storage does not depend on it."""
+        return LoRAModel(lora_id, rank, {})
+
+    def _deactivate_adapter(self, lora_id: int) -> None:
+        if lora_id in self.lora_index_to_id:
+            slot = self.lora_index_to_id.index(lora_id)
+            for layer in self.modules.values():
+                layer.reset_lora(slot)  # frees the weights of an adapter that was unloaded
+        super()._deactivate_adapter(lora_id)
+
+
+class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
+    """vLLM's manager of adapters in a worker; reads our format and keeps what it has read.
+
+    An adapter stays in host memory until it is unloaded, whatever the LRU does: a request keeps
+    the weights it began with, and a folder that has changed or gone cannot hurt it.
+    """
+
+    _manager_cls = RoutedModelManager
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        refuse_unsupported(vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)
+        self._read: dict[int, LoRAModel] = {}
+
+    def _load_adapter(self, lora_request: Any) -> LoRAModel:
+        if lora_request.lora_int_id not in self._read or lora_request.load_inplace:
+            self._read[lora_request.lora_int_id] = self._read_adapter(lora_request)
+        return self._read[lora_request.lora_int_id]
+
+    def _read_adapter(self, lora_request: Any) -> LoRAModel:
+        folder = get_adapter_absolute_path(lora_request.lora_path)
+        plan = self._adapter_manager.plan
+        if is_guilomo_adapter(folder):
+            layers = load_routed(folder, plan)
+            rank = max(len(weights.lora_a) for weights in layers.values())
+        else:
+            theirs = super()._load_adapter(lora_request)
+            check_plain_type(folder)
+            layers, rank = convert_plain(theirs.loras, plan, folder), theirs.rank
+        entries = {name: LayerEntry(weights) for name, weights in layers.items()}
+        return LoRAModel(lora_request.lora_int_id, rank, entries)
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        self._read.pop(adapter_id, None)
+        return super().remove_adapter(adapter_id)
+
+
+def refuse_unsupported(vllm_config: Any) -> None:
+    """Stops a start-up that would serve adapters wrongly.
+
+    Raises:
+        ValueError: names the setting and what to set it to.
+    """
+    parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
+    refused = []
+    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
+        refused.append(
+            "the model split over devices (use --tensor-parallel-size 1 and "
+            "--pipeline-parallel-size 1, or replicas with --data-parallel-size)"
+        )
+    if lora.fully_sharded_loras:
+        refused.append("--fully-sharded-loras")
+    if lora.enable_tower_connector_lora:
+        refused.append("--enable-tower-connector-lora")
+    if lora.lora_dtype != vllm_config.model_config.dtype:
+        refused.append(f"--lora-dtype other than the model's ({vllm_config.model_config.dtype})")
+    if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+        refused.append("CUDA graphs (use --enforce-eager)")
+    if refused:
+        raise ValueError("guilomo does not support " + "; nor ".join(refused))
