@@ -14,7 +14,7 @@ from trl import SFTConfig
 
 from guilomo_serve.adapter import Adapter, AdapterSpec, BaseFingerprint, ModuleWeights
 from guilomo_train.config import CommonConfig, FinetuneConfig
-from guilomo_train.errors import DivergedError
+from guilomo_train.errors import ConfigError, DivergedError
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.models import Base
 from guilomo_train.search.allocation import Allocation
@@ -54,7 +54,7 @@ def finetune(
 
     Raises:
         DivergedError: the loss is not finite.
-        ValueError: the allocation names a module that the base lacks.
+        ConfigError: the allocation names a module that the base lacks.
     """
     started = time.monotonic()
     torch.manual_seed(common.seed)
@@ -70,7 +70,7 @@ def finetune(
         },
         search=search_record,
     )
-    model = get_peft_model(base.model, peft_config)
+    model = with_adapter(base, peft_config)
     trainer = LoraMoeTrainer(
         model=model,
         args=training_arguments(
@@ -94,6 +94,19 @@ def finetune(
             f"training diverged (loss {loss}): lower --learning_rate ({config.learning_rate})"
         )
     return FinetuneResult(adapter, model, time.monotonic() - started, loss)
+
+
+def with_adapter(base: Base, config: LoraMoeConfig) -> PeftModel:
+    """The base wrapped with a new adapter.
+
+    Raises:
+        ConfigError: the base lacks the modules that the config names.
+    """
+    try:
+        return get_peft_model(base.model, config)
+    except ValueError as e:
+        source = "target_modules" if config.experts is None else "allocation"
+        raise ConfigError(f"{source}: {e}") from None
 
 
 def adapter_of(model: PeftModel) -> Adapter:

@@ -40,5 +40,4 @@ def load_base(name: str, dtype: str = "auto") -> Base:
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.config._name_or_path = name
     return Base(name, model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)

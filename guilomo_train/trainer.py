@@ -124,12 +124,12 @@ def balance_loss(routings: list[Routing], attention_mask: torch.Tensor) -> torch
     for same in by_experts.values():
         logits = torch.stack([r.logits[tokens] for r in same])  # [layers, T, E]
         chosen = torch.stack([r.weights.detach()[tokens] for r in same]) > 0
-        if same[0].available is not None:
-            available = torch.stack([r.available for r in same])  # type: ignore[arg-type]
+        experts = torch.tensor(logits.shape[-1], device=logits.device)
+        masks = [r.available for r in same if r.available is not None]
+        if masks:  # a search runs: all layers have one
+            available = torch.stack(masks)
             logits = logits.masked_fill(~available[:, None], -torch.inf)
             experts = available.sum(-1)
-        else:
-            experts = torch.tensor(logits.shape[-1], device=logits.device)
         choices = chosen.to(logits.dtype).mean(1)
         share = choices / choices.sum(-1, keepdim=True)
         probability = torch.softmax(logits, dim=-1).mean(1)

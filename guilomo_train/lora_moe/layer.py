@@ -20,7 +20,6 @@ masked out now has the derivative it would enter with.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +79,7 @@ class LoraMoeLayer(BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, experts: tuple[Expert, ...], config: LoraMoeConfig
     ) -> None:
-        """Adds (or replaces) an adapter: A as `nn.Linear` starts, B zero, the router as A."""
+        """Adds (or replaces) an adapter: B starts at zero, A and the router as `nn.Linear` does."""
         rank = sum(e.rank for e in experts)
         self.experts[adapter_name] = experts
         self.top_k[adapter_name] = config.top_k
@@ -90,11 +89,9 @@ class LoraMoeLayer(BaseTunerLayer):
         )
         self.lora_A[adapter_name] = nn.Linear(self.in_features, rank, bias=False)
         self.lora_B[adapter_name] = nn.Linear(rank, self.out_features, bias=False)
-        nn.init.kaiming_uniform_(self.lora_A[adapter_name].weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B[adapter_name].weight)
+        nn.init.zeros_(_weight(self.lora_B[adapter_name]))
         if len(experts) > 1:
             self.router[adapter_name] = nn.Linear(self.in_features, len(experts), bias=False)
-            nn.init.kaiming_uniform_(self.router[adapter_name].weight, a=math.sqrt(5))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -143,15 +140,15 @@ class LoraMoeLinear(nn.Module, LoraMoeLayer):
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return y
-        for adapter in self.active_adapters:
+        for adapter in self.active_adapters:  # type: ignore[union-attr]
             if adapter in self.lora_A:
                 y = y + self._delta(adapter, x).to(y.dtype)
         return y
 
     def _delta(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         # The parameters stay in their own (float32) precision; the products run in x's.
-        a = self.lora_A[adapter].weight.to(x.dtype)
-        b = self.lora_B[adapter].weight.to(x.dtype)
+        a = _weight(self.lora_A[adapter]).to(x.dtype)
+        b = _weight(self.lora_B[adapter]).to(x.dtype)
         expand = self._expand_on(adapter, x.device)
         if self.masks is not None:
             expand = expand.to(self.masks.ranks.dtype) * self.masks.ranks.reshape(1, -1)
@@ -163,7 +160,7 @@ class LoraMoeLinear(nn.Module, LoraMoeLayer):
 
     def _expert_weights(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """`[..., E]` in the router's precision."""
-        weight = self.router[adapter].weight
+        weight = _weight(self.router[adapter])
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(weight.dtype), weight)
             if self.masks is None:
@@ -180,11 +177,16 @@ class LoraMoeLinear(nn.Module, LoraMoeLayer):
         if matrix.device != device:
             matrix = self._expand[adapter] = matrix.to(device)
         if adapter in self.router:
-            matrix = matrix.to(self.router[adapter].weight.dtype)
+            matrix = matrix.to(_weight(self.router[adapter]).dtype)
         return matrix
 
     def __repr__(self) -> str:
         return "guilomo." + super().__repr__()
+
+
+def _weight(linear: nn.Module) -> torch.Tensor:
+    """The weight of a module that is an `nn.Linear`, as type checkers cannot know."""
+    return linear.weight  # type: ignore[return-value]
 
 
 def expansion(experts: tuple[Expert, ...]) -> torch.Tensor:

@@ -23,7 +23,9 @@ class LoraMoeModel(BaseTuner):
 
     prefix = "guilomo_"
     tuner_layer_cls = LoraMoeLayer
-    target_module_mapping = MappingProxyType({})  # no defaults by architecture: all-linear is one
+    target_module_mapping: Any = MappingProxyType(
+        {}
+    )  # no defaults by architecture: all-linear is one
 
     @staticmethod
     def _check_target_module_exists(peft_config: LoraMoeConfig, key: str) -> Any:

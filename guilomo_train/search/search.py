@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
 
 from guilomo_train.config import CommonConfig, SearchConfig
 from guilomo_train.data import split_validation
-from guilomo_train.finetune import training_arguments
+from guilomo_train.finetune import training_arguments, with_adapter
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.lora_moe.layer import Masks
 from guilomo_train.models import Base
@@ -108,11 +107,11 @@ class SearchTrainer(LoraMoeTrainer):
 
         unrolled = None
         if self.second_order:
-            gradient = [w.grad for w in self.weights]
+            lower = [w.grad for w in self.weights]
             unrolled = UnrolledStep(
                 learning_rate=self._get_learning_rate(),
-                train_gradient=gradient,
-                scales=adam_scales(self.optimizer.optimizer, self.weights, gradient),
+                train_gradient=lower,
+                scales=adam_scales(self.optimizer.optimizer, self.weights, lower),
             )
         vectors = list(self.selection.parameters())
         gradients = hypergradient(train_loss, validation_loss, self.weights, vectors, unrolled)
@@ -156,7 +155,7 @@ def search(
         work: a folder for the trainer's files.
 
     Raises:
-        DataError: the data cannot be used.
+        ConfigError, DataError: the target modules or the data cannot be used.
     """
     started = time.monotonic()
     lower, upper = split_validation(train, common, validation)
@@ -169,7 +168,7 @@ def search(
         top_k=common.top_k,
         lora_alpha=common.lora_alpha,
     )
-    model = get_peft_model(base.model, peft_config)
+    model = with_adapter(base, peft_config)
     assert peft_config.experts is not None
     space = SearchSpace(
         tuple(peft_config.experts), config.max_experts, config.max_rank, common.top_k

@@ -67,9 +67,7 @@ def test_outputs_and_gradients_equal_the_reference(seed: int, dtype: torch.dtype
     )
     wanted = torch.autograd.grad((expected * weigh).sum(), [x64, *exact.values()])
 
-    for name, a, b in zip(
-        ["y", "x", *tensors], [y, *got], [expected, *wanted], strict=True
-    ):
+    for name, a, b in zip(["y", "x", *tensors], [y, *got], [expected, *wanted], strict=True):
         error = (a.double() - b).abs().max()
         assert error <= TOLERANCE[dtype] * b.abs().max().clamp(min=1), name
 

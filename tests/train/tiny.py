@@ -18,5 +18,6 @@ def tiny_llama(vocab_size: int, layers: int = 2) -> LlamaForCausalLM:
         eos_token_id=2,
         pad_token_id=2,
         tie_word_embeddings=True,
+        name_or_path="tiny-llama",
     )
     return LlamaForCausalLM(config)

@@ -1,0 +1,108 @@
+"""`guilomo-train` as a user runs it, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from guilomo_serve.adapter import read_adapter
+
+ROWS = [{"prompt": f"number {i}", "completion": "odd" if i % 2 else "even"} for i in range(48)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "parity.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in ROWS))
+    return path
+
+
+def guilomo_train(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "guilomo_train.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def settings(base: Path, data: Path, output: Path) -> list[object]:
+    return [
+        "--base", base, "--train", data, "--output", output,
+        "--max_experts", 3, "--max_rank", 2, "--search_batch_size", 4,
+    ]  # fmt: skip
+
+
+def test_run_makes_an_adapter_and_the_same_seed_makes_the_same(
+    tiny_base: Path, data: Path, tmp_path: Path
+) -> None:
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    for output in outputs:
+        done = guilomo_train(
+            "run", *settings(tiny_base, data, output), "--order", "second", "--epochs", 1,
+            "--eval", data, "--eval_rows", 8, "--max_new_tokens", 2,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert "exact match" in done.stdout
+    assert "self_attn" not in done.stdout
+    one, two = ((o / "allocation.json").read_text() for o in outputs)
+    assert one == two
+    assert outputs[0].joinpath("allocation.png").read_bytes()[:4] == b"\x89PNG"
+
+    adapter = read_adapter(outputs[0] / "adapter")
+    found = json.loads(one)["ranks"]
+    assert {m: [e.rank for e in listed] for m, listed in adapter.spec.experts.items()} == found
+    assert adapter.spec.search is not None
+    assert adapter.spec.search["order"] == "second"
+    other = read_adapter(outputs[1] / "adapter")
+    for module, weights in adapter.weights.items():
+        assert weights.lora_b.abs().max() > 0
+        assert weights.lora_b.equal(other.weights[module].lora_b)
+    run = json.loads((outputs[0] / "run.json").read_text())
+    assert run["config"]["common"]["seed"] == 0
+    assert run["versions"]["torch"]
+    assert run["scores"]["rows"] == 8
+    assert "# LoRA-MoE adapter" in (outputs[0] / "adapter" / "README.md").read_text()
+    # Another seed draws other counts.
+    third = tmp_path / "three"
+    done = guilomo_train("search", *settings(tiny_base, data, third), "--seed", 1)
+    assert done.returncode == 0, done.stderr
+    assert (third / "allocation.json").read_text() != one
+
+    # The stages by hand, from the allocation that was found.
+    tuned = tmp_path / "tuned"
+    done = guilomo_train(
+        "finetune", "--base", tiny_base, "--train", data, "--output", tuned,
+        "--allocation", third / "allocation.json", "--epochs", 1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    scores = tmp_path / "scores.json"
+    done = guilomo_train(
+        "eval", "--base", tiny_base, "--data", data, "--adapter", tuned / "adapter",
+        "--eval_rows", 4, "--max_new_tokens", 2, "--output", scores,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(scores.read_text())["answers"]) == 4
+    done = guilomo_train("inspect", "--path", tuned / "adapter", "--png", tmp_path / "map.png")
+    assert done.returncode == 0, done.stderr
+    assert "14 modules" in done.stdout
+    assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--base", "nowhere"], "--base nowhere: not a causal language model"),
+        (["--top_k", "0"], "top_k is 0, expected at least 1"),
+        (["--train_rows", "9"], "too few for a search"),
+        (["--target_modules", "query"], "target_modules"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(
+    change: list[str], message: str, tiny_base: Path, data: Path, tmp_path: Path
+) -> None:
+    done = guilomo_train("search", *settings(tiny_base, data, tmp_path / "out"), *change)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "out").glob("*")), "nothing is written"
