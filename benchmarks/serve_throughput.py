@@ -1,0 +1,224 @@
+"""What an adapter costs in serving: throughput over that of the base model without plugin.
+
+Three engines live side by side and are measured in turn, in each repeat: vLLM alone, vLLM with
+guilomo (base requests, then 1, 4 and 8 different searched adapters), and vLLM's own LoRA with a
+plain adapter of the same mean total rank. Each figure is a ratio of medians.
+
+    prefill   tokens of the prompts per second, one token generated
+    decode    tokens generated per second, without the prompts' share
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import report
+
+from guilomo_serve.adapter import (
+    Adapter,
+    AdapterSpec,
+    BaseModel,
+    Expert,
+    ModuleWeights,
+    write_adapter,
+)
+
+REPOSITORY = Path(__file__).parent.parent
+PROMPT_TOKENS = 128
+DECODE_PROMPT_TOKENS = 16
+DECODE_TOKENS = 64
+EXPERTS, RANKS = (2, 8), (1, 8)  # as a search allots them: a mean total rank of about 23
+ADAPTERS = (1, 4, 8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = REPOSITORY / ".cache" / "smollm2-135m-instruct"
+    parser.add_argument("model", nargs="?", type=Path, default=default, help="the base model")
+    parser.add_argument("--requests", type=int, default=8, help="concurrent requests")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="write the result with machine and versions here")
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"writing {max(ADAPTERS)} adapters for {args.model}", flush=True)
+        searched, mean_rank = write_searched(args.model, Path(folder))
+        plain = write_plain(args.model, Path(folder) / "plain", round(mean_rank))
+        engines = {
+            "base": Engine(args, []),
+            "guilomo": Engine(args, searched, plugin=True),
+            "vllm_lora": Engine(args, [plain]),
+        }
+        seconds = measure(engines, args.repeats)
+        for engine in engines.values():
+            engine.stop()
+
+    result: dict[str, Any] = {}
+    for phase, of_phase in seconds.items():
+        medians = {name: statistics.median(times) for name, times in of_phase.items()}
+        base = medians.pop("base")
+        result[phase] = {name: round(base / median, 3) for name, median in medians.items()}
+        tokens = args.requests * (PROMPT_TOKENS if phase == "prefill" else DECODE_TOKENS)
+        result[phase]["base_tokens_per_s"] = round(tokens / base, 1)
+    result["mean_total_rank"] = round(mean_rank, 2)
+    print_table(result)
+    report(result, args, args.out)
+
+
+class Engine:
+    """vLLM in a process of its own, so that the plugin can be there or not."""
+
+    def __init__(
+        self, args: argparse.Namespace, adapters: list[Path], plugin: bool = False
+    ) -> None:
+        self._connection, theirs = multiprocessing.Pipe()
+        os.environ["VLLM_PLUGINS"] = "guilomo" if plugin else ""
+        context = multiprocessing.get_context("spawn")
+        self._process = context.Process(
+            target=serve, args=(theirs, str(args.model), args.requests, adapters, plugin)
+        )
+        self._process.start()
+        what = "guilomo" if plugin else "vLLM's LoRA" if adapters else "vLLM alone"
+        print(f"starting {what}", flush=True)
+        self._connection.recv()
+
+    def seconds(self, phase: str, adapters: int) -> float:
+        """Time of one phase with this many different adapters (0 for the base model)."""
+        self._connection.send((phase, adapters))
+        return self._connection.recv()
+
+    def stop(self) -> None:
+        self._connection.send(None)
+        self._process.join()
+
+
+def serve(
+    connection: Connection, model: str, requests: int, adapters: list[Path], plugin: bool
+) -> None:
+    """The process of an engine: answers (phase, number of adapters) with seconds."""
+    os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    lora = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": 32}
+    if plugin:
+        lora["max_lora_rank"] = 64
+    llm = LLM(
+        model,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_model_len=512,
+        max_num_seqs=requests,
+        max_num_batched_tokens=max(2048, requests * PROMPT_TOKENS),
+        disable_log_stats=True,
+        **(lora if adapters else {}),
+    )
+    loras = [LoRARequest(f"a{i}", i, str(path)) for i, path in enumerate(adapters, start=1)]
+
+    def generate(prompt_tokens: int, new_tokens: int, count: int) -> float:
+        generator = random.Random(0)
+        prompts = [
+            {"prompt_token_ids": generator.choices(range(100, 20_000), k=prompt_tokens)}
+            for _ in range(requests)
+        ]
+        chosen = [loras[i % count] for i in range(requests)] if count else None
+        parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        start = time.perf_counter()
+        llm.generate(prompts, parameters, use_tqdm=False, lora_request=chosen)
+        return time.perf_counter() - start
+
+    connection.send("ready")
+    while (task := connection.recv()) is not None:
+        phase, count = task
+        if phase == "prefill":
+            connection.send(generate(PROMPT_TOKENS, 1, count))
+        else:
+            prompts_alone = generate(DECODE_PROMPT_TOKENS, 1, count)
+            whole = generate(DECODE_PROMPT_TOKENS, 1 + DECODE_TOKENS, count)
+            connection.send(whole - prompts_alone)
+
+
+def measure(engines: dict[str, Engine], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds by phase and configuration; the first round warms up and is not counted."""
+    runs = [
+        ("base", "base", 0),
+        ("plugin_base", "guilomo", 0),
+        *((f"adapter_{n}", "guilomo", n) for n in ADAPTERS),
+        ("vllm_lora", "vllm_lora", 1),
+    ]
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for phase in ("prefill", "decode"):
+        seconds[phase] = {name: [] for name, _, _ in runs}
+        for repeat in range(repeats + 1):
+            for name, engine, adapters in runs:
+                took = engines[engine].seconds(phase, adapters)
+                if repeat:
+                    seconds[phase][name].append(took)
+            done = " ".join(f"{n} {t[-1]:.2f}" for n, t in seconds[phase].items() if t)
+            print(f"{phase} {repeat}/{repeats}: {done or 'warm-up'} (s)", flush=True)
+    return seconds
+
+
+def write_searched(model: Path, folder: Path) -> tuple[list[Path], float]:
+    """Random allocations as a search gives them; returns folders and the mean total rank."""
+    from transformers import AutoConfig
+
+    base = BaseModel.from_config(AutoConfig.from_pretrained(model))
+    modules = {m: s for m, s in base.linears.items() if m != "lm_head"}
+    generator = torch.Generator().manual_seed(0)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    folders, total = [], 0
+    for n in range(max(ADAPTERS)):
+        experts, weights = {}, {}
+        for module, (out_features, in_features) in modules.items():
+            experts[module] = tuple(Expert(integer(*RANKS), 0.1) for _ in range(integer(*EXPERTS)))
+            rows, count = sum(e.rank for e in experts[module]), len(experts[module])
+            total += rows
+            weights[module] = ModuleWeights(
+                torch.randn(rows, in_features, generator=generator).bfloat16() / 32,
+                torch.randn(out_features, rows, generator=generator).bfloat16() / 32,
+                torch.randn(count, in_features, generator=generator) / 32,
+            )
+        targets = tuple(sorted({m.rsplit(".", 1)[-1] for m in modules}))
+        spec = AdapterSpec(str(model), targets, 2, 16.0, experts, base.fingerprint)
+        write_adapter(Adapter(spec, weights), folder / str(n), card="A random allocation.")
+        folders.append(folder / str(n))
+    return folders, total / len(modules) / len(folders)
+
+
+def write_plain(model: Path, folder: Path, rank: int) -> Path:
+    """A plain LoRA of one rank everywhere, written by PEFT."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    config = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(folder)
+    return folder
+
+
+def print_table(result: dict[str, Any]) -> None:
+    names = ["plugin_base", *(f"adapter_{n}" for n in ADAPTERS), "vllm_lora"]
+    print("\nthroughput over the base without plugin")
+    print("".join(f"{c:>13}" for c in ["", *names]))
+    for phase in ("prefill", "decode"):
+        print(f"{phase:>13}" + "".join(f"{result[phase][n]:>13.2f}" for n in names))
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
