@@ -1,0 +1,187 @@
+"""What a training step costs: fused layer, loop over experts, plain LoRA, and both searches.
+
+    .venv/bin/python benchmarks/train_step.py
+
+All variants run in one process, in turn, through the trainers that users run: the same base, the
+same batches of random tokens, 8 experts of rank 8 on every linear layer against a plain PEFT LoRA
+of the same total rank (64). Memory is the peak of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import report
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch.nn import functional as F
+from transformers import TrainerCallback
+
+from guilomo_train.config import CommonConfig
+from guilomo_train.finetune import training_arguments
+from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLinear
+from guilomo_train.models import load_base
+from guilomo_train.search.search import SearchTrainer
+from guilomo_train.search.selection import SearchSpace, SelectionVectors
+from guilomo_train.trainer import LoraMoeTrainer
+
+BASE = Path(".cache/smollm2-135m-instruct")
+EXPERTS, RANK, TOP_K = 8, 8, 2
+VARIANTS = ("lora", "fused", "loop", "search_first", "search_second")
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--base", type=Path, default=BASE)
+    parser.add_argument("--batch", type=int, default=8, help="rows")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a row")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a variant in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.memory_of is not None:
+        print(json.dumps(peak_memory(args)))
+        return
+
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    steps = {name: build(name, args) for name in VARIANTS}
+    for number in range(args.rounds):
+        for name in VARIANTS:
+            taken = steps[name](args.steps)[1:]  # the first one warms up
+            seconds[name] += taken
+            print(f"round {number + 1} {name:>14} {statistics.median(taken):.2f} s", flush=True)
+    median = {name: statistics.median(taken) for name, taken in seconds.items()}
+    memory = {name: memory_in_own_process(name) for name in ("fused", "search_second")}
+    adapter_bytes = memory["fused"]["adapter_bytes"]
+    result = {
+        "fused_over_lora": median["fused"] / median["lora"],
+        "loop_over_lora": median["loop"] / median["lora"],
+        "search_first_over_step": median["search_first"] / median["fused"],
+        "search_second_over_step": median["search_second"] / median["fused"],
+        "search_extra_memory_over_adapter": (
+            memory["search_second"]["peak"] - memory["fused"]["peak"]
+        )
+        / adapter_bytes,
+        "lora_step_s": median["lora"],
+    }
+    result = {key: round(value, 3) for key, value in result.items()}
+    for key, value in result.items():
+        print(f"{key:>34} {value:.3f}")
+    report(result, args, args.out)
+
+
+def build(name: str, args: argparse.Namespace) -> Callable[[int], list[float]]:
+    """A function that takes that many steps and returns the seconds of each."""
+    base = load_base(str(args.base))
+    torch.manual_seed(0)
+    ids = torch.randint(0, 1000, (64 * args.batch, args.length)).tolist()
+    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    config: PeftConfig = LoraMoeConfig(num_experts=EXPERTS, expert_rank=RANK, top_k=TOP_K)
+    if name == "lora":
+        config = LoraConfig(r=EXPERTS * RANK, target_modules="all-linear")
+    model = get_peft_model(base.model, config)
+    if name == "loop":
+        for layer in model.modules():
+            if isinstance(layer, LoraMoeLinear):
+                layer._delta = loop_over_experts.__get__(layer)  # type: ignore[method-assign]
+    times = StepTimes()
+    common = CommonConfig(base="", train="", output="")
+    shared: dict[str, Any] = {
+        "model": model,
+        "args": training_arguments(
+            common, Path(tempfile.gettempdir()), epochs=1, batch_size=args.batch, learning_rate=1e-3
+        ),
+        "train_dataset": rows,
+        "processing_class": base.tokenizer,
+        "balance_coefficient": 0.0 if name in ("lora", "loop") else 0.01,
+        "callbacks": [times],
+    }
+    if name.startswith("search"):
+        assert isinstance(config, LoraMoeConfig)
+        assert config.experts is not None
+        trainer: LoraMoeTrainer = SearchTrainer(
+            **shared,
+            selection=SelectionVectors(SearchSpace(tuple(config.experts), EXPERTS, RANK, TOP_K)),
+            second_order=name == "search_second",
+            selection_learning_rate=0.1,
+            validation_dataset=rows,
+        )
+    else:
+        trainer = LoraMoeTrainer(**shared)
+
+    def take(steps: int) -> list[float]:
+        times.seconds = []
+        trainer.args.max_steps = steps
+        trainer.train()
+        return times.seconds
+
+    return take
+
+
+def loop_over_experts(layer: LoraMoeLinear, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    """The layer's product one expert after another, as the authors' release computes it."""
+    weights = layer._expert_weights(adapter, x)
+    experts = layer.experts[adapter]
+    ranks = [e.rank for e in experts]
+    a = layer.lora_A[adapter].weight.to(x.dtype).split(ranks, dim=0)
+    b = layer.lora_B[adapter].weight.to(x.dtype).split(ranks, dim=1)
+    total = x.new_zeros(*x.shape[:-1], layer.out_features)
+    for e, expert in enumerate(experts):
+        product = F.linear(F.linear(x, a[e]), b[e]) * expert.scaling
+        total = total + product * weights[..., e : e + 1].to(x.dtype)
+    return total
+
+
+def peak_memory(args: argparse.Namespace) -> dict[str, float]:
+    """Bytes: this process's peak after some steps, and the adapter's parameters."""
+    take = build(args.memory_of, args)
+    take(3)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    config = LoraMoeConfig(num_experts=EXPERTS, expert_rank=RANK, top_k=TOP_K)
+    model = get_peft_model(load_base(str(args.base)).model, config)
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return {"peak": peak, "adapter_bytes": parameters}
+
+
+def memory_in_own_process(name: str) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, *sys.argv, "--memory-of", name],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+if __name__ == "__main__":
+    main()
