@@ -47,7 +47,7 @@ def main() -> None:
     default = REPOSITORY / ".cache" / "smollm2-135m-instruct"
     parser.add_argument("model", nargs="?", type=Path, default=default, help="the base model")
     parser.add_argument("--requests", type=int, default=8, help="concurrent requests")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the result with machine and versions here")
     args = parser.parse_args()
 
