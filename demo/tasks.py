@@ -157,8 +157,7 @@ def _ticket(rng: random.Random, pair: tuple[str, str]) -> Row:
     ticket = {"category": category, "product": item, "priority": priority}
     return {
         "prompt": "Message to JSON ticket (category, product, priority):\n"
-        + " ".join(part for part in parts if part)
-        + "\n",
+        + " ".join(part for part in parts if part),
         "completion": json.dumps(ticket),
     }
 
@@ -174,9 +173,7 @@ def _calendar(rng: random.Random, pair: tuple[str, str]) -> Row:
         person=person, topic=topic, day=day, time=_spoken_time(rng, hour, minute), length=length
     )
     return {
-        "prompt": "Request to calendar line (day | time | minutes | who | what):\n"
-        + request
-        + "\n",
+        "prompt": f"Request to calendar line (day | time | minutes | who | what):\n{request}",
         "completion": f"{day[:3]} | {hour:02}:{minute:02} | {minutes} | {person} | {topic}",
     }
 
