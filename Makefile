@@ -3,7 +3,7 @@
 .PHONY: demo test lint format setup
 
 demo: setup
-	.venv/bin/python demo/demo.py
+	.venv/bin/python -m demo
 
 test: setup
 	.venv/bin/python -m pytest
