@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.guilomo")  # below vLLM's root logger, or nobody would see it
 
 # A request that has looked its adapter up may still be on its way to the engine.
 _GRACE_S = 5.0

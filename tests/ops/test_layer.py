@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from guilomo_serve.ops import native, reference
-from guilomo_serve.ops.layer import Batch, LayerWeights, SliceWeights, routed_linear_
+from guilomo_serve.ops.layer import Batch, LayerWeights, SliceWeights, Slots
 
 TOP_K = 2
 
@@ -44,17 +44,20 @@ def expected(y, x, slots, widths, slot_of_token):
     return result
 
 
-def in_torch(y, x, slots, batch):
-    routed_linear_(y, x, slots, batch)
+def in_torch(y, x, weights, batch):
+    apply(Slots(len(weights)), y, x, weights, batch)
 
 
-def in_cpp(y, x, slots, batch):
+def in_cpp(y, x, weights, batch):
     if not native.is_available():
         pytest.skip("no C++ compiler on this machine")
-    table = native.NativeSlots(len(slots))
-    for i, weights in enumerate(slots):
-        table.set(i, weights)
-    table.apply_(y, x, batch)
+    apply(native.NativeSlots(len(weights)), y, x, weights, batch)
+
+
+def apply(slots, y, x, weights, batch):
+    for i, of_slot in enumerate(weights):
+        slots.set(i, of_slot)
+    slots.apply_(y, x, batch)
 
 
 @pytest.mark.parametrize("implementation", [in_torch, in_cpp])

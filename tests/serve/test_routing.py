@@ -19,7 +19,7 @@ from peft import PeftModel
 
 from guilomo_serve.adapter import Adapter, read_adapter
 from guilomo_train.lora_moe import LoraMoeLayer
-from tests.serve.conftest import random_adapter
+from tests.serve.helpers import random_adapter
 
 PROMPTS = [
     "My card has not arrived and it has been two weeks. What can I do?",

@@ -1,0 +1,188 @@
+"""Servers in processes of their own, random adapters and a tokenizer for the tests of serving."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+import requests
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from guilomo_serve.adapter import (
+    Adapter,
+    AdapterSpec,
+    BaseModel,
+    Expert,
+    ModuleWeights,
+    write_adapter,
+)
+
+START_TIMEOUT_S = 240
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class Server:
+    """A server in a process of its own."""
+
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def post(self, path: str, **body: object) -> requests.Response:
+        return requests.post(f"{self.url}{path}", json=body, timeout=120)
+
+    def load(self, name: str, folder: Path, replace: bool = False) -> requests.Response:
+        return self.post(
+            "/v1/load_lora_adapter", lora_name=name, lora_path=str(folder), load_inplace=replace
+        )
+
+
+@contextmanager
+def serving(
+    command: Sequence[str], log: Path, environment: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """Runs a server's command (without a port) and waits until it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        **(environment or {}),
+    }
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    server = Server(port, log)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                if requests.get(f"{server.url}/health", timeout=5).ok:
+                    break
+            except requests.ConnectionError:
+                pass
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the server did not start:\n{log.read_text()[-6000:]}")
+            time.sleep(0.5)
+        yield server
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def guilomo_serve(base: Path, adapters: dict[str, Path], *flags: str) -> list[str]:
+    """The command of our server on a model of these tests."""
+    named = [
+        part for name, folder in adapters.items() for part in ("--adapter", f"{name}={folder}")
+    ]
+    return [
+        *(sys.executable, "-m", "guilomo_serve.cli", str(base), *named),
+        *("--max-model-len", "512", "--max-num-seqs", "16", *flags),
+    ]
+
+
+def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, "<end>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return fast
+
+
+def random_adapter(
+    base: Path,
+    folder: Path,
+    seed: int,
+    targets: Sequence[str] = ALL_LINEAR,
+    change: Callable[[Adapter], Adapter] | None = None,
+) -> Path:
+    """Writes a LoRA-MoE adapter with a random allocation: 1 to 8 experts of rank 1 to 8.
+
+    Its effect on a layer's output is about as large as the output. `change` may spoil it.
+    """
+    described = BaseModel.from_config(transformers.AutoConfig.from_pretrained(base))
+    generator = torch.Generator().manual_seed(seed)
+
+    def integer(high: int) -> int:
+        return int(torch.randint(1, high + 1, (), generator=generator))
+
+    experts, weights = {}, {}
+    for module, (out_features, in_features) in described.linears.items():
+        if module.rsplit(".", 1)[-1] not in targets:
+            continue
+        ranks = [integer(8) for _ in range(integer(8))]
+        experts[module] = tuple(Expert(rank, 0.5 + 0.25 * (rank % 3)) for rank in ranks)
+        rows = sum(ranks)
+        size = (0.02 if in_features > 256 else 0.2) * (in_features**0.5)  # as the base's weights
+        weights[module] = ModuleWeights(
+            torch.randn(rows, in_features, generator=generator) / in_features**0.5,
+            torch.randn(out_features, rows, generator=generator) * size / 8,
+            torch.randn(len(ranks), in_features, generator=generator) / in_features**0.5
+            if len(ranks) > 1
+            else None,
+        )
+    spec = AdapterSpec(
+        base_model_name_or_path=str(base),
+        target_modules=tuple(targets),
+        top_k=2,
+        lora_alpha=16.0,
+        experts=experts,
+        base=described.fingerprint,
+    )
+    adapter = Adapter(spec, weights)
+    write_adapter(change(adapter) if change else adapter, folder, card="A random adapter.")
+    return folder
+
+
+def random_lora(base: Path, folder: Path, seed: int, **settings: object) -> Path:
+    """Writes a plain LoRA with PEFT, its B random too."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(
+        **{"r": 8, "lora_alpha": 16, "target_modules": list(ALL_LINEAR), **settings},
+        task_type="CAUSAL_LM",
+    )
+    peft_model = get_peft_model(model, config)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    peft_model.save_pretrained(folder)
+    return folder

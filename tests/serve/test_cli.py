@@ -1,0 +1,56 @@
+"""`guilomo-serve` refuses before vLLM starts, with one message; and passes vLLM's flags on."""
+
+import json
+
+import pytest
+
+from guilomo_serve import cli
+from guilomo_serve.adapter import CONFIG_FILE
+from tests.serve.helpers import random_lora
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert cli.main(argv) == 2
+    return capsys.readouterr().err
+
+
+def test_names_and_folders_are_checked(tiny_model, adapters, capsys, tmp_path):
+    base, first = str(tiny_model), f"first={adapters['first']}"
+    assert "NAME=FOLDER" in refused(capsys, base, "--adapter", "first")
+    assert "given twice" in refused(capsys, base, "--adapter", first, "--adapter", first)
+    assert "no folder" in refused(capsys, base, "--adapter", f"a={tmp_path / 'missing'}")
+    folder = adapters["first"]
+    assert "name of the base" in refused(capsys, base, "--adapter", f"{base}={folder}")
+    served = ("--served-model-name", "other", "base")
+    assert "name of the base" in refused(capsys, base, *served, "--adapter", f"base={folder}")
+    assert "--adapter NAME=FOLDER" in refused(capsys, base, "--lora-modules", first)
+
+
+def test_adapters_are_checked_against_the_base(tiny_model, adapters, capsys, tmp_path):
+    bad = tmp_path / "bad"
+    random_lora(tiny_model, bad, seed=1)
+    config = json.loads((bad / CONFIG_FILE).read_text())
+    (bad / CONFIG_FILE).write_text(json.dumps({**config, "bias": "all"}))
+    message = refused(capsys, str(tiny_model), "--adapter", f"bad={bad}")
+    assert str(bad) in message
+    assert "bias" in message
+    (bad / CONFIG_FILE).unlink()
+    assert CONFIG_FILE in refused(capsys, str(tiny_model), "--adapter", f"bad={bad}")
+    missing = refused(capsys, str(tmp_path / "no-model"), "--adapter", f"a={adapters['first']}")
+    assert "no-model" in missing
+
+
+def test_flags_are_passed_on_and_ours_give_way(tiny_model, adapters):
+    command = cli.vllm_command(
+        str(tiny_model), [f"a={adapters['first']}"], ["--port", "9", "--max-loras=3"]
+    )
+    assert command[:4] == ["serve", str(tiny_model), "--port", "9"]
+    assert "--enable-lora" in command
+    assert "--max-loras" not in command
+    module = json.loads(command[command.index("--lora-modules") + 1])
+    assert module == {"name": "a", "path": str(adapters["first"])}
+
+
+def test_a_plugin_that_would_not_load_is_an_error(tiny_model, monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert "VLLM_PLUGINS" in refused(capsys, str(tiny_model))

@@ -1,0 +1,311 @@
+"""Adapters behind HTTP give what they give in transformers, alone, mixed, replaced or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+
+from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from tests.serve import hf_reference
+from tests.serve.helpers import Server, guilomo_serve, random_adapter, random_lora, serving
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "A customer writes: my card has not arrived, it has been two weeks now!",
+    "def fibonacci(n):\n    return n if n < 2 else",
+)
+TOKENS = 12
+FLOAT32_TOLERANCE = 2e-3  # nats; the same sums in another order, through a softmax
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model, adapters, tmp_path_factory):
+    """Our server in eager mode with all three adapters."""
+    log = tmp_path_factory.mktemp("log") / "eager.log"
+    command = guilomo_serve(tiny_model, adapters, "--enforce-eager", "--served-model-name", "base")
+    with serving(command, log) as running:
+        yield running
+
+
+def complete(server: Server, model: str, prompt: str) -> tuple[list[int], torch.Tensor]:
+    """Tokens of prompt and greedy completion, and the log-probability of all but the first."""
+    choice = server.client.completions.create(
+        model=model,
+        prompt=prompt,
+        max_tokens=TOKENS,
+        temperature=0,
+        logprobs=0,
+        extra_body={"prompt_logprobs": 0, "ignore_eos": True, "return_token_ids": True},
+    ).choices[0]
+    scored = choice.prompt_logprobs[1:]
+    of_prompt = [
+        next(v["logprob"] for k, v in entry.items() if int(k) == token)
+        for token, entry in zip(choice.prompt_token_ids[1:], scored, strict=True)
+    ]
+    tokens = [*choice.prompt_token_ids, *choice.token_ids]
+    return tokens, torch.tensor(of_prompt + choice.logprobs.token_logprobs)
+
+
+def text_of(server: Server, model: str, prompt: str, tokens: int = TOKENS) -> str:
+    answer = server.client.completions.create(
+        model=model,
+        prompt=prompt,
+        max_tokens=tokens,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    assert answer.model == model
+    return answer.choices[0].text
+
+
+def check_against_hf(server, base, adapters, tolerance):
+    for name, folder in {"base": None, **adapters}.items():
+        model = hf_reference.model_with(base, folder)
+        for prompt in PROMPTS:
+            tokens, served = complete(server, name, prompt)
+            expected = hf_reference.logprobs(model, tokens)
+            assert (served - expected).abs().max() < tolerance, (name, prompt)
+
+
+def test_logprobs_are_those_of_transformers(server, tiny_model, adapters):
+    check_against_hf(server, tiny_model, adapters, FLOAT32_TOLERANCE)
+
+
+def test_adapters_change_the_answer(server, adapters):
+    """Or the comparisons of this file would hold for a server that ignores adapters."""
+    answers = [text_of(server, name, PROMPTS[0]) for name in ("base", *adapters)]
+    assert len(set(answers)) == len(answers)
+
+
+def check_mixed(server, names):
+    jobs = [(name, prompt) for prompt in PROMPTS for name in names]
+    alone = [complete(server, *job) for job in jobs]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        together = list(pool.map(lambda job: complete(server, *job), jobs))
+    for job, (tokens, scores), (tokens_alone, scores_alone) in zip(
+        jobs, together, alone, strict=True
+    ):
+        assert tokens == tokens_alone, job
+        assert (scores - scores_alone).abs().max() < FLOAT32_TOLERANCE, job
+
+
+def test_mixed_batch_gives_what_each_gives_alone(server, adapters):
+    check_mixed(server, ("base", *adapters))
+
+
+def test_models_and_streaming_chat(server, adapters):
+    listed = {model.id: model for model in server.client.models.list().data}
+    assert set(listed) >= {"base", *adapters}
+    assert listed["first"].parent == "base"
+    messages = [{"role": "user", "content": PROMPTS[1]}]
+    settings = {"messages": messages, "max_tokens": 8, "temperature": 0}
+    whole = server.client.chat.completions.create(model="first", **settings)
+    chunks = list(server.client.chat.completions.create(model="first", stream=True, **settings))
+    assert whole.model == "first"
+    assert {chunk.model for chunk in chunks} == {"first"}
+    streamed = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert streamed == whole.choices[0].message.content
+
+
+def test_a_stream_finishes_with_the_version_it_began_with(server, adapters, tmp_path):
+    folder = tmp_path / "swapped"
+    shutil.copytree(adapters["first"], folder)
+    assert server.load("swapped", folder).ok
+    length = 400
+    old, new = (text_of(server, name, PROMPTS[0], length) for name in ("first", "second"))
+
+    stream = server.client.completions.create(
+        model="swapped",
+        prompt=PROMPTS[0],
+        max_tokens=length,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    pieces = [next(stream).choices[0].text]
+    # The very same folder with other contents: nothing but the version tells them apart.
+    shutil.copytree(adapters["second"], folder, dirs_exist_ok=True)
+    assert server.load("swapped", folder, replace=True).ok
+    after = text_of(server, "swapped", PROMPTS[0], length)
+    pieces += [chunk.choices[0].text for chunk in stream]
+
+    assert after == new
+    assert "".join(pieces) == old
+    assert server.post("/v1/unload_lora_adapter", lora_name="swapped").ok
+    with pytest.raises(openai.NotFoundError):
+        text_of(server, "swapped", PROMPTS[0])
+
+
+def test_an_unloaded_version_is_freed(server, adapters):
+    assert server.load("passing", adapters["second"]).ok
+    assert server.post("/v1/unload_lora_adapter", lora_name="passing").ok
+    deadline = time.monotonic() + 30
+    while "Adapter 'passing@" not in server.log.read_text():
+        assert time.monotonic() < deadline, "the version was never freed"
+        time.sleep(0.5)
+
+
+def test_a_taken_name_needs_load_inplace(server, adapters):
+    answer = server.load("first", adapters["second"])
+    assert answer.status_code == 400
+    assert "load_inplace" in answer.text
+    assert server.load("base", adapters["second"], replace=True).status_code == 400
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def with_module(old: str, new: str):
+    """Renames a module of an adapter."""
+
+    def change(adapter: Adapter) -> Adapter:
+        rename = lambda d: {k.replace(old, new): v for k, v in d.items()}  # noqa: E731
+        spec = dataclasses.replace(adapter.spec, experts=rename(adapter.spec.experts))
+        return Adapter(spec, rename(adapter.weights))
+
+    return change
+
+
+def unknown_layer(base: Path, folder: Path) -> str:
+    random_adapter(base, folder, 4, change=with_module("layers.1.", "layers.7."))
+    return "model.layers.7."
+
+
+def other_base(base: Path, folder: Path) -> str:
+    def change(adapter: Adapter) -> Adapter:
+        other = dataclasses.replace(adapter.spec.base, vocab_size=9)
+        return Adapter(dataclasses.replace(adapter.spec, base=other), adapter.weights)
+
+    random_adapter(base, folder, 4, change=change)
+    return "made for another base model"
+
+
+def bias_of_ours(base: Path, folder: Path) -> str:
+    random_adapter(base, folder, 4)
+    edit_config(folder, bias="all")
+    return "bias is 'all'"
+
+
+def truncated(base: Path, folder: Path) -> str:
+    random_adapter(base, folder, 4)
+    path = folder / WEIGHTS_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    return "not a complete safetensors file"
+
+
+def plain_with_bias(base: Path, folder: Path) -> str:
+    random_lora(base, folder, 4)
+    edit_config(folder, bias="all")
+    return "bias is not supported"
+
+
+def plain_dora(base: Path, folder: Path) -> str:
+    random_lora(base, folder, 4, use_dora=True)
+    return "DoRA"
+
+
+def plain_head(base: Path, folder: Path) -> str:
+    random_lora(base, folder, 4, modules_to_save=["lm_head"])
+    return "modules_to_save"
+
+
+def plain_unknown_layer(base: Path, folder: Path) -> str:
+    from safetensors.torch import load_file, save_file
+
+    random_lora(base, folder, 4)
+    path = folder / WEIGHTS_FILE
+    tensors = {k.replace("layers.1.", "layers.7."): v for k, v in load_file(path).items()}
+    save_file(tensors, path)
+    return "model.layers.7."
+
+
+def plain_of_another_width(base: Path, folder: Path) -> str:
+    from safetensors.torch import load_file, save_file
+
+    random_lora(base, folder, 4)
+    path = folder / WEIGHTS_FILE
+    save_file(
+        {k: v[:, :-1].contiguous() if "lora_A" in k else v for k, v in load_file(path).items()},
+        path,
+    )
+    return "has shape"
+
+
+def another_method(base: Path, folder: Path) -> str:
+    random_lora(base, folder, 4)
+    edit_config(folder, peft_type="ADALORA")
+    return "peft_type is 'ADALORA'"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        *(unknown_layer, other_base, bias_of_ours, truncated),
+        *(plain_with_bias, plain_dora, plain_head, plain_unknown_layer),
+        *(plain_of_another_width, another_method),
+    ],
+)
+def test_what_would_not_be_applied_is_refused_with_the_reason(server, tiny_model, tmp_path, spoil):
+    reason = spoil(tiny_model, tmp_path / "bad")
+    answer = server.load("bad", tmp_path / "bad")
+    assert answer.status_code == 400, answer.text
+    assert reason in answer.json()["error"]["message"]
+    with pytest.raises(openai.NotFoundError):
+        text_of(server, "bad", PROMPTS[0])
+
+
+def test_a_missing_folder_is_not_found(server, tmp_path):
+    assert server.load("bad", tmp_path / "nothing").status_code == 404
+
+
+def test_plain_vllm_serve_in_compiled_mode(tiny_model, adapters, tmp_path):
+    """vLLM's own entry point, torch.compile, and the adapters named by its own flag."""
+    modules = [f"{name}={folder}" for name, folder in adapters.items()]
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(tiny_model), "--served-model-name", "base"),
+        *("--enable-lora", "--max-loras", "3", "--lora-modules", *modules),
+        *("--max-model-len", "512", "--max-num-seqs", "16"),
+    ]
+    with serving(command, tmp_path / "compiled.log") as server:
+        assert "enforce_eager=False" in server.log.read_text()
+        check_against_hf(server, tiny_model, adapters, FLOAT32_TOLERANCE)
+        check_mixed(server, ("base", *adapters))
+
+
+def test_bfloat16_model_is_as_close_to_transformers_as_its_base(small_model, tmp_path):
+    """SmolLM2 in bfloat16: an adapter adds no error beyond the base model's own rounding."""
+    folder = random_adapter(small_model, tmp_path / "adapter", seed=5, change=_quieter)
+    command = guilomo_serve(
+        small_model, {"adapter": folder}, "--enforce-eager", "--served-model-name", "base"
+    )
+    errors = {}
+    with serving(command, tmp_path / "log") as server:
+        for name, adapter in {"base": None, "adapter": folder}.items():
+            model = hf_reference.model_with(small_model, adapter)
+            differences = []
+            for prompt in PROMPTS:
+                tokens, served = complete(server, name, prompt)
+                differences.append((served - hf_reference.logprobs(model, tokens)).abs())
+            errors[name] = torch.cat(differences).mean().item()
+    assert errors["base"] < 0.1
+    assert errors["adapter"] < 2 * errors["base"] + 0.02, errors
+
+
+def _quieter(adapter: Adapter) -> Adapter:
+    """A trained adapter's effect: a tenth of the layer's output, not as much as it."""
+    weights = {m: dataclasses.replace(w, lora_b=w.lora_b / 10) for m, w in adapter.weights.items()}
+    return Adapter(adapter.spec, weights)
