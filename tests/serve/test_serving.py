@@ -26,6 +26,8 @@ PROMPTS = (
     "def fibonacci(n):\n    return n if n < 2 else",
 )
 TOKENS = 12
+# vLLM would make bfloat16 of it by itself.
+TINY = ("--dtype", "float32", "--served-model-name", "base")
 FLOAT32_TOLERANCE = 2e-3  # nats; the same sums in another order, through a softmax
 
 
@@ -33,7 +35,7 @@ FLOAT32_TOLERANCE = 2e-3  # nats; the same sums in another order, through a soft
 def server(tiny_model, adapters, tmp_path_factory):
     """Our server in eager mode with all three adapters."""
     log = tmp_path_factory.mktemp("log") / "eager.log"
-    command = guilomo_serve(tiny_model, adapters, "--enforce-eager", "--served-model-name", "base")
+    command = guilomo_serve(tiny_model, adapters, "--enforce-eager", *TINY)
     with serving(command, log) as running:
         yield running
 
@@ -276,7 +278,7 @@ def test_plain_vllm_serve_in_compiled_mode(tiny_model, adapters, tmp_path):
     modules = [f"{name}={folder}" for name, folder in adapters.items()]
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(tiny_model), "--served-model-name", "base"),
+        *("--model", str(tiny_model), *TINY),
         *("--enable-lora", "--max-loras", "3", "--lora-modules", *modules),
         *("--max-model-len", "512", "--max-num-seqs", "16"),
     ]
