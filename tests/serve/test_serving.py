@@ -124,12 +124,12 @@ def test_a_stream_finishes_with_the_version_it_began_with(server, adapters, tmp_
     folder = tmp_path / "swapped"
     shutil.copytree(adapters["first"], folder)
     assert server.load("swapped", folder).ok
-    length = 400
-    old, new = (text_of(server, name, PROMPTS[0], length) for name in ("first", "second"))
+    prompt, length = 4 * PROMPTS[1], 200  # a prompt of two cache blocks: they could be stale
+    old, new = (text_of(server, name, prompt, length) for name in ("first", "second"))
 
     stream = server.client.completions.create(
         model="swapped",
-        prompt=PROMPTS[0],
+        prompt=prompt,
         max_tokens=length,
         temperature=0,
         stream=True,
@@ -139,7 +139,7 @@ def test_a_stream_finishes_with_the_version_it_began_with(server, adapters, tmp_
     # The very same folder with other contents: nothing but the version tells them apart.
     shutil.copytree(adapters["second"], folder, dirs_exist_ok=True)
     assert server.load("swapped", folder, replace=True).ok
-    after = text_of(server, "swapped", PROMPTS[0], length)
+    after = text_of(server, "swapped", prompt, length)
     pieces += [chunk.choices[0].text for chunk in stream]
 
     assert after == new
