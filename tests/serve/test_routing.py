@@ -41,13 +41,16 @@ def test_chosen_experts_are_those_of_transformers_except_at_near_ties(
     folder = random_adapter(small_model, tmp_path / "adapter", seed=5)
     environment = {
         **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),  # for tests.serve
         "VLLM_PLUGINS": "guilomo",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    # Imported by name, so that the worker can find the functions that are sent to it.
+    program = "import sys; from tests.serve.test_routing import record; record(*sys.argv[1:])"
     subprocess.run(
-        [sys.executable, __file__, str(small_model), str(folder), str(tmp_path / "inputs.pt")],
+        [sys.executable, "-c", program, str(small_model), str(folder), str(tmp_path / "inputs.pt")],
         env=environment,
         check=True,
         timeout=280,
@@ -152,7 +155,3 @@ def record(base: str, folder: str, target: str) -> None:
         llm.generate(prompt, SamplingParams(max_tokens=1), lora_request=request)
         inputs.append(llm.apply_model(fetch)[0])
     torch.save(inputs, target)
-
-
-if __name__ == "__main__":
-    record(*sys.argv[1:])
