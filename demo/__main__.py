@@ -31,7 +31,9 @@ from demo.tasks import TASKS, Row, Task, write_rows
 BASE = Path(".cache/smollm2-135m-instruct")
 FOLDER = Path("runs/demo")
 SEED = 0
-TRAIN_ROWS, TEST_ROWS = 400, 30
+TRAIN_ROWS, TEST_ROWS = 280, 30
+# About five minutes a task on two cores.
+SEARCH_EPOCHS, EPOCHS = 0.5, 2.5
 SHOWN_QUESTIONS = 4
 MAX_TOKENS = 48  # the longest answer of the two tasks has 30
 STREAM_TOKENS = 160  # long enough that a swap falls into the stream
@@ -72,7 +74,9 @@ def train(task: Task) -> list[Row]:
     data = FOLDER / f"{task.name}.jsonl"
     write_rows(rows, data)
     command = [sibling("guilomo-train"), "run", "--base", BASE, "--train", data]
-    subprocess.run([*command, "--output", folder, "--seed", str(SEED)], check=True)
+    command += ["--output", folder, "--seed", str(SEED)]
+    command += ["--search_epochs", str(SEARCH_EPOCHS), "--epochs", str(EPOCHS)]
+    subprocess.run(command, check=True)
     return questions
 
 
