@@ -78,4 +78,6 @@ def _gpu_name() -> str | None:
 
 
 def _jsonable(value: Any) -> Any:
+    if isinstance(value, Path) and value.is_absolute():
+        return value.name  # the folders of one machine tell nobody anything
     return value if isinstance(value, (int, float, bool, list, type(None))) else str(value)
