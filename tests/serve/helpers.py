@@ -70,6 +70,7 @@ def serving(
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",  # TRL, imported by other tests, lowers it for its children
         **(environment or {}),
     }
     with log.open("w") as output:
