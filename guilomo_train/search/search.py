@@ -22,15 +22,12 @@ from guilomo_train.config import CommonConfig, SearchConfig
 from guilomo_train.data import split_validation
 from guilomo_train.finetune import training_arguments, with_adapter
 from guilomo_train.lora_moe import LoraMoeConfig
-from guilomo_train.lora_moe.layer import Masks
 from guilomo_train.models import Base
 from guilomo_train.search.allocation import Allocation
-from guilomo_train.search.hypergradient import UnrolledStep, adam_scales, hypergradient
-from guilomo_train.search.selection import Noise, SearchSpace, SelectionVectors
+from guilomo_train.search.hypergradient import UnrolledStep, adam_scales
+from guilomo_train.search.selection import SearchSpace, SelectionVectors
+from guilomo_train.search.upper import UpperLevel
 from guilomo_train.trainer import LoraMoeTrainer
-
-# Adam of the selection vectors as in DARTS: little momentum, the vectors' gradients are noisy.
-SELECTION_BETAS = (0.5, 0.999)
 
 
 @dataclass(frozen=True)
@@ -66,12 +63,13 @@ class SearchTrainer(LoraMoeTrainer):
     ) -> None:
         super().__init__(*args, eval_dataset=validation_dataset, **kwargs)
         self.second_order = second_order
-        self.selection = selection.to(self.args.device)
-        self.selection_optimizer = torch.optim.Adam(
-            selection.parameters(), lr=selection_learning_rate, betas=SELECTION_BETAS
+        self.upper = UpperLevel(
+            self.layers,
+            selection.to(self.args.device),
+            selection_learning_rate,
+            self.args.seed,
         )
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
-        self.noise_generator = torch.Generator().manual_seed(self.args.seed)
         self.validation_batches = self._cycle_validation()
 
     def training_step(
@@ -80,30 +78,23 @@ class SearchTrainer(LoraMoeTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        noise = self.selection.noise(self.noise_generator)
-        with torch.no_grad():
-            self._apply_masks(noise)
+        self.upper.draw()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._upper_step(self._prepare_inputs(inputs), noise)
+            self._upper_step(self._prepare_inputs(inputs))
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        logs["expected_rank"] = round(self.selection.expected_total_rank(), 1)
+        logs["expected_rank"] = round(self.upper.selection.expected_total_rank(), 1)
         super().log(logs, start_time)
 
-    def _upper_step(self, inputs: dict[str, torch.Tensor], noise: Noise) -> None:
+    def _upper_step(self, inputs: dict[str, torch.Tensor]) -> None:
         """Moves the selection vectors; weights, gradients and lower optimiser stay as they are."""
         validation = self._prepare_inputs(next(self.validation_batches))
 
         def train_loss() -> torch.Tensor:
-            self._apply_masks(noise)
             nll, balance = self.losses(self.model, inputs)
             return nll + self.balance_coefficient * balance
-
-        def validation_loss() -> torch.Tensor:
-            self._apply_masks(noise)
-            return self.losses(self.model, validation)[0]
 
         unrolled = None
         if self.second_order:
@@ -113,17 +104,13 @@ class SearchTrainer(LoraMoeTrainer):
                 train_gradient=lower,
                 scales=adam_scales(self.optimizer.optimizer, self.weights, lower),
             )
-        vectors = list(self.selection.parameters())
-        gradients = hypergradient(train_loss, validation_loss, self.weights, vectors, unrolled)
-        for vector, gradient in zip(vectors, gradients, strict=True):
-            vector.grad = self.accelerator.reduce(gradient, reduction="mean")
-        self.selection_optimizer.step()
-        self.selection_optimizer.zero_grad()
-
-    def _apply_masks(self, noise: Noise) -> None:
-        experts, ranks = self.selection.masks(noise)
-        for layer, e, r in zip(self.layers, experts.unbind(), ranks.unbind(), strict=True):
-            layer.masks = Masks(e, r)
+        self.upper.step(
+            train_loss,
+            lambda: self.losses(self.model, validation)[0],
+            self.weights,
+            unrolled,
+            reduce=lambda gradient: self.accelerator.reduce(gradient, reduction="mean"),
+        )
 
     def _cycle_validation(self) -> Iterator[dict[str, torch.Tensor]]:
         loader = DataLoader(
@@ -192,7 +179,7 @@ def search(
     )
     trainer.train()
     base.model = model.unload()
-    allocation = trainer.selection.allocation()
+    allocation = trainer.upper.selection.allocation()
     seconds = time.monotonic() - started
     record = {
         "method": "guilomo",

@@ -181,12 +181,12 @@ def test_an_upper_step_changes_the_selection_vectors_and_nothing_else(
                 )
             )
 
-        before, vectors = state(), deepcopy(list(trainer.selection.parameters()))
+        before, vectors = state(), deepcopy(list(trainer.upper.selection.parameters()))
         upper_step(*args)  # type: ignore[arg-type]
         assert_identical(before, state())
         moved = [
             not torch.equal(a, b)
-            for a, b in zip(vectors, trainer.selection.parameters(), strict=True)
+            for a, b in zip(vectors, trainer.upper.selection.parameters(), strict=True)
         ]
         seen.append((all(moved), len(trainer.optimizer.state_dict()["state"])))
 
