@@ -62,14 +62,18 @@ class InspectOptions:
 def _search(common: CommonConfig, config: SearchConfig) -> None:
     from guilomo_train.pipeline import Run
 
-    Run("search", common).search(config)
+    run = Run("search", common)
+    run.search(config)
+    run.finish()
 
 
 def _finetune(common: CommonConfig, chosen: AllocationOption, config: FinetuneConfig) -> None:
     allocation = Allocation.load(Path(chosen.allocation))
     from guilomo_train.pipeline import Run
 
-    Run("finetune", common).finetune(allocation, config, None)
+    run = Run("finetune", common)
+    run.finetune(allocation, config, None)
+    run.finish()
 
 
 def _run(
@@ -93,6 +97,7 @@ def _run(
     result = run.finetune(found.allocation, finetune, found.record)
     if rows is not None:
         run.evaluate(result, rows, evaluation)
+    run.finish()
 
 
 def _eval(chosen: EvalOptions, config: EvalConfig) -> None:

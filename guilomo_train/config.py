@@ -46,10 +46,21 @@ class CommonConfig:
         False, "Keep no activations: less memory, about a third more time."
     )
     seed: int = option(0, "Seeds data order, weights and choices: same seed, same result.")
+    save_steps: int = option(
+        50,
+        "Steps between two checkpoints under OUTPUT/checkpoints, of which two are kept; 0: none.",
+    )
+    resume: bool = option(
+        False,
+        "Go on with what stands in --output: finished stages are not run again, the others go on "
+        "from their newest complete checkpoint, or start where there is none. Without it an "
+        "--output with an unfinished run is refused.",
+    )
 
     def __post_init__(self) -> None:
         at_least("top_k", self.top_k, 1)
         at_least("max_length", self.max_length, 2)
+        at_least("save_steps", self.save_steps, 0)
         if self.train_rows is not None:
             at_least("train_rows", self.train_rows, 1)
         if not 0 < self.validation_share < 1:
@@ -79,7 +90,7 @@ class SearchConfig:
         "sample", "Counts in a step: drawn from their probabilities, or the most likely ones."
     )
     search_epochs: float = option(1.0, "Passes over the training rows.")
-    search_batch_size: int = option(8, "Rows a step.")
+    search_batch_size: int = option(8, "Rows a step, in each process.")
     search_learning_rate: float = option(1e-3, "Of the weights.")
     selection_learning_rate: float = option(0.1, "Of the selection vectors.")
     search_balance_coefficient: float = option(0.01, "Weight of the load-balance loss.")
@@ -99,7 +110,7 @@ class FinetuneConfig:
     """Fine-tuning of a found allocation."""
 
     epochs: float = option(2.0, "Passes over the training rows.")
-    batch_size: int = option(8, "Rows a step.")
+    batch_size: int = option(8, "Rows at once, in each process.")
     gradient_accumulation_steps: int = option(1, "Steps whose gradients are added up.")
     learning_rate: float = option(1e-3, "Of the adapter's weights.")
     lora_dropout: float = option(0.0, "Dropout on the input of the experts.")

@@ -13,6 +13,10 @@ class BaseError(TrainError):
     """The base model cannot be loaded."""
 
 
+class ResumeError(TrainError):
+    """A run that cannot be gone on with as asked."""
+
+
 class DataError(TrainError):
     """A data set that cannot be used."""
 

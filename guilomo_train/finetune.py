@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from trl import SFTConfig
 
 from guilomo_serve.adapter import Adapter, AdapterSpec, BaseFingerprint, ModuleWeights
+from guilomo_train.checkpoints import KEPT, Checkpointing
 from guilomo_train.config import CommonConfig, FinetuneConfig
 from guilomo_train.errors import ConfigError, DivergedError
 from guilomo_train.lora_moe import LoraMoeConfig
@@ -41,6 +42,7 @@ def finetune(
     config: FinetuneConfig,
     work: Path,
     search_record: dict[str, Any] | None = None,
+    checkpointing: Checkpointing | None = None,
 ) -> FinetuneResult:
     """Trains the adapter of an allocation.
 
@@ -49,8 +51,9 @@ def finetune(
         train: rows as `data.load_rows` gives them.
         allocation: experts and ranks of each module.
         common, config: the settings.
-        work: a folder for the trainer's files.
+        work: a folder for the trainer's files, checkpoints among them.
         search_record: how the allocation was found; it is written into the adapter.
+        checkpointing: how often, and where to go on; None for no checkpoints.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -80,12 +83,15 @@ def finetune(
             batch_size=config.batch_size,
             learning_rate=config.learning_rate,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
+            save_steps=checkpointing.save_steps if checkpointing else 0,
         ),
         train_dataset=train,
         processing_class=base.tokenizer,
         balance_coefficient=config.balance_coefficient,
+        checkpointing=checkpointing,
     )
-    loss = trainer.train().training_loss
+    trainer.train()
+    loss = trainer.mean_loss()
     for layer in trainer.layers:
         layer.keep_routing = False
     adapter = adapter_of(model)
@@ -93,7 +99,8 @@ def finetune(
         raise DivergedError(
             f"training diverged (loss {loss}): lower --learning_rate ({config.learning_rate})"
         )
-    return FinetuneResult(adapter, model, time.monotonic() - started, loss)
+    seconds = trainer.seconds_before + time.monotonic() - started
+    return FinetuneResult(adapter, model, seconds, loss)
 
 
 def with_adapter(base: Base, config: LoraMoeConfig) -> PeftModel:
@@ -152,6 +159,7 @@ def training_arguments(
     batch_size: int,
     learning_rate: float,
     gradient_accumulation_steps: int = 1,
+    save_steps: int = 0,
 ) -> SFTConfig:
     """TRL's arguments for a stage. The adapter's weights are float32, the base runs as loaded."""
     return SFTConfig(
@@ -164,12 +172,17 @@ def training_arguments(
         warmup_steps=WARMUP,
         max_length=common.max_length,
         completion_only_loss=True,
-        train_sampling_strategy="group_by_length",
         gradient_checkpointing=common.gradient_checkpointing,
         bf16=False,
         seed=common.seed,
         logging_steps=10,
-        save_strategy="no",
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or 1,
+        save_total_limit=KEPT,
+        use_cpu=not torch.cuda.is_available(),
+        # Masked experts have a gradient, of zeros; looking for weights without one costs a pass
+        # over the graph, and would not see that the load-balance loss uses the routers.
+        ddp_find_unused_parameters=False,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )

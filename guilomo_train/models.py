@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,6 +28,8 @@ class Base:
 def load_base(name: str, dtype: str = "auto") -> Base:
     """Loads a causal language model from a folder or by its hub name, onto the GPU if there is one.
 
+    Under `torchrun` or `accelerate launch` each process loads it onto its own GPU.
+
     Raises:
         BaseError: there is no such model, or it is not a causal language model.
     """
@@ -40,4 +43,12 @@ def load_base(name: str, dtype: str = "auto") -> Base:
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Base(name, model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+    return Base(name, model.to(processes().device), tokenizer)
+
+
+def processes() -> PartialState:
+    """The processes that `torchrun` or `accelerate launch` started, or this one alone.
+
+    On a machine without a GPU they speak through gloo.
+    """
+    return PartialState(cpu=not torch.cuda.is_available())

@@ -2,8 +2,12 @@
 
 <output>/allocation.json   the allocation a search found
 <output>/allocation.png    its heat map
+<output>/selection.safetensors    the selection vectors it was read off
 <output>/adapter/          the adapter folder
-<output>/run.json          settings, seed, versions, times, scores
+<output>/run.json          settings, seed, versions, times, scores; written last
+<output>/checkpoints/      while it runs: see checkpoints.py
+
+Of several processes all train and the first writes.
 """
 
 from __future__ import annotations
@@ -11,86 +15,140 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
-import tempfile
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
+import transformers
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 import guilomo_serve
 from guilomo_serve.adapter import BaseModel, read_adapter, write_adapter
+from guilomo_train.checkpoints import (
+    Checkpointing,
+    check_same,
+    checkpoints,
+    describe_allocation,
+    describe_rows,
+    half_written,
+    made_with,
+)
 from guilomo_train.config import CommonConfig, EvalConfig, FinetuneConfig, SearchConfig
 from guilomo_train.data import load_rows
-from guilomo_train.errors import ConfigError
+from guilomo_train.errors import ConfigError, ResumeError
 from guilomo_train.evaluate import Scores, evaluate
 from guilomo_train.finetune import FinetuneResult, finetune
-from guilomo_train.models import Base, load_base
+from guilomo_train.models import Base, load_base, processes
 from guilomo_train.report import heat_map, model_card, table
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.search import SearchResult, search
 
 ALLOCATION_FILE = "allocation.json"
 PICTURE_FILE = "allocation.png"
+SELECTION_FILE = "selection.safetensors"
 ADAPTER_FOLDER = "adapter"
 RUN_FILE = "run.json"
+CHECKPOINT_FOLDER = "checkpoints"
 
 
 class Run:
-    """One run of one or more stages into an output folder.
+    """One run of one or more stages into an output folder; `finish` ends it.
 
     Raises:
-        TrainError: a setting, the base or the data cannot be used; nothing is written then.
+        TrainError: a setting, the base or the data cannot be used, or the folder has an unfinished
+            run that this one is not told to resume; nothing is written then.
     """
 
     def __init__(self, command: str, common: CommonConfig) -> None:
         self.common = common
         self.output = Path(common.output)
+        self.checkpoints = self.output / CHECKPOINT_FOLDER
+        self.writes = processes().is_main_process
+        if not self.writes:
+            datasets.disable_progress_bars()
+            transformers.logging.disable_progress_bar()
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise ConfigError(f"--output {self.output}: not a folder ({e.strerror})") from None
+        self.before = self._before(command)
         self.base: Base = load_base(common.base, common.dtype)
         self.train: Dataset = load_rows(
             common.train, self.base.tokenizer, common.train_rows, common.seed
         )
         self.linears = BaseModel.from_module(self.base.model).linears
         self.record: dict[str, Any] = {
+            **(self.before or {}),
             "command": command,
+            "stages": [],  # finished ones
             "config": {"common": asdict(common)},
             "train_rows": len(self.train),
+            "inputs": {
+                "rows of --train": describe_rows(self.train),
+                "number of processes": processes().num_processes,
+            },
             "versions": versions(),
         }
 
     def search(self, config: SearchConfig) -> SearchResult:
         """Searches an allocation and writes it with its picture."""
-        say(f"search: {len(self.train)} rows, {config.order} order")
+        if self._finished("search", config):
+            say(f"search: finished before, going on with {self.output / ALLOCATION_FILE}")
+            self._note("search", {})
+            return SearchResult(
+                Allocation.load(self.output / ALLOCATION_FILE),
+                load_file(self.output / SELECTION_FILE),
+                self.record["search"]["seconds"],
+                self.record["search"],
+            )
         validation = (
             load_rows(self.common.validation, self.base.tokenizer)
             if self.common.validation is not None
             else None
         )
-        with tempfile.TemporaryDirectory() as work:
-            result = search(self.base, self.train, validation, self.common, config, Path(work))
-        result.allocation.save(self.output / ALLOCATION_FILE)
-        heat_map(result.allocation, self.output / PICTURE_FILE)
-        print(table(result.allocation))
+        if validation is not None:
+            self.record["inputs"]["rows of --validation"] = describe_rows(validation)
+        say(f"search: {len(self.train)} rows, {config.order} order")
+        work = self.checkpoints / "search"
+        checkpointing = self._checkpointing(work)
+        result = search(self.base, self.train, validation, self.common, config, work, checkpointing)
+        if self.writes:
+            result.allocation.save(self.output / ALLOCATION_FILE)
+            heat_map(result.allocation, self.output / PICTURE_FILE)
+            partial = self.output / f".{SELECTION_FILE}.partial"
+            save_file(result.vectors, partial)
+            os.replace(partial, self.output / SELECTION_FILE)
+            print(table(result.allocation))
         say(f"search took {result.seconds:.0f} s: {self.output / ALLOCATION_FILE}")
-        self._note("search", config, {"search": result.record})
+        self._note("search", {"search": result.record})
         return result
 
     def finetune(
         self, allocation: Allocation, config: FinetuneConfig, search_record: dict[str, Any] | None
     ) -> FinetuneResult:
         """Trains the adapter and writes its folder."""
+        self.record["inputs"]["allocation"] = describe_allocation(allocation)
+        if self._finished("finetune", config):
+            folder = self.output / ADAPTER_FOLDER
+            say(f"fine-tuning: finished before, going on with {folder}")
+            self._note("finetune", {})
+            adapter = read_adapter(folder, BaseModel.from_module(self.base.model))
+            model = PeftModel.from_pretrained(self.base.model, folder)
+            seconds, loss = self.record["finetune_seconds"], self.record["training_loss"]
+            return FinetuneResult(adapter, model, seconds, loss)
         say(f"fine-tuning: {len(self.train)} rows, {config.epochs:g} epochs")
-        with tempfile.TemporaryDirectory() as work:
-            result = finetune(
-                self.base, self.train, allocation, self.common, config, Path(work), search_record
-            )
+        work = self.checkpoints / "finetune"
+        checkpointing = self._checkpointing(work)
+        result = finetune(
+            self.base, self.train, allocation, self.common, config, work, search_record,
+            checkpointing,
+        )  # fmt: skip
         self._write_adapter(result, None)
         say(f"fine-tuning took {result.seconds:.0f} s: {self.output / ADAPTER_FOLDER}")
         facts = {
@@ -98,18 +156,81 @@ class Run:
             "training_loss": result.loss,
             "parameters": allocation.parameters(self.linears),
         }
-        self._note("finetune", config, facts)
+        self._note("finetune", facts)
         return result
 
-    def evaluate(self, result: FinetuneResult, rows: Dataset, config: EvalConfig) -> Scores:
-        """Scores the new adapter and writes the scores into its card."""
+    def evaluate(self, result: FinetuneResult, rows: Dataset, config: EvalConfig) -> None:
+        """Scores the new adapter and writes the scores into its card; the first process does."""
+        if not self.writes:
+            return
+        self.record["inputs"]["rows of --eval"] = describe_rows(rows)
+        if self._finished("eval", config):
+            say("evaluation: finished before")
+            self._note("eval", {})
+            return
         scores, _ = evaluate(result.model, self.base.tokenizer, rows, config)
         self._write_adapter(result, scores)
         print(score_line(scores))
-        self._note("eval", config, {"scores": scores.to_json()})
-        return scores
+        self._note("eval", {"scores": scores.to_json()})
+
+    def finish(self) -> None:
+        """Puts the record of the finished run in place; there is nothing to resume any more."""
+        if self.writes:
+            os.replace(self.checkpoints / RUN_FILE, self.output / RUN_FILE)
+            shutil.rmtree(self.checkpoints)
+
+    def _before(self, command: str) -> dict[str, Any] | None:
+        """The record of the run to resume, as far as it came."""
+        unfinished = self.checkpoints / RUN_FILE
+        stages = [p.parent.name for p in self.checkpoints.glob("*/checkpoint-*/complete.json")]
+        if not self.common.resume:
+            if unfinished.is_file() or stages:
+                raise ResumeError(
+                    f"--output {self.output}: has an unfinished run; go on with it by --resume, "
+                    f"or delete {self.checkpoints} to start anew"
+                )
+            return None
+        # A finished run has left its record alone; then no stage is to be run.
+        path = unfinished if unfinished.is_file() or stages else self.output / RUN_FILE
+        before = json.loads(path.read_text()) if path.is_file() else None
+        processes().wait_for_everyone()  # the first process will write there
+        if before is not None and before["command"] != command:
+            raise ResumeError(
+                f"--resume: {path} is of `guilomo-train {before['command']}`, not of "
+                f"`guilomo-train {command}`"
+            )
+        return before
+
+    def _finished(self, stage: str, config: Any) -> bool:
+        """Takes the settings of a stage; whether the run to resume had finished it.
+
+        Raises:
+            ResumeError: it had, with other settings.
+        """
+        self.record["config"][stage] = asdict(config)
+        if self.before is None or stage not in self.before.get("stages", []):
+            return False
+        then, now = settings_of(self.before, stage), settings_of(self.record, stage)
+        check_same(then, now, self.output)
+        return True
+
+    def _checkpointing(self, folder: Path) -> Checkpointing:
+        """Where a stage goes on from; what cannot be gone on from is deleted."""
+        settings = settings_of(self.record, folder.name)
+        found = checkpoints(folder)
+        resume = found[-1] if found else None
+        if resume is not None:
+            check_same(made_with(resume), settings, resume)
+            say(f"going on from {resume}")
+        processes().wait_for_everyone()  # all have looked
+        if self.writes:
+            for path in half_written(folder):
+                shutil.rmtree(path)
+        return Checkpointing(self.common.save_steps, settings, resume)
 
     def _write_adapter(self, result: FinetuneResult, scores: Scores | None) -> None:
+        if not self.writes:
+            return
         spec = result.adapter.spec
         parameters = sum(
             t.numel()
@@ -121,11 +242,20 @@ class Run:
         card = model_card(spec, data, parameters, scores.to_json() if scores else None)
         write_adapter(result.adapter, self.output / ADAPTER_FOLDER, card)
 
-    def _note(self, stage: str, config: Any, facts: dict[str, Any]) -> None:
-        """Adds a finished stage to run.json."""
-        self.record["config"][stage] = asdict(config)
+    def _note(self, stage: str, facts: dict[str, Any]) -> None:
+        """Adds a finished stage to the record; its checkpoints are not needed any more."""
+        self.record["stages"].append(stage)
         self.record.update(facts)
-        write_json(self.output / RUN_FILE, self.record)
+        if self.writes:
+            self.checkpoints.mkdir(exist_ok=True)
+            write_json(self.checkpoints / RUN_FILE, self.record)
+            shutil.rmtree(self.checkpoints / stage, ignore_errors=True)
+
+
+def settings_of(record: dict[str, Any], stage: str) -> dict[str, Any]:
+    """All that the result of a stage depends on, as `checkpoints.check_same` compares it."""
+    config = record["config"]
+    return {"common": config["common"], stage: config[stage], "inputs": dict(record["inputs"])}
 
 
 def evaluate_adapter(
@@ -178,4 +308,6 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """Tells people how far a run is; the first process does."""
+    if processes().is_main_process:
+        print(text, file=sys.stderr, flush=True)

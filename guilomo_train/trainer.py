@@ -5,18 +5,30 @@
 L_balance is the load-balance loss of Switch Transformers (Fedus et al. 2022, eq. 4), averaged
 over layers: `E sum_e f_e P_e` with f_e the share of choices that fell on expert e and P_e the
 mean router probability of e, over the tokens that are not padding. It is 1 for an even load.
+
+Both are those of the batch that all processes take together, so that P processes with b rows do
+what one does with P b: the NLL is divided by the tokens of all of them, f_e counts the choices of
+all, and P_e, in which the loss is then linear, is a sum over processes. Over the parts of an
+accumulated step the NLL is exact too; L_balance is the mean of the parts' own, because f_e of the
+whole step is known only when its last part has run.
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
+from guilomo_train.batches import Batches, BatchLoader, with_blank
+from guilomo_train.checkpoints import STATE_FILE, Checkpointing, complete
 from guilomo_train.lora_moe import LoraMoeLayer
 from guilomo_train.lora_moe.layer import Routing
 
@@ -30,14 +42,66 @@ class LoraMoeTrainer(SFTTrainer):
 
     Args:
         balance_coefficient: weight of the load-balance loss; 0 turns it off.
+        checkpointing: the settings to write into checkpoints, and the one to go on from.
     """
 
-    def __init__(self, *args: Any, balance_coefficient: float, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        balance_coefficient: float,
+        checkpointing: Checkpointing | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.balance_coefficient = balance_coefficient
+        self.checkpointing = checkpointing or Checkpointing(0, {}, None)
         self.layers = [m for m in self.model.modules() if isinstance(m, LoraMoeLayer)]
         for layer in self.layers:
             layer.keep_routing = balance_coefficient > 0
+        # Whatever the base takes: `compute_loss` below divides by the tokens of the whole step.
+        self.model_accepts_loss_kwargs = True
+        self.loss_sum = torch.zeros((), device=self.args.device)  # this process's, over steps
+        self.started = time.monotonic()
+        self.seconds_before = 0.0  # of the process that a resumed run goes on from
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        resume = resume_from_checkpoint or self.checkpointing.resume
+        return super().train(str(resume) if resume else None, *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        rows = self.train_dataset.select_columns(["input_ids", "labels"])
+        batches = Batches(
+            len(rows),
+            self._train_batch_size,
+            self.args.seed,
+            self.args.world_size,
+            self.args.process_index,
+            lengths=[len(ids) for ids in rows["input_ids"]],
+            parts=self.args.gradient_accumulation_steps,
+        )
+        return BatchLoader(
+            with_blank(rows),
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.loss_sum += loss
+        return loss
+
+    def mean_loss(self) -> float:
+        """The loss of a step, averaged over all steps so far, before a resumption too."""
+        return self._mean_loss_sum() / max(self.state.global_step, 1)
+
+    def _mean_loss_sum(self) -> float:
+        return self.accelerator.reduce(self.loss_sum, reduction="mean").item()
 
     def compute_loss(
         self,
@@ -51,11 +115,12 @@ class LoraMoeTrainer(SFTTrainer):
         nll, balance = self.losses(model, inputs, num_items_in_batch)
         if not self.model.training:
             return nll
-        self._metrics["train"]["nll"].append(nll.item())
-        if self.balance_coefficient > 0:
-            self._metrics["train"]["balance"].append(balance.item())
         # With a token count of the whole accumulated batch, the sum over its parts is the mean.
         parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        both = self.accelerator.reduce(torch.stack([parts * nll, balance]).detach(), "mean")
+        self._metrics["train"]["nll"].append(both[0].item())
+        if self.balance_coefficient > 0:
+            self._metrics["train"]["balance"].append(both[1].item())
         return nll + self.balance_coefficient * balance / parts
 
     def losses(
@@ -66,19 +131,66 @@ class LoraMoeTrainer(SFTTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The completion's NLL and the load-balance loss of one batch, both differentiable.
 
+        Their means over the processes are those of the batch that all processes took together.
+
         Args:
             model: the (possibly wrapped) model.
             inputs: `input_ids`, `attention_mask` and `labels` (-100: not scored), `[B, S]`.
             num_items: tokens to divide the NLL by; None for those of this batch.
         """
-        nll = completion_nll(model, inputs, num_items)
+        processes = self.accelerator.num_processes
+        scored = inputs["labels"][:, 1:] != -100
+        if num_items is None:
+            num_items = self._over_processes(scored.sum())
+        nll = processes * completion_nll(model, inputs, num_items)
         if self.balance_coefficient == 0:
             return nll, nll.new_zeros(())
         routings = [layer.routing for layer in self.layers if layer.routing is not None]
-        balance = balance_loss(routings, inputs["attention_mask"])
+        # A row without labels is there only to fill a batch.
+        tokens = inputs["attention_mask"].bool() & scored.any(dim=-1, keepdim=True)
+        balance = processes * balance_loss(routings, tokens, self._over_processes)
         for layer in self.layers:
             layer.routing = None  # it holds the graph
         return nll, balance
+
+    def _over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a later process needs beyond that which transformers' trainer saves."""
+        return {
+            "loss_sum": self._mean_loss_sum(),
+            "seconds": self.seconds_before + time.monotonic() - self.started,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+        self.loss_sum.fill_(state["loss_sum"])
+        self.seconds_before = state["seconds"]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        state = self.state_dict()
+        self.accelerator.wait_for_everyone()  # each process writes its random state
+        if self.args.should_save:
+            torch.save(state, folder / STATE_FILE)
+            complete(folder, self.checkpointing.settings)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Called by the trainer when model and optimiser are in place."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            path = Path(checkpoint) / STATE_FILE
+            self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            self.state.save_steps = self.args.save_steps  # may be set anew
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Writes the adapter alone; the trainer would add the tokenizer, megabytes each time."""
+        self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: a checkpoint is no model to pass on, and `report.py` writes the adapter's card."""
 
 
 def completion_nll(
@@ -105,33 +217,48 @@ def completion_nll(
     return nll / (scored.sum() if num_items is None else num_items)
 
 
-def balance_loss(routings: list[Routing], attention_mask: torch.Tensor) -> torch.Tensor:
+def balance_loss(
+    routings: list[Routing],
+    tokens: torch.Tensor,
+    over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts,
+) -> torch.Tensor:
     """The mean load-balance loss of layers; see the head of this file.
 
     Args:
         routings: what the routers did; tensors `[B, S, E]`, E may differ from layer to layer.
-        attention_mask: [B, S], 0 for padding.
+        tokens: [B, S], 0 for those left out: padding.
+        over_processes: sums a tensor over all processes.
+
+    Returns:
+        This process's summand of the loss of the batch that all processes took together.
     """
     if not routings:
-        return torch.zeros((), device=attention_mask.device)
-    tokens = attention_mask.bool()
+        return torch.zeros((), device=tokens.device)
+    tokens = tokens.bool()
     # One computation for all layers with as many experts: a loop over layers costs more calls
     # than a layer itself.
     by_experts: dict[int, list[Routing]] = defaultdict(list)
     for routing in routings:
         by_experts[routing.logits.shape[-1]].append(routing)
-    total = torch.zeros((), device=attention_mask.device)
+    experts, choices, probabilities = [], [], []
     for same in by_experts.values():
         logits = torch.stack([r.logits[tokens] for r in same])  # [layers, T, E]
         chosen = torch.stack([r.weights.detach()[tokens] for r in same]) > 0
-        experts = torch.tensor(logits.shape[-1], device=logits.device)
         masks = [r.available for r in same if r.available is not None]
         if masks:  # a search runs: all layers have one
             available = torch.stack(masks)
             logits = logits.masked_fill(~available[:, None], -torch.inf)
-            experts = available.sum(-1)
-        choices = chosen.to(logits.dtype).mean(1)
-        share = choices / choices.sum(-1, keepdim=True)
-        probability = torch.softmax(logits, dim=-1).mean(1)
-        total = total + (experts * (share * probability).sum(-1)).sum()
-    return total / len(routings)
+            experts.append(available.sum(-1))
+        else:
+            experts.append(torch.tensor(logits.shape[-1], device=logits.device))
+        choices.append(chosen.to(logits.dtype).sum(1))
+        probabilities.append(torch.softmax(logits, dim=-1).sum(1))
+    # Sums of all processes in one exchange: [layers, E] of each group, and the number of tokens.
+    local = torch.cat([*(c.flatten() for c in choices), tokens.sum().to(choices[0]).view(1)])
+    *counts, total = over_processes(local).split([*(c.numel() for c in choices), 1])
+    loss = torch.zeros((), device=tokens.device)
+    for number, count, probability in zip(experts, counts, probabilities, strict=True):
+        share = count.view_as(probability)
+        share = share / share.sum(-1, keepdim=True)
+        loss = loss + (number * (share * probability / total).sum(-1)).sum()
+    return loss / len(routings)

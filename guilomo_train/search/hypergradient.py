@@ -58,6 +58,7 @@ def hypergradient(
     vectors: Sequence[torch.Tensor],
     unrolled: UnrolledStep | None,
     relative_step: float = RELATIVE_STEP,
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient,
 ) -> list[torch.Tensor]:
     """dL_val/dg for the selection vectors; see the head of this file.
 
@@ -68,9 +69,11 @@ def hypergradient(
         vectors: the selection vectors g.
         unrolled: the step to differentiate through (second order); None for first order.
         relative_step: ||eps v|| / ||w||.
+        reduce: makes one gradient of those of several processes; v needs it, so that all of them
+            move the weights the same way.
 
     Returns:
-        One gradient a vector.
+        One gradient a vector, of this process's losses.
     """
     if unrolled is None:
         return list(torch.autograd.grad(validation_loss(), list(vectors)))
@@ -81,7 +84,7 @@ def hypergradient(
         _move(weights, before, unrolled.scaled(unrolled.train_gradient), -eta)
         gradients = torch.autograd.grad(validation_loss(), [*vectors, *weights])
         direct, by_weight = gradients[: len(vectors)], gradients[len(vectors) :]
-        v = unrolled.scaled(by_weight)
+        v = unrolled.scaled([reduce(gradient) for gradient in by_weight])
         v_norm = _norm(v)
         if v_norm == 0:
             return list(direct)

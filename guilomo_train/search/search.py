@@ -8,7 +8,6 @@ vectors. The lower optimiser steps last, so that its gradient serves the unrolle
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from torch.utils.data import DataLoader
 
+from guilomo_train.batches import Batches, with_blank
+from guilomo_train.checkpoints import Checkpointing
 from guilomo_train.config import CommonConfig, SearchConfig
 from guilomo_train.data import split_validation
 from guilomo_train.finetune import training_arguments, with_adapter
@@ -34,10 +34,12 @@ from guilomo_train.trainer import LoraMoeTrainer
 class SearchResult:
     """What a search found and what it took.
 
-    `record` goes into the adapter's config: method, seed, steps, seconds.
+    `record` goes into the adapter's config: method, seed, steps, seconds. `vectors` are the
+    selection vectors that the allocation is read off.
     """
 
     allocation: Allocation
+    vectors: dict[str, torch.Tensor]
     seconds: float
     record: dict[str, Any]
 
@@ -70,7 +72,15 @@ class SearchTrainer(LoraMoeTrainer):
             self.args.seed,
         )
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
-        self.validation_batches = self._cycle_validation()
+        rows = self.eval_dataset.select_columns(["input_ids", "labels"])
+        self.validation_rows = with_blank(rows)
+        self.validation_batches = Batches(
+            len(rows),
+            self.args.per_device_train_batch_size,
+            self.args.seed,
+            self.args.world_size,
+            self.args.process_index,
+        )
 
     def training_step(
         self,
@@ -90,7 +100,7 @@ class SearchTrainer(LoraMoeTrainer):
 
     def _upper_step(self, inputs: dict[str, torch.Tensor]) -> None:
         """Moves the selection vectors; weights, gradients and lower optimiser stay as they are."""
-        validation = self._prepare_inputs(next(self.validation_batches))
+        validation = self._prepare_inputs(self._validation_batch())
 
         def train_loss() -> torch.Tensor:
             nll, balance = self.losses(self.model, inputs)
@@ -112,16 +122,17 @@ class SearchTrainer(LoraMoeTrainer):
             reduce=lambda gradient: self.accelerator.reduce(gradient, reduction="mean"),
         )
 
-    def _cycle_validation(self) -> Iterator[dict[str, torch.Tensor]]:
-        loader = DataLoader(
-            self.eval_dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(self.args.seed),
-            collate_fn=self.data_collator,
-        )
-        while True:
-            yield from loader
+    def _validation_batch(self) -> dict[str, torch.Tensor]:
+        """The batch of this step: over and over through all rows, each pass in another order."""
+        rows = self.validation_batches.at(self.state.global_step)
+        return self.data_collator([self.validation_rows[row] for row in rows])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "upper": self.upper.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.upper.load_state_dict(state["upper"])
 
 
 def search(
@@ -131,6 +142,7 @@ def search(
     common: CommonConfig,
     config: SearchConfig,
     work: Path,
+    checkpointing: Checkpointing | None = None,
 ) -> SearchResult:
     """Searches an allocation.
 
@@ -139,7 +151,8 @@ def search(
         train: rows as `data.load_rows` gives them.
         validation: rows of the upper level; None splits a share off `train`.
         common, config: the settings.
-        work: a folder for the trainer's files.
+        work: a folder for the trainer's files, checkpoints among them.
+        checkpointing: how often, and where to go on; None for no checkpoints.
 
     Raises:
         ConfigError, DataError: the target modules or the data cannot be used.
@@ -168,10 +181,12 @@ def search(
             epochs=config.search_epochs,
             batch_size=config.search_batch_size,
             learning_rate=config.search_learning_rate,
+            save_steps=checkpointing.save_steps if checkpointing else 0,
         ),
         train_dataset=lower,
         processing_class=base.tokenizer,
         balance_coefficient=config.search_balance_coefficient,
+        checkpointing=checkpointing,
         selection=SelectionVectors(space, config.estimator, config.choice),
         second_order=config.order == "second",
         selection_learning_rate=config.selection_learning_rate,
@@ -180,7 +195,8 @@ def search(
     trainer.train()
     base.model = model.unload()
     allocation = trainer.upper.selection.allocation()
-    seconds = time.monotonic() - started
+    vectors = {k: v.detach().cpu() for k, v in trainer.upper.selection.state_dict().items()}
+    seconds = trainer.seconds_before + time.monotonic() - started
     record = {
         "method": "guilomo",
         "order": config.order,
@@ -192,4 +208,4 @@ def search(
         "max_experts": config.max_experts,
         "max_rank": config.max_rank,
     }
-    return SearchResult(allocation, seconds, record)
+    return SearchResult(allocation, vectors, seconds, record)

@@ -79,7 +79,7 @@ class UpperLevel:
 
         vectors = list(self.selection.parameters())
         gradients = hypergradient(
-            masked(train_loss), masked(validation_loss), weights, vectors, unrolled
+            masked(train_loss), masked(validation_loss), weights, vectors, unrolled, reduce=reduce
         )
         for vector, gradient in zip(vectors, gradients, strict=True):
             vector.grad = reduce(gradient)

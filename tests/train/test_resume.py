@@ -1,0 +1,117 @@
+"""A run that is killed and resumed ends in the same files as one that is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from guilomo_train.cli import main
+
+ROWS = [
+    {"prompt": f"number {i}" + ", and so on" * (i % 7), "completion": "odd" if i % 2 else "even"}
+    for i in range(53)
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "parity.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in ROWS))
+    return path
+
+
+def settings(base: Path, data: Path, output: Path) -> list[str]:
+    """A run with all that has a state: both optimisers, drawn counts, dropout, added gradients."""
+    listed = [
+        "run", "--base", base, "--train", data, "--output", output, "--save_steps", 3,
+        "--max_experts", 3, "--max_rank", 2, "--order", "second", "--search_batch_size", 4,
+        "--search_epochs", 2, "--selection_learning_rate", 0.3, "--epochs", 3, "--batch_size", 4,
+        "--gradient_accumulation_steps", 2, "--lora_dropout", 0.1,
+    ]  # fmt: skip
+    return [str(item) for item in listed]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "guilomo_train.cli", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def kill_at(process: subprocess.Popen[str], checkpoint: Path) -> None:
+    """Kills a process as soon as it begins to write a checkpoint."""
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it was at work when it was killed"
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    error = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, error
+    return error
+
+
+def test_a_run_killed_in_both_stages_and_resumed_equals_an_uninterrupted_one(
+    tiny_base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    uninterrupted = start(settings(tiny_base, data, whole))
+    arguments = settings(tiny_base, data, broken)
+    search, finetune = (broken / "checkpoints" / stage for stage in ("search", "finetune"))
+
+    # The third checkpoint is a half-written one now; another, far later, has all but its end.
+    kill_at(start(arguments), search / "checkpoint-9")
+    shutil.copytree(search / "checkpoint-6", search / "checkpoint-18")
+    (search / "checkpoint-18" / "complete.json").unlink()
+    (search / "checkpoint-9" / "complete.json").unlink(missing_ok=True)
+
+    # What cannot be gone on with is one line, and nothing is lost by it.
+    for wrong, message in (
+        ([], "has an unfinished run; go on with it by --resume"),
+        (["--resume", "--seed", "5"], "--resume: seed is 5, but"),
+        (["--resume", "--max_rank", "3"], "--resume: max_rank is 3, but"),
+        (["--resume", "--train_rows", "40"], "--resume: train_rows is 40, but"),
+    ):
+        assert main([*arguments, *wrong]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    shorter = tmp_path / "shorter.jsonl"
+    shorter.write_text("\n".join(json.dumps(row) for row in ROWS[1:]))
+    assert main([*arguments, "--resume", "--train", str(shorter)]) == 2
+    assert "rows of --train is '52 rows" in capsys.readouterr().err.splitlines()[-1]
+
+    resumed = start([*arguments, "--resume"])
+    kill_at(resumed, finetune / "checkpoint-9")
+    assert not search.exists(), "a finished search leaves no checkpoints"
+    assert (broken / "allocation.json").exists()
+    assert not (broken / "run.json").exists()
+    searched = (broken / "allocation.json").stat().st_mtime_ns
+    said = finish(start([*arguments, "--resume", "--save_steps", "5"]))
+    assert "search: finished before" in said
+    assert "finetune/checkpoint-6" in said or "finetune/checkpoint-9" in said
+    assert (broken / "allocation.json").stat().st_mtime_ns == searched
+
+    finish(uninterrupted)
+    for name in ("allocation.json", "selection.safetensors", "adapter/adapter_model.safetensors"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
+    losses = [json.loads((o / "run.json").read_text())["training_loss"] for o in (whole, broken)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert load_file(whole / "selection.safetensors")["experts"].abs().max() > 0
+    assert not (broken / "checkpoints").exists()
+
+    # Resumed once more there is nothing to do.
+    assert main([*arguments, "--resume"]) == 0
+    assert "fine-tuning: finished before" in capsys.readouterr().err
