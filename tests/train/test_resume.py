@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from guilomo_train.cli import main
@@ -40,41 +42,44 @@ def settings(base: Path, data: Path, output: Path) -> list[str]:
     return [str(item) for item in listed]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "guilomo_train.cli", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many threads here as in the processes that are killed: sums have an order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-def kill_at(process: subprocess.Popen[str], checkpoint: Path) -> None:
-    """Kills a process as soon as it begins to write a checkpoint."""
+def run_and_kill(arguments: list[str], checkpoint: Path, log: Path) -> None:
+    """Starts the command and kills it as soon as it begins to write a checkpoint."""
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "guilomo_train.cli", *arguments],
+            stdout=out,
+            stderr=out,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
     while not checkpoint.exists() and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it was at work when it was killed"
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    error = process.communicate(timeout=200)[1]
-    assert process.returncode == 0, error
-    return error
+    assert process.wait() == -signal.SIGKILL, log.read_text()
 
 
 def test_a_run_killed_in_both_stages_and_resumed_equals_an_uninterrupted_one(
-    tiny_base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_base: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    uninterrupted = start(settings(tiny_base, data, whole))
+    assert main(settings(tiny_base, data, whole)) == 0
     arguments = settings(tiny_base, data, broken)
     search, finetune = (broken / "checkpoints" / stage for stage in ("search", "finetune"))
 
     # The third checkpoint is a half-written one now; another, far later, has all but its end.
-    kill_at(start(arguments), search / "checkpoint-9")
+    run_and_kill(arguments, search / "checkpoint-9", tmp_path / "log")
     shutil.copytree(search / "checkpoint-6", search / "checkpoint-18")
     (search / "checkpoint-18" / "complete.json").unlink()
     (search / "checkpoint-9" / "complete.json").unlink(missing_ok=True)
@@ -93,18 +98,18 @@ def test_a_run_killed_in_both_stages_and_resumed_equals_an_uninterrupted_one(
     assert main([*arguments, "--resume", "--train", str(shorter)]) == 2
     assert "rows of --train is '52 rows" in capsys.readouterr().err.splitlines()[-1]
 
-    resumed = start([*arguments, "--resume"])
-    kill_at(resumed, finetune / "checkpoint-9")
+    run_and_kill([*arguments, "--resume"], finetune / "checkpoint-9", tmp_path / "log")
+    assert "search/checkpoint-6" in (tmp_path / "log").read_text()
     assert not search.exists(), "a finished search leaves no checkpoints"
     assert (broken / "allocation.json").exists()
     assert not (broken / "run.json").exists()
     searched = (broken / "allocation.json").stat().st_mtime_ns
-    said = finish(start([*arguments, "--resume", "--save_steps", "5"]))
+    assert main([*arguments, "--resume", "--save_steps", "5"]) == 0
+    said = capsys.readouterr().err
     assert "search: finished before" in said
     assert "finetune/checkpoint-6" in said or "finetune/checkpoint-9" in said
     assert (broken / "allocation.json").stat().st_mtime_ns == searched
 
-    finish(uninterrupted)
     for name in ("allocation.json", "selection.safetensors", "adapter/adapter_model.safetensors"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
     losses = [json.loads((o / "run.json").read_text())["training_loss"] for o in (whole, broken)]
