@@ -178,6 +178,7 @@ class Run:
         if self.writes:
             os.replace(self.checkpoints / RUN_FILE, self.output / RUN_FILE)
             shutil.rmtree(self.checkpoints)
+        processes().destroy_process_group()
 
     def _before(self, command: str) -> dict[str, Any] | None:
         """The record of the run to resume, as far as it came."""

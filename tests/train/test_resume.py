@@ -66,6 +66,7 @@ def run_and_kill(arguments: list[str], checkpoint: Path, log: Path) -> None:
     assert process.wait() == -signal.SIGKILL, log.read_text()
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_both_stages_and_resumed_equals_an_uninterrupted_one(
     tiny_base: Path,
     data: Path,
