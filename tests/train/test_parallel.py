@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -131,10 +132,10 @@ def test_processes_and_parts_share_out_the_same_batches(rows: int) -> None:
             batches.set_epoch(epoch)
         expected = list(whole)
         orders.append(expected)
-        assert sorted(sum(expected, [])) == list(range(rows))
+        assert sorted(chain(*expected)) == list(range(rows))
         for batch, first, second in zip(expected, *shares, strict=True):
             assert first == batch[::2]
             assert second == (batch[1::2] or [whole.blank])
-        assert sum(parts, []) == sum(expected, [])
+        assert list(chain(*parts)) == list(chain(*expected))
         assert [whole.at(epoch * len(whole) + i) for i in range(len(whole))] == expected
     assert orders[0] != orders[1]
