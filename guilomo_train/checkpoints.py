@@ -84,7 +84,7 @@ def check_same(then: dict[str, Any], now: dict[str, Any], where: Path) -> None:
             if name not in FREE and before != value:
                 raise ResumeError(
                     f"--resume: {name} is {value!r}, but {where} was made with {before!r}: give it "
-                    "as it was there, or another --output"
+                    "as it was there, or delete that to start anew"
                 )
 
 

@@ -212,7 +212,8 @@ class Run:
         if self.before is None or stage not in self.before.get("stages", []):
             return False
         then, now = settings_of(self.before, stage), settings_of(self.record, stage)
-        check_same(then, now, self.output)
+        unfinished = self.checkpoints / RUN_FILE
+        check_same(then, now, unfinished if unfinished.is_file() else self.output / RUN_FILE)
         return True
 
     def _checkpointing(self, folder: Path) -> Checkpointing:
@@ -221,7 +222,7 @@ class Run:
         found = checkpoints(folder)
         resume = found[-1] if found else None
         if resume is not None:
-            check_same(made_with(resume), settings, resume)
+            check_same(made_with(resume), settings, folder)
             say(f"going on from {resume}")
         processes().wait_for_everyone()  # all have looked
         if self.writes:

@@ -25,6 +25,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from guilomo_train.batches import Batches, BatchLoader, with_blank
@@ -66,7 +69,16 @@ class LoraMoeTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         resume = resume_from_checkpoint or self.checkpointing.resume
-        return super().train(str(resume) if resume else None, *args, **kwargs)
+        if resume is None:
+            return super().train(None, *args, **kwargs)
+        state = TrainerState.load_from_json(str(Path(resume) / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            return super().train(str(resume), *args, **kwargs)
+        # All steps are done; transformers would take one more where epochs are no whole number.
+        self.state = state
+        self._load_from_checkpoint(str(resume))
+        self.load_state_dict(_read_state(resume))
+        return TrainOutput(state.global_step, self.mean_loss(), {})
 
     def get_train_dataloader(self) -> DataLoader:
         rows = self.train_dataset.select_columns(["input_ids", "labels"])
@@ -181,8 +193,7 @@ class LoraMoeTrainer(SFTTrainer):
         """Called by the trainer when model and optimiser are in place."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            path = Path(checkpoint) / STATE_FILE
-            self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            self.load_state_dict(_read_state(checkpoint))
             self.state.save_steps = self.args.save_steps  # may be set anew
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -191,6 +202,10 @@ class LoraMoeTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: a checkpoint is no model to pass on, and `report.py` writes the adapter's card."""
+
+
+def _read_state(checkpoint: str | Path) -> dict[str, Any]:
+    return torch.load(Path(checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
 
 
 def completion_nll(

@@ -119,8 +119,13 @@ class SearchTrainer(LoraMoeTrainer):
             lambda: self.losses(self.model, validation)[0],
             self.weights,
             unrolled,
-            reduce=lambda gradient: self.accelerator.reduce(gradient, reduction="mean"),
+            reduce=self._mean_over_processes,
         )
+
+    def _mean_over_processes(self, gradient: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:
+            return gradient  # accelerate would copy it
+        return self.accelerator.reduce(gradient, reduction="mean")
 
     def _validation_batch(self) -> dict[str, torch.Tensor]:
         """The batch of this step: over and over through all rows, each pass in another order."""

@@ -38,6 +38,7 @@ def settings(base: Path, data: Path, output: Path) -> list[str]:
         "--max_experts", 3, "--max_rank", 2, "--order", "second", "--search_batch_size", 4,
         "--search_epochs", 2, "--selection_learning_rate", 0.3, "--epochs", 3, "--batch_size", 4,
         "--gradient_accumulation_steps", 2, "--lora_dropout", 0.1,
+        "--dtype", "bfloat16",
     ]  # fmt: skip
     return [str(item) for item in listed]
 
@@ -121,3 +122,27 @@ def test_a_run_killed_in_both_stages_and_resumed_equals_an_uninterrupted_one(
     # Resumed once more there is nothing to do.
     assert main([*arguments, "--resume"]) == 0
     assert "fine-tuning: finished before" in capsys.readouterr().err
+
+
+def test_a_search_that_died_after_its_last_step_takes_no_further_one(
+    tiny_base: Path, data: Path, tmp_path: Path
+) -> None:
+    results = []
+    for name in ("whole", "broken"):
+        output = tmp_path / name
+        arguments = [
+            "search", "--base", tiny_base, "--train", data, "--output", output, "--save_steps", 4,
+            "--max_experts", 3, "--max_rank", 2, "--search_batch_size", 4, "--search_epochs", 0.7,
+        ]  # fmt: skip
+        if name == "broken":
+            obstacle = output / "allocation.json"
+            obstacle.mkdir(parents=True)
+            with pytest.raises(OSError, match="directory"):
+                main([str(item) for item in arguments])
+            obstacle.rmdir()
+            arguments.append("--resume")
+        assert main([str(item) for item in arguments]) == 0
+        run = json.loads((output / "run.json").read_text())
+        results.append((run["search"]["steps"], (output / "selection.safetensors").read_bytes()))
+    assert results[0][0] == 8
+    assert results[0] == results[1]
