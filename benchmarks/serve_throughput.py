@@ -147,6 +147,8 @@ def serve(
             prompts_alone = generate(DECODE_PROMPT_TOKENS, 1, count)
             whole = generate(DECODE_PROMPT_TOKENS, 1 + DECODE_TOKENS, count)
             connection.send(whole - prompts_alone)
+    # A process of multiprocessing ends without vLLM's exit handlers, and would wait for its engine.
+    llm.llm_engine.engine_core.shutdown()
 
 
 def measure(engines: dict[str, Engine], repeats: int) -> dict[str, dict[str, list[float]]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
+from guilomo_serve.adapter import BaseModel
 from guilomo_train.config import CommonConfig
 from guilomo_train.finetune import training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLinear
@@ -126,9 +126,12 @@ def build(name: str, args: argparse.Namespace) -> Callable[[int], list[float]]:
     if name.startswith("search"):
         assert isinstance(config, LoraMoeConfig)
         assert config.experts is not None
+        linears = BaseModel.from_config(base.model.config).linears
+        space = SearchSpace({m: linears[m] for m in config.experts}, EXPERTS, RANK, TOP_K)
         trainer: LoraMoeTrainer = SearchTrainer(
             **shared,
-            selection=SelectionVectors(SearchSpace(tuple(config.experts), EXPERTS, RANK, TOP_K)),
+            selection=SelectionVectors(space, budget=space.parameters(EXPERTS, RANK) // 3),
+            estimator="marginal",
             second_order=name == "search_second",
             selection_learning_rate=0.1,
             validation_dataset=rows,
@@ -163,7 +166,9 @@ def peak_memory(args: argparse.Namespace) -> dict[str, float]:
     """Bytes: this process's peak after some steps, and the adapter's parameters."""
     take = build(args.memory_of, args)
     take(3)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its maximum is inherited from the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     config = LoraMoeConfig(num_experts=EXPERTS, expert_rank=RANK, top_k=TOP_K)

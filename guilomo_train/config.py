@@ -83,16 +83,25 @@ class SearchConfig:
     order: Literal["first", "second"] = option(
         "first", "Of the hypergradient; second differentiates through the weights' step as well."
     )
-    estimator: Literal["cumulative", "argmax"] = option(
-        "cumulative", "How the gradient passes the choice of a count."
+    estimator: Literal["marginal", "cumulative", "argmax"] = option(
+        "marginal",
+        "How the selection vectors learn: from what one more expert or rank is worth (marginal), "
+        "or by Adam, its gradient passed to all counts (cumulative) or to the chosen one (argmax).",
     )
     choice: Literal["sample", "argmax"] = option(
         "sample", "Counts in a step: drawn from their probabilities, or the most likely ones."
     )
+    budget: str | None = option(
+        None,
+        "Size of the adapter: a share of the base's parameters (0.01) or a number of parameters. "
+        "By default what random counts have on average, about a third of the largest layers.",
+    )
     search_epochs: float = option(1.0, "Passes over the training rows.")
     search_batch_size: int = option(8, "Rows a step, in each process.")
     search_learning_rate: float = option(1e-3, "Of the weights.")
-    selection_learning_rate: float = option(0.1, "Of the selection vectors.")
+    selection_learning_rate: float = option(
+        0.1, "Of the selection vectors, where the estimator is cumulative or argmax."
+    )
     search_balance_coefficient: float = option(0.01, "Weight of the load-balance loss.")
 
     def __post_init__(self) -> None:

@@ -1,18 +1,20 @@
-"""The upper gradient of the bilevel problem: dL_val/dg through one unrolled optimiser step.
+"""The upper gradient of the bilevel problem: dL_val/dM through one unrolled optimiser step.
 
-    min_g  L_val(w*(g), g)     with  w*(g) = argmin_w L_train(w, g)
+    min_g  L_val(w*(M), M)     with  w*(M) = argmin_w L_train(w, M)
+
+for the masks M that the selection vectors g choose.
 
 As in DARTS (Liu et al. 2019, eq. 6 to 8), w* is replaced by one step of the lower optimiser,
 
-    w' = w - eta D dL_train/dw (w, g)
+    w' = w - eta D dL_train/dw (w, M)
 
 with D the diagonal by which the optimiser scales a gradient (Adam: 1 / (sqrt(v) + eps), held
-fixed; 1 for SGD). With v = D dL_val/dw (w', g) and w+- = w +- eps v,
+fixed; 1 for SGD). With v = D dL_val/dw (w', M) and w+- = w +- eps v,
 
-    dL_val(w'(g), g)/dg = dL_val/dg (w', g)
-                          - eta [dL_train/dg (w+, g) - dL_train/dg (w-, g)] / (2 eps)
+    dL_val(w'(M), M)/dM = dL_val/dM (w', M)
+                          - eta [dL_train/dM (w+, M) - dL_train/dM (w-, M)] / (2 eps)
 
-First order takes eta = 0: dL_val/dg (w, g), one pass instead of three.
+First order takes eta = 0: dL_val/dM (w, M), one pass instead of three.
 
 The weights move while the passes run and are put back bit by bit. `.grad` is neither read nor
 written, and the optimiser's state is only read.
@@ -20,10 +22,12 @@ written, and the optimiser's state is only read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
+Loss = Callable[[], torch.Tensor]
 
 # ||eps v|| as a share of ||w||. Small enough for the curvature, large enough that the
 # difference of two bfloat16 passes is more than rounding.
@@ -36,63 +40,68 @@ class UnrolledStep:
 
     Attributes:
         learning_rate: eta.
-        train_gradient: dL_train/dw (w, g), one tensor a weight.
-        scales: D, one tensor a weight; None for plain SGD.
+        train_gradient: dL_train/dw (w, M), one tensor a weight.
+        scales: gives D one tensor a weight, anew at each call, so that D is never held whole;
+            None for plain SGD.
     """
 
     learning_rate: float
     train_gradient: Sequence[torch.Tensor]
-    scales: Sequence[torch.Tensor] | None
+    scales: Callable[[], Iterable[torch.Tensor]] | None
 
-    def scaled(self, gradient: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """D times a gradient."""
+    def scaled(self, gradient: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """D times a gradient, tensor by tensor."""
         if self.scales is None:
-            return list(gradient)
-        return [g * d for g, d in zip(gradient, self.scales, strict=True)]
+            yield from gradient
+        else:
+            for g, d in zip(gradient, self.scales(), strict=True):
+                yield g * d
 
 
 def hypergradient(
-    train_loss: Callable[[], torch.Tensor],
-    validation_loss: Callable[[], torch.Tensor],
+    train_loss: Loss,
+    validation_loss: Loss,
     weights: Sequence[torch.Tensor],
-    vectors: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor],
     unrolled: UnrolledStep | None,
     relative_step: float = RELATIVE_STEP,
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient,
 ) -> list[torch.Tensor]:
-    """dL_val/dg for the selection vectors; see the head of this file.
+    """dL_val/dM; see the head of this file.
 
     Args:
-        train_loss, validation_loss: a loss of the current weights and vectors, each with its
-            batch (and noise) fixed; called anew for each pass.
+        train_loss, validation_loss: a loss of the current weights and masks, each with its
+            batch fixed; called anew for each pass.
         weights: the lower level's parameters w.
-        vectors: the selection vectors g.
+        masks: M, leaf tensors with `requires_grad`.
         unrolled: the step to differentiate through (second order); None for first order.
         relative_step: ||eps v|| / ||w||.
         reduce: makes one gradient of those of several processes; v needs it, so that all of them
             move the weights the same way.
 
     Returns:
-        One gradient a vector, of this process's losses.
+        One gradient a mask tensor, of this process's losses.
     """
     if unrolled is None:
-        return list(torch.autograd.grad(validation_loss(), list(vectors)))
+        return list(torch.autograd.grad(validation_loss(), list(masks)))
 
     before = [w.detach().clone() for w in weights]
     eta = unrolled.learning_rate
     try:
         _move(weights, before, unrolled.scaled(unrolled.train_gradient), -eta)
-        gradients = torch.autograd.grad(validation_loss(), [*vectors, *weights])
-        direct, by_weight = gradients[: len(vectors)], gradients[len(vectors) :]
-        v = unrolled.scaled([reduce(gradient) for gradient in by_weight])
+        gradients = torch.autograd.grad(validation_loss(), [*masks, *weights])
+        direct, v = gradients[: len(masks)], gradients[len(masks) :]
+        # In place: a search holds no more copies of the weights than it must.
+        for by_weight, scaled in zip(v, unrolled.scaled([reduce(g) for g in v]), strict=True):
+            by_weight.copy_(scaled)
         v_norm = _norm(v)
         if v_norm == 0:
             return list(direct)
         step = relative_step * _norm(before) / v_norm
         _move(weights, before, v, step)
-        plus = torch.autograd.grad(train_loss(), list(vectors))
+        plus = torch.autograd.grad(train_loss(), list(masks))
         _move(weights, before, v, -step)
-        minus = torch.autograd.grad(train_loss(), list(vectors))
+        minus = torch.autograd.grad(train_loss(), list(masks))
         return [d - eta * (p - m) / (2 * step) for d, p, m in zip(direct, plus, minus, strict=True)]
     finally:
         with torch.no_grad():
@@ -104,15 +113,14 @@ def adam_scales(
     optimizer: torch.optim.Optimizer,
     weights: Sequence[torch.Tensor],
     gradient: Sequence[torch.Tensor],
-) -> list[torch.Tensor]:
-    """D of the Adam (or AdamW) step that would be taken now with `gradient`.
+) -> Iterator[torch.Tensor]:
+    """D of the Adam (or AdamW) step that would be taken now with `gradient`, tensor by tensor.
 
         v_t = beta2 v + (1 - beta2) gradient^2        D = 1 / (sqrt(v_t / (1 - beta2^t)) + eps)
 
     Where v_t is 0 Adam does not move the weight, so D is 0. The optimiser's state is not changed.
     """
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    scales = []
     for w, g in zip(weights, gradient, strict=True):
         group = group_of[id(w)]
         beta2, state = group["betas"][1], optimizer.state.get(w, {})
@@ -121,8 +129,7 @@ def adam_scales(
             second += beta2 * state["exp_avg_sq"]
         steps = float(state.get("step", 0)) + 1
         scale = 1.0 / ((second / (1 - beta2**steps)).sqrt() + group["eps"])
-        scales.append(scale.masked_fill_(second == 0, 0.0))
-    return scales
+        yield scale.masked_fill_(second == 0, 0.0)
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -133,7 +140,7 @@ def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 def _move(
     weights: Sequence[torch.Tensor],
     start: Sequence[torch.Tensor],
-    direction: Sequence[torch.Tensor],
+    direction: Iterable[torch.Tensor],
     step: float | torch.Tensor,
 ) -> None:
     """`weights = start + step * direction`, in place."""

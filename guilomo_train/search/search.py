@@ -1,12 +1,14 @@
 """The search: fine-tuning steps on training data, each followed by one of the selection vectors.
 
-A step draws one allocation (the masks), takes the lower level's gradient under it, and then the
-upper step with the same masks: the hypergradient on a validation batch moves the selection
-vectors. The lower optimiser steps last, so that its gradient serves the unrolled step too.
+A step draws one allocation of the budget's size (the masks), takes the lower level's gradient
+under it, and then the upper step with the same masks: the hypergradient on a validation batch
+moves the selection vectors. The lower optimiser steps last, so that its gradient serves the
+unrolled step too.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +18,18 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from guilomo_serve.adapter import BaseModel
 from guilomo_train.batches import Batches, with_blank
 from guilomo_train.checkpoints import Checkpointing
 from guilomo_train.config import CommonConfig, SearchConfig
 from guilomo_train.data import split_validation
+from guilomo_train.errors import ConfigError
 from guilomo_train.finetune import training_arguments, with_adapter
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.models import Base
 from guilomo_train.search.allocation import Allocation
+from guilomo_train.search.controls import parameter_budget
+from guilomo_train.search.estimators import Estimator
 from guilomo_train.search.hypergradient import UnrolledStep, adam_scales
 from guilomo_train.search.selection import SearchSpace, SelectionVectors
 from guilomo_train.search.upper import UpperLevel
@@ -49,8 +55,9 @@ class SearchTrainer(LoraMoeTrainer):
 
     Args:
         selection: the selection vectors; the model's adapter has the full search space.
+        estimator: how they learn; see estimators.py.
         second_order: differentiate through the unrolled lower step.
-        selection_learning_rate: of the selection vectors' Adam.
+        selection_learning_rate: of the estimators that use Adam.
         validation_dataset: rows of the upper level, prepared as `train_dataset` is.
     """
 
@@ -58,6 +65,7 @@ class SearchTrainer(LoraMoeTrainer):
         self,
         *args: Any,
         selection: SelectionVectors,
+        estimator: Estimator,
         second_order: bool,
         selection_learning_rate: float,
         validation_dataset: Dataset,
@@ -65,11 +73,14 @@ class SearchTrainer(LoraMoeTrainer):
     ) -> None:
         super().__init__(*args, eval_dataset=validation_dataset, **kwargs)
         self.second_order = second_order
+        steps = math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
         self.upper = UpperLevel(
             self.layers,
-            selection.to(self.args.device),
-            selection_learning_rate,
-            self.args.seed,
+            selection,
+            estimator=estimator,
+            steps=self.args.max_steps if self.args.max_steps > 0 else steps,
+            learning_rate=selection_learning_rate,
+            seed=self.args.seed,
         )
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         rows = self.eval_dataset.select_columns(["input_ids", "labels"])
@@ -112,7 +123,7 @@ class SearchTrainer(LoraMoeTrainer):
             unrolled = UnrolledStep(
                 learning_rate=self._get_learning_rate(),
                 train_gradient=lower,
-                scales=adam_scales(self.optimizer.optimizer, self.weights, lower),
+                scales=lambda: adam_scales(self.optimizer.optimizer, self.weights, lower),
             )
         self.upper.step(
             train_loss,
@@ -165,6 +176,8 @@ def search(
     started = time.monotonic()
     lower, upper = split_validation(train, common, validation)
     torch.manual_seed(common.seed)
+    linears = BaseModel.from_module(base.model).linears
+    base_parameters = base.model.num_parameters()
     peft_config = LoraMoeConfig(
         task_type="CAUSAL_LM",
         target_modules=common.targets(),
@@ -176,8 +189,12 @@ def search(
     model = with_adapter(base, peft_config)
     assert peft_config.experts is not None
     space = SearchSpace(
-        tuple(peft_config.experts), config.max_experts, config.max_rank, common.top_k
+        {module: linears[module] for module in peft_config.experts},
+        config.max_experts,
+        config.max_rank,
+        common.top_k,
     )
+    budget = search_budget(space, config.budget, base_parameters)
     trainer = SearchTrainer(
         model=model,
         args=training_arguments(
@@ -192,7 +209,8 @@ def search(
         processing_class=base.tokenizer,
         balance_coefficient=config.search_balance_coefficient,
         checkpointing=checkpointing,
-        selection=SelectionVectors(space, config.estimator, config.choice),
+        selection=SelectionVectors(space, config.choice, budget=budget),
+        estimator=config.estimator,
         second_order=config.order == "second",
         selection_learning_rate=config.selection_learning_rate,
         validation_dataset=upper,
@@ -207,6 +225,8 @@ def search(
         "order": config.order,
         "estimator": config.estimator,
         "choice": config.choice,
+        "budget": budget,
+        "parameters": allocation.parameters(space.linears),
         "seed": common.seed,
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
@@ -214,3 +234,29 @@ def search(
         "max_rank": config.max_rank,
     }
     return SearchResult(allocation, vectors, seconds, record)
+
+
+def search_budget(space: SearchSpace, budget: str | None, base_parameters: int) -> int:
+    """The number of parameters that a search keeps to.
+
+    Args:
+        space: what can be chosen.
+        budget: a share of the base's parameters, or a number of parameters; None for what counts
+            drawn at random have on average, about a third of the largest layers.
+        base_parameters: of the base model.
+
+    Raises:
+        ConfigError: no allocation of the search space has that size.
+    """
+    if budget is None:
+        return SelectionVectors(space).expected_parameters()
+    parameters = parameter_budget(budget, base_parameters)
+    least = space.parameters(space.fewest_experts, 1)
+    most = space.parameters(space.max_experts, space.max_rank)
+    if not least <= parameters <= most:
+        raise ConfigError(
+            f"budget is {budget}, which is {parameters:,} parameters; {space.fewest_experts} "
+            f"experts of rank 1 to {space.max_experts} of rank {space.max_rank} in "
+            f"{len(space.linears)} layers have {least:,} to {most:,}"
+        )
+    return parameters

@@ -12,22 +12,20 @@ from typing import Any
 import torch
 
 from guilomo_train.lora_moe.layer import LoraMoeLayer, Masks
-from guilomo_train.search.hypergradient import UnrolledStep, hypergradient
+from guilomo_train.search.estimators import AdamSteps, Estimator, MarginalWorth
+from guilomo_train.search.hypergradient import Loss, UnrolledStep, hypergradient
 from guilomo_train.search.selection import SelectionVectors
-
-Loss = Callable[[], torch.Tensor]
-
-# Adam of the selection vectors as in DARTS: little momentum, the vectors' gradients are noisy.
-SELECTION_BETAS = (0.5, 0.999)
 
 
 class UpperLevel:
-    """Selection vectors, their optimiser, and the layers they choose for.
+    """Selection vectors, how they learn, and the layers they choose for.
 
     Args:
         layers: the adapted layers, in the order of the selection's modules.
-        selection: the selection vectors, on the layers' device.
-        learning_rate: of the selection vectors.
+        selection: the selection vectors.
+        estimator: how they learn; see estimators.py.
+        steps: upper steps that the search will take.
+        learning_rate: of Adam, for the estimators that use it.
         seed: of what is drawn.
     """
 
@@ -35,21 +33,25 @@ class UpperLevel:
         self,
         layers: Sequence[LoraMoeLayer],
         selection: SelectionVectors,
+        *,
+        estimator: Estimator,
+        steps: int,
         learning_rate: float,
         seed: int,
     ) -> None:
         self.layers = layers
         self.selection = selection
-        self.optimizer = torch.optim.Adam(
-            selection.parameters(), lr=learning_rate, betas=SELECTION_BETAS
-        )
+        self.learner: MarginalWorth | AdamSteps
+        if estimator == "marginal":
+            self.learner = MarginalWorth(selection, steps)
+        else:
+            self.learner = AdamSteps(selection, estimator, learning_rate)
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self) -> None:
         """Draws the masks of one step and puts them into the layers."""
-        self.noise = self.selection.noise(self.generator)
-        with torch.no_grad():
-            self._apply_masks()
+        self.drawn = self.selection.draw(self.generator)
+        self._apply(*self._on_device())
 
     def step(
         self,
@@ -69,38 +71,32 @@ class UpperLevel:
             unrolled: their next step, for second order; None for first order.
             reduce: makes one gradient of those of several processes.
         """
-
-        def masked(loss: Loss) -> Loss:
-            def run() -> torch.Tensor:
-                self._apply_masks()
-                return loss()
-
-            return run
-
-        vectors = list(self.selection.parameters())
+        masks = [mask.requires_grad_() for mask in self._on_device()]
+        self._apply(*masks)
         gradients = hypergradient(
-            masked(train_loss), masked(validation_loss), weights, vectors, unrolled, reduce=reduce
+            train_loss, validation_loss, weights, masks, unrolled, reduce=reduce
         )
-        for vector, gradient in zip(vectors, gradients, strict=True):
-            vector.grad = reduce(gradient)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.learner.step(self.drawn, *(reduce(g).to(self.drawn.experts) for g in gradients))
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later process needs to go on where this one stands."""
         return {
             "selection": self.selection.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "learner": self.learner.state_dict(),
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave."""
         self.selection.load_state_dict(state["selection"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.learner.load_state_dict(state["learner"])
         self.generator.set_state(state["generator"])
 
-    def _apply_masks(self) -> None:
-        experts, ranks = self.selection.masks(self.noise)
+    def _on_device(self) -> list[torch.Tensor]:
+        """Fresh copies of the masks where the layers compute."""
+        device = next(self.layers[0].lora_A.parameters()).device
+        return [m.to(device, copy=True) for m in (self.drawn.experts, self.drawn.ranks)]
+
+    def _apply(self, experts: torch.Tensor, ranks: torch.Tensor) -> None:
         for layer, e, r in zip(self.layers, experts.unbind(), ranks.unbind(), strict=True):
             layer.masks = Masks(e, r)

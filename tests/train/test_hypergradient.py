@@ -13,10 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
+from guilomo_serve.adapter import BaseModel
 from guilomo_train.config import CommonConfig
 from guilomo_train.finetune import training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.lora_moe.layer import Masks
+from guilomo_train.search.estimators import Estimator
 from guilomo_train.search.hypergradient import UnrolledStep, adam_scales, hypergradient
 from guilomo_train.search.search import SearchTrainer
 from guilomo_train.search.selection import SearchSpace, SelectionVectors
@@ -45,15 +47,13 @@ class Problem:
         config = LoraMoeConfig(target_modules=["up", "down"], num_experts=3, expert_rank=2, top_k=2)
         self.model = get_peft_model(TinyModel(), config).double()
         self.layers = [m for m in self.model.modules() if isinstance(m, LoraMoeLayer)]
-        self.selection = SelectionVectors(SearchSpace(("up", "down"), 3, 2), choice="relaxed")
-        self.selection.double()
-        self.noise = self.selection.noise(torch.Generator())
-        for parameter in self.selection.parameters():
-            nn.init.normal_(parameter, std=0.5)
+        space = SearchSpace({"up": (10, 6), "down": (6, 10)}, 3, 2)
+        draw = SelectionVectors(space, choice="relaxed", initial="random").double()
+        masks = draw.draw(torch.Generator())
+        self.masks = [masks.experts.requires_grad_(), masks.ranks.requires_grad_()]
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         for weight in self.weights:
             nn.init.normal_(weight, std=0.3)
-        self.vectors = list(self.selection.parameters())
         self.train, self.validation = (self.batch(seed) for seed in (0, 1))
 
     @staticmethod
@@ -61,8 +61,7 @@ class Problem:
         return torch.randint(0, 16, (40,), generator=torch.Generator().manual_seed(seed))
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
-        experts, ranks = self.selection.masks(self.noise)
-        for layer, e, r in zip(self.layers, experts, ranks, strict=True):
+        for layer, e, r in zip(self.layers, *self.masks, strict=True):
             layer.masks = Masks(e, r)
         return F.cross_entropy(self.model(ids[:-1]), ids[1:])
 
@@ -75,23 +74,23 @@ def test_second_order_agrees_with_the_brute_force_derivative(preconditioned: boo
     if preconditioned:
         scales = [torch.rand_like(w) + 0.5 for w in problem.weights]
     start = [w.detach().clone() for w in problem.weights]
-    origin = [g.detach().clone() for g in problem.vectors]
+    origin = [mask.detach().clone() for mask in problem.masks]
 
     gradient = torch.autograd.grad(problem.loss(problem.train), problem.weights)
     estimate = hypergradient(
         lambda: problem.loss(problem.train),
         lambda: problem.loss(problem.validation),
         problem.weights,
-        problem.vectors,
-        UnrolledStep(eta, gradient, scales),
+        problem.masks,
+        UnrolledStep(eta, gradient, None if scales is None else lambda: scales),
         relative_step=1e-4,
     )
 
     def upper(direction: list[torch.Tensor], h: float) -> float:
-        """L_val(w'(g + h d), g + h d) with w' = w - eta D dL_train/dw."""
+        """L_val(w'(M + h d), M + h d) with w' = w - eta D dL_train/dw."""
         with torch.no_grad():
-            for g, o, d in zip(problem.vectors, origin, direction, strict=True):
-                g.copy_(o + h * d)
+            for mask, o, d in zip(problem.masks, origin, direction, strict=True):
+                mask.copy_(o + h * d)
         step = torch.autograd.grad(problem.loss(problem.train), problem.weights)
         with torch.no_grad():
             for i, (w, s) in enumerate(zip(problem.weights, start, strict=True)):
@@ -101,10 +100,10 @@ def test_second_order_agrees_with_the_brute_force_derivative(preconditioned: boo
                 w.copy_(s)
         return value
 
-    first = torch.autograd.grad(problem.loss(problem.validation), problem.vectors)
+    first = torch.autograd.grad(problem.loss(problem.validation), problem.masks)
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
-        direction = [torch.randn(g.shape, generator=generator, dtype=torch.float64) for g in origin]
+        direction = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in origin]
         h = 1e-5
         brute = (upper(direction, h) - upper(direction, -h)) / (2 * h)
         second = sum((e * d).sum().item() for e, d in zip(estimate, direction, strict=True))
@@ -116,12 +115,12 @@ def test_second_order_agrees_with_the_brute_force_derivative(preconditioned: boo
 
 def test_first_order_is_the_plain_derivative_at_the_weights() -> None:
     problem = Problem()
-    expected = torch.autograd.grad(problem.loss(problem.validation), problem.vectors)
+    expected = torch.autograd.grad(problem.loss(problem.validation), problem.masks)
     got = hypergradient(
         lambda: problem.loss(problem.train),
         lambda: problem.loss(problem.validation),
         problem.weights,
-        problem.vectors,
+        problem.masks,
         None,
     )
     for a, b in zip(got, expected, strict=True):
@@ -141,12 +140,14 @@ def test_adam_scales_are_those_of_the_step_that_adam_takes() -> None:
         torch.testing.assert_close(before - 0.1 * scale * weight.grad, weight.detach())
     weight.grad = torch.zeros_like(weight)
     fresh = torch.optim.AdamW([weight])
-    assert adam_scales(fresh, [weight], [weight.grad])[0].tolist() == [0.0] * 5
+    (scale,) = adam_scales(fresh, [weight], [weight.grad])
+    assert scale.tolist() == [0.0] * 5
 
 
 @pytest.mark.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("estimator", ["marginal", "cumulative"])
 def test_an_upper_step_changes_the_selection_vectors_and_nothing_else(
-    tiny_base: Path, tmp_path: Path, second_order: bool
+    tiny_base: Path, tmp_path: Path, second_order: bool, estimator: Estimator
 ) -> None:
     rows = Dataset.from_list(
         [{"prompt": f"number {i}", "completion": f" is {i * i}"} for i in range(24)]
@@ -156,6 +157,8 @@ def test_an_upper_step_changes_the_selection_vectors_and_nothing_else(
     config = LoraMoeConfig(num_experts=3, expert_rank=2, task_type="CAUSAL_LM")
     model = get_peft_model(tiny_llama(len(tokenizer)), config)
     assert config.experts is not None
+    shapes = BaseModel.from_module(tiny_llama(len(tokenizer))).linears
+    linears = {module: shapes[module] for module in config.experts}
     common = CommonConfig(base="", train="", output="")
     trainer = SearchTrainer(
         model=model,
@@ -163,7 +166,8 @@ def test_an_upper_step_changes_the_selection_vectors_and_nothing_else(
         train_dataset=rows,
         processing_class=tokenizer,
         balance_coefficient=0.01,
-        selection=SelectionVectors(SearchSpace(tuple(config.experts), 3, 2)),
+        selection=SelectionVectors(SearchSpace(linears, 3, 2), budget=4000),
+        estimator=estimator,
         second_order=second_order,
         selection_learning_rate=0.1,
         validation_dataset=rows,

@@ -1,25 +1,26 @@
-"""Selection vectors: what they choose and how the gradient passes the choice."""
+"""Selection vectors: what they draw, how a price keeps them to a budget, what is read off."""
 
 from __future__ import annotations
+
+from itertools import product
 
 import pytest
 import torch
 
-from guilomo_train.search.selection import Noise, SearchSpace, SelectionVectors
+from guilomo_train.search.selection import SearchSpace, SelectionVectors, expected_mask
 
-SPACE = SearchSpace(modules=("a", "b"), max_experts=4, max_rank=3, top_k=2)
-
-
-def no_noise() -> Noise:
-    return Noise(torch.zeros(2, 4), torch.zeros(2, 4, 3))
+LINEARS = {"a": (5, 7), "b": (11, 3)}
+SPACE = SearchSpace(LINEARS, max_experts=4, max_rank=3, top_k=2)
 
 
-def vectors(**kwargs: object) -> SelectionVectors:
+def vectors(space: SearchSpace = SPACE, **kwargs: object) -> SelectionVectors:
     torch.manual_seed(0)
-    selection = SelectionVectors(SPACE, **kwargs).double()  # type: ignore[arg-type]
-    torch.nn.init.normal_(selection.experts)
-    torch.nn.init.normal_(selection.ranks)
-    return selection
+    return SelectionVectors(space, initial="random", **kwargs)  # type: ignore[arg-type]
+
+
+def many_modules() -> SearchSpace:
+    shapes = {f"m{i}": (16 + i % 5, 8 + i % 3) for i in range(40)}
+    return SearchSpace(shapes, max_experts=8, max_rank=8, top_k=2)
 
 
 def test_the_allocation_is_the_most_likely_count_of_each_vector() -> None:
@@ -34,49 +35,85 @@ def test_the_allocation_is_the_most_likely_count_of_each_vector() -> None:
 
 def test_hard_masks_keep_the_first_of_the_chosen_count() -> None:
     selection = vectors(choice="argmax")
-    experts, ranks = selection.masks(no_noise())
-    for m, module in enumerate(SPACE.modules):
-        chosen = selection.allocation().ranks[module]
-        assert experts[m].tolist() == [1.0] * len(chosen) + [0.0] * (4 - len(chosen))
+    draw = selection.draw(torch.Generator())
+    for m, (module, chosen) in enumerate(selection.allocation().ranks.items()):
+        assert list(SPACE.linears)[m] == module
+        assert draw.experts[m].tolist() == [1.0] * len(chosen) + [0.0] * (4 - len(chosen))
         for e, rank in enumerate(chosen):
-            assert ranks[m, e].tolist() == [1.0] * rank + [0.0] * (3 - rank)
+            assert draw.ranks[m, e].tolist() == [1.0] * rank + [0.0] * (3 - rank)
 
 
-def test_cumulative_gradient_of_a_count_is_the_sum_over_the_entries_it_switches_on() -> None:
-    selection = vectors(choice="argmax")
-    upstream = torch.randn(2, 4, 3, dtype=torch.float64)
-    masks = selection.masks(no_noise())[1]
-    (gradient,) = torch.autograd.grad((masks * upstream).sum(), selection.ranks)
-    p = torch.softmax(selection.ranks, -1)
-    by_count = upstream.cumsum(-1)  # dL/dp[n] = sum_{j <= n} dL/dM[j]
-    expected = p * (by_count - (p * by_count).sum(-1, keepdim=True))
-    torch.testing.assert_close(gradient, expected)
-
-
-def test_argmax_gradient_reaches_the_chosen_entry_alone() -> None:
-    selection = vectors(estimator="argmax", choice="argmax")
-    (gradient,) = torch.autograd.grad(selection.masks(no_noise())[1].sum(), selection.ranks)
-    chosen = selection.ranks.argmax(-1, keepdim=True)
-    assert (gradient.gather(-1, chosen).squeeze(-1) == chosen.squeeze(-1) + 1).all()
-    assert gradient.count_nonzero() == chosen.numel()
-
-
-def test_sampled_counts_follow_softmax_and_repeat_with_the_seed() -> None:
-    selection = vectors()
+@pytest.mark.parametrize("budget", [None, 130])
+def test_sampled_counts_follow_p_and_repeat_with_the_seed(budget: int | None) -> None:
+    selection = vectors(budget=budget)
     generator = torch.Generator().manual_seed(7)
-    draws = [selection.masks(selection.noise(generator))[1].detach() for _ in range(4000)]
-    frequency = torch.stack(draws).mean(0)
-    expected = torch.softmax(selection.ranks, -1).flip(-1).cumsum(-1).flip(-1)
-    torch.testing.assert_close(frequency, expected, rtol=0, atol=0.04)
+    draws = [selection.draw(generator) for _ in range(3000)]
+    for drawn, p in zip(("experts", "ranks"), selection.probabilities(), strict=True):
+        frequency = torch.stack([getattr(draw, drawn) for draw in draws]).mean(0)
+        torch.testing.assert_close(frequency, expected_mask(p), rtol=0, atol=0.04)
 
-    again = torch.Generator().manual_seed(7)
-    repeated = selection.masks(selection.noise(again))[1]
-    assert torch.equal(repeated, draws[0])
+    repeated = selection.draw(torch.Generator().manual_seed(7))
+    assert torch.equal(repeated.ranks, draws[0].ranks)
+    assert torch.equal(repeated.experts, draws[0].experts)
 
 
-def test_expected_rank_counts_rows_of_experts_that_exist() -> None:
-    selection = vectors()
-    with torch.no_grad():
-        selection.experts.copy_(torch.tensor([[0.0, 80, 0, 0], [0, 0, 0, 80]]))
-        selection.ranks.copy_(torch.tensor([0.0, 80, 0]).expand(2, 4, 3))
-    assert selection.expected_total_rank() == pytest.approx(2 * 2 + 4 * 2)
+def test_a_price_multiplies_the_probability_of_each_allocation_by_its_size() -> None:
+    """Against all allocations of a module, one by one."""
+    space = SearchSpace({"a": (5, 7)}, max_experts=3, max_rank=2, top_k=1)
+    selection = vectors(space, budget=50)
+    p_experts = torch.softmax(selection.experts[0].detach().double(), -1)
+    p_ranks = torch.softmax(selection.ranks[0].detach().double(), -1)
+
+    def distribution(price: float) -> dict[tuple[int, ...], float]:
+        weights = {}
+        for count in (1, 2, 3):
+            for ranks in product((1, 2), repeat=count):
+                prior = p_experts[count - 1].item()
+                for e, r in enumerate(ranks):
+                    prior *= p_ranks[e, r - 1].item()
+                size = 12 * sum(ranks) + (7 * count if count > 1 else 0)
+                weights[ranks] = prior * 2.718281828459045 ** (-price * size)
+        total = sum(weights.values())
+        return {ranks: weight / total for ranks, weight in weights.items()}
+
+    def size(p: dict[tuple[int, ...], float]) -> float:
+        return sum(
+            q * (12 * sum(ranks) + (7 * len(ranks) if len(ranks) > 1 else 0))
+            for ranks, q in p.items()
+        )
+
+    low, high = -1.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(distribution(middle)) > 50 else (low, middle)
+    expected = distribution(high)
+    found_experts, found_ranks = selection.probabilities()
+    for count in (1, 2, 3):
+        q = sum(v for ranks, v in expected.items() if len(ranks) == count)
+        assert found_experts[0, count - 1].item() == pytest.approx(q, rel=1e-4)
+    for e in range(3):
+        there = {ranks: v for ranks, v in expected.items() if len(ranks) > e}
+        q = sum(v for ranks, v in there.items() if ranks[e] == 2) / sum(there.values())
+        assert found_ranks[0, e, 1].item() == pytest.approx(q, rel=1e-4)
+
+
+@pytest.mark.parametrize("initial", ["uniform", "random", "full"])
+@pytest.mark.parametrize("share", [0.15, 0.5, 0.9])
+def test_draws_and_allocation_keep_to_the_budget(initial: str, share: float) -> None:
+    space = many_modules()
+    budget = round(space.parameters(8, 8) * share)
+    torch.manual_seed(0)
+    selection = SelectionVectors(space, initial=initial, budget=budget)  # type: ignore[arg-type]
+    assert selection.expected_parameters() == pytest.approx(budget, rel=1e-3)
+    allocation = selection.allocation()
+    # Within the largest row, even where all vectors are alike and tip over at one price.
+    assert 0 <= budget - allocation.parameters(space.linears) < 16 + 4 + 8 + 2
+    assert all(2 <= len(r) <= 8 and 1 <= min(r) <= max(r) <= 8 for r in allocation.ranks.values())
+
+
+def test_without_a_budget_size_has_no_price() -> None:
+    selection = SelectionVectors(many_modules(), initial="full")
+    assert selection.allocation().total_rank == 40 * 8 * 8
+    uniform = SelectionVectors(many_modules())
+    # Counts from 2 to 8 and ranks from 1 to 8, all equally likely.
+    assert uniform.expected_total_rank() == pytest.approx(40 * 5 * 4.5)

@@ -1,0 +1,133 @@
+"""How selection vectors learn: estimators against the derivative or difference they stand for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from guilomo_train.search.estimators import AdamSteps, MarginalWorth, first_off, last_on
+from guilomo_train.search.selection import Draw, SearchSpace, SelectionVectors, expected_mask
+
+SPACE = SearchSpace({"a": (4, 4), "b": (4, 4)}, max_experts=4, max_rank=3, top_k=2)
+
+
+def test_edges_of_a_mask() -> None:
+    masks = torch.tensor([[1.0, 0, 0], [1, 1, 0], [1, 1, 1]])
+    assert last_on(masks).tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert first_off(masks).tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 0]]
+
+
+def test_cumulative_gradient_is_that_of_the_expected_mask() -> None:
+    torch.manual_seed(0)
+    selection = SelectionVectors(SPACE, initial="random")
+    upstream = torch.randn(2, 4, 3)
+    learner = AdamSteps(selection, "cumulative", learning_rate=0.1)
+    by_hand = torch.softmax(selection.ranks, -1)
+    (expected,) = torch.autograd.grad((expected_mask(by_hand) * upstream).sum(), selection.ranks)
+    draw = selection.draw(torch.Generator().manual_seed(0))
+    gradient = learner._gradient(upstream, draw.ranks, selection.probabilities()[1])
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_argmax_gradient_reaches_the_chosen_entry_alone() -> None:
+    torch.manual_seed(0)
+    selection = SelectionVectors(SPACE, choice="argmax", initial="random")
+    draw = selection.draw(torch.Generator())
+    learner = AdamSteps(selection, "argmax", learning_rate=0.1)
+    gradient = learner._gradient(torch.ones(2, 4, 3), draw.ranks, selection.probabilities()[1])
+    chosen = selection.ranks.argmax(-1, keepdim=True)
+    assert (gradient.gather(-1, chosen).squeeze(-1) == chosen.squeeze(-1) + 1).all()
+    assert gradient.count_nonzero() == chosen.numel()
+
+
+class Quadratic:
+    """A loss that is quadratic in each entry of a mask, and what each entry is worth in it."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        self.experts = [torch.randn(2, 4) for _ in range(2)]
+        self.ranks = [torch.randn(2, 4, 3) for _ in range(2)]
+
+    def gradients(self, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+        """dL/dM of `L = sum a M^2 + b M`; nonsense for the ranks of experts that are off."""
+        by_experts = 2 * self.experts[0] * draw.experts + self.experts[1]
+        by_ranks = 2 * self.ranks[0] * draw.ranks + self.ranks[1]
+        return by_experts, torch.where(draw.experts[..., None] > 0, by_ranks, 1e6)
+
+    def worth(self, which: str) -> torch.Tensor:
+        """L with the entry on minus L with it off: a + b."""
+        a, b = getattr(self, which)
+        return a + b
+
+
+def learned(steps: int, until: int | None = None) -> tuple[SelectionVectors, MarginalWorth]:
+    problem = Quadratic()
+    selection = SelectionVectors(SPACE)
+    learner = MarginalWorth(selection, steps)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(until or steps):
+        draw = selection.draw(generator)
+        learner.step(draw, *problem.gradients(draw))
+    return selection, learner
+
+
+def test_marginal_vectors_are_proportional_to_what_counts_are_worth() -> None:
+    problem = Quadratic()
+    # Early in a long search, while every count is still drawn often.
+    selection, _ = learned(steps=4000, until=400)
+    worths = problem.worth("experts")
+    worths[:, :2] = 0.0  # every count has them
+    by_experts, by_ranks = worths.cumsum(-1), problem.worth("ranks").cumsum(-1)
+    spread = (by_experts.amax(-1) - by_experts.amin(-1)).mean()
+    sharpness = 20.0 * 400 / 4000 / spread
+    torch.testing.assert_close(selection.experts.detach(), -sharpness * by_experts)
+    # A first rank is in every count, so only differences have a meaning.
+    found = selection.ranks.detach() - selection.ranks.detach()[..., :1]
+    wanted = -sharpness * (by_ranks - by_ranks[..., :1])
+    torch.testing.assert_close(found, wanted)
+
+
+def test_marginal_search_ends_at_the_best_counts() -> None:
+    problem = Quadratic()
+    selection, _ = learned(steps=400)
+    best_experts = problem.worth("experts")[:, 2:].cumsum(-1)
+    ranks = problem.worth("ranks")[..., 1:].cumsum(-1)
+    for m, found in enumerate(selection.allocation().ranks.values()):
+        gains = [0.0, *best_experts[m].tolist()]
+        assert gains[len(found) - 2] == min(gains)
+        for e, rank in enumerate(found):
+            gains = [0.0, *ranks[m, e].tolist()]
+            assert gains[rank - 1] == min(gains)
+
+
+@pytest.mark.parametrize(
+    "learner_of",
+    [lambda s: MarginalWorth(s, 20), lambda s: AdamSteps(s, "cumulative", 0.1)],
+    ids=["marginal", "adam"],
+)
+def test_a_learner_goes_on_from_its_state(
+    learner_of: Callable[[SelectionVectors], MarginalWorth | AdamSteps],
+) -> None:
+    problem = Quadratic()
+
+    def steps(selection: SelectionVectors, learner: MarginalWorth | AdamSteps, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(10):
+            draw = selection.draw(generator)
+            learner.step(draw, *problem.gradients(draw))
+
+    selection = SelectionVectors(SPACE)
+    learner = learner_of(selection)
+    steps(selection, learner, seed=0)
+    other = SelectionVectors(SPACE)
+    again = learner_of(other)
+    other.load_state_dict(selection.state_dict())
+    again.load_state_dict(copy.deepcopy(learner.state_dict()))  # type: ignore[arg-type]
+    steps(selection, learner, seed=1)
+    steps(other, again, seed=1)
+    assert torch.equal(selection.experts, other.experts)
+    assert torch.equal(selection.ranks, other.ranks)
+    assert selection.ranks.abs().sum() > 0
