@@ -4,6 +4,9 @@ search     data -> allocation.json and its picture
 finetune   data and an allocation -> adapter folder
 run        both, and an evaluation
 eval       scores of an adapter, or of the base alone, by its answers
+baseline   an allocation made without a search, to compare a searched one with
+compare    two allocations of one base side by side
+report     the report page of a run, with a control beside it
 inspect    the table and picture of an adapter or allocation
 """
 
@@ -11,16 +14,24 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from transformers import HfArgumentParser
 
 import guilomo_serve
 from guilomo_serve.adapter import AdapterError, read_spec
-from guilomo_train.config import CommonConfig, EvalConfig, FinetuneConfig, SearchConfig, option
+from guilomo_train.config import (
+    BaselineConfig,
+    CommonConfig,
+    EvalConfig,
+    FinetuneConfig,
+    SearchConfig,
+    option,
+)
 from guilomo_train.errors import TrainError
 from guilomo_train.report import allocation_of, heat_map, table
 from guilomo_train.search.allocation import Allocation
@@ -57,6 +68,22 @@ class InspectOptions:
 
     path: str = field(metadata={"help": "An adapter folder or an allocation.json."})
     png: str | None = option(None, "Draw the heat map into this file.")
+
+
+@dataclass
+class CompareOptions:
+    """How to show it."""
+
+    png: str | None = option(None, "Draw both heat maps and their difference into this file.")
+
+
+@dataclass
+class ReportOptions:
+    """What to compare with."""
+
+    control: str | None = option(
+        None, "Output folder of another run on the same data, such as one of a uniform allocation."
+    )
 
 
 def _search(common: CommonConfig, config: SearchConfig) -> None:
@@ -106,6 +133,27 @@ def _eval(chosen: EvalOptions, config: EvalConfig) -> None:
     print(score_line(scores))
 
 
+def _baseline(config: BaselineConfig) -> None:
+    from guilomo_train.baseline import baseline
+
+    print(table(baseline(config)))
+
+
+def _compare(first: str, second: str, chosen: CompareOptions) -> None:
+    from guilomo_train.compare import Comparison, picture
+
+    comparison = Comparison.read(Path(first), Path(second))
+    print(comparison.table())
+    if chosen.png is not None:
+        picture(comparison, Path(chosen.png))
+
+
+def _report(run: str, chosen: ReportOptions) -> None:
+    from guilomo_train.page import write_page
+
+    print(write_page(Path(run), Path(chosen.control) if chosen.control is not None else None))
+
+
 def _inspect(chosen: InspectOptions) -> None:
     path = Path(chosen.path)
     if path.is_dir():
@@ -120,11 +168,15 @@ def _inspect(chosen: InspectOptions) -> None:
 
 
 class Command(NamedTuple):
-    """A subcommand: its line in `--help`, the settings it takes, and what it does with them."""
+    """A subcommand: its line in `--help`, the settings it takes, and what it does with them.
+
+    `paths` are its positional arguments, name -> help; `run` gets them first.
+    """
 
     text: str
     settings: tuple[type, ...]
     run: Callable[..., None]
+    paths: Mapping[str, str] = MappingProxyType({})
 
 
 COMMANDS = {
@@ -138,6 +190,19 @@ COMMANDS = {
         _run,
     ),
     "eval": Command("score an adapter by its answers", (EvalOptions, EvalConfig), _eval),
+    "baseline": Command("an allocation without a search", (BaselineConfig,), _baseline),
+    "compare": Command(
+        "two allocations of one base side by side",
+        (CompareOptions,),
+        _compare,
+        {name: "An adapter folder or an allocation.json." for name in ("first", "second")},
+    ),
+    "report": Command(
+        "the report page of a run",
+        (ReportOptions,),
+        _report,
+        {"run": "Output folder of search, finetune or run."},
+    ),
     "inspect": Command("show an adapter or allocation", (InspectOptions,), _inspect),
 }
 
@@ -147,7 +212,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     command = COMMANDS[arguments.command]
     try:
-        command.run(*(_take(kind, arguments) for kind in command.settings))
+        paths = (getattr(arguments, name) for name in command.paths)
+        command.run(*paths, *(_take(kind, arguments) for kind in command.settings))
     except (TrainError, AdapterError) as e:
         print(f"guilomo-train {arguments.command}: error: {e}", file=sys.stderr)
         return 2
@@ -161,9 +227,11 @@ def _parser() -> ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=HfArgumentParser
     )
     for name, command in COMMANDS.items():
-        commands.add_parser(
+        subparser = commands.add_parser(
             name, help=command.text, description=command.text, dataclass_types=command.settings
         )
+        for path, text in command.paths.items():
+            subparser.add_argument(path, help=text)
     return parser
 
 
