@@ -89,14 +89,18 @@ class ReportOptions:
 def _search(common: CommonConfig, config: SearchConfig) -> None:
     from guilomo_train.pipeline import Run
 
-    Run("search", common).search(config)
+    run = Run("search", common)
+    run.search(config)
+    run.report()
 
 
 def _finetune(common: CommonConfig, chosen: AllocationOption, config: FinetuneConfig) -> None:
     allocation = Allocation.load(Path(chosen.allocation))
     from guilomo_train.pipeline import Run
 
-    Run("finetune", common).finetune(allocation, config, None)
+    run = Run("finetune", common)
+    run.finetune(allocation, config, None)
+    run.report()
 
 
 def _run(
@@ -120,6 +124,7 @@ def _run(
     result = run.finetune(found.allocation, finetune, found.record)
     if rows is not None:
         run.evaluate(result, rows, evaluation)
+    run.report()
 
 
 def _eval(chosen: EvalOptions, config: EvalConfig) -> None:
@@ -195,7 +200,7 @@ COMMANDS = {
         "two allocations of one base side by side",
         (CompareOptions,),
         _compare,
-        {name: "An adapter folder or an allocation.json." for name in ("first", "second")},
+        dict.fromkeys(("first", "second"), "An adapter folder or an allocation.json."),
     ),
     "report": Command(
         "the report page of a run",

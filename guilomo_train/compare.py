@@ -106,7 +106,7 @@ class Comparison:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation, ties at their mean rank; NaN where one of the two is constant."""
+    """Spearman's rank correlation, ties at their mean rank; NaN where one is constant."""
     a, b = _mean_ranks(x), _mean_ranks(y)
     middle = (len(x) + 1) / 2
     covariance = sum((p - middle) * (q - middle) for p, q in zip(a, b, strict=True))
@@ -120,10 +120,10 @@ def picture(comparison: Comparison, path: Path) -> None:
     figure, axes = subplots(
         2, 3, width=2.2 + 1.35 * len(kinds), height=2 * (1.2 + 0.17 * len(layers))
     )
-    for row, (what, value) in zip(axes, (("experts", len), ("total rank", sum)), strict=True):
+    for row, what in zip(axes, ("experts", "total rank"), strict=True):
         first, second = (
-            {module: value(ranks) for module, ranks in allocation.ranks.items()}
-            for allocation in comparison.allocations
+            {m: len(ranks) if what == "experts" else sum(ranks) for m, ranks in a.ranks.items()}
+            for a in comparison.allocations
         )
         largest = max(*first.values(), *second.values())
         for axis, name, values in ((row[0], "A", first), (row[1], "B", second)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from guilomo_train.errors import ConfigError
@@ -46,6 +47,9 @@ class CommonConfig:
         False, "Keep no activations: less memory, about a third more time."
     )
     seed: int = option(0, "Seeds data order, weights and choices: same seed, same result.")
+    report_to: Literal["none", "tensorboard"] = option(
+        "none", "Log as well to TensorBoard, below <output>/logs."
+    )
 
     def __post_init__(self) -> None:
         at_least("top_k", self.top_k, 1)
@@ -55,6 +59,11 @@ class CommonConfig:
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"validation_share is {self.validation_share}, expected 0 < s < 1")
         positive("lora_alpha", self.lora_alpha)
+        if self.report_to == "tensorboard" and find_spec("tensorboard") is None:
+            raise ConfigError(
+                "report_to is 'tensorboard', but that package is not installed: "
+                "pip install tensorboard"
+            )
 
     def targets(self) -> str | list[str]:
         """`target_modules` as PEFT takes them."""

@@ -4,6 +4,8 @@
 <output>/allocation.png    its heat map
 <output>/adapter/          the adapter folder
 <output>/run.json          settings, seed, versions, times, scores
+<output>/history.json      losses, router health and allocations over the steps
+<output>/report.md         the report page (page.py), with its pictures
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from guilomo_train.errors import ConfigError
 from guilomo_train.evaluate import Scores, evaluate
 from guilomo_train.finetune import FinetuneResult, finetune
 from guilomo_train.models import Base, load_base
+from guilomo_train.page import HISTORY_FILE, RUN_FILE, write_page
 from guilomo_train.report import heat_map, model_card, table
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.search import SearchResult, search
@@ -36,7 +39,6 @@ from guilomo_train.search.search import SearchResult, search
 ALLOCATION_FILE = "allocation.json"
 PICTURE_FILE = "allocation.png"
 ADAPTER_FOLDER = "adapter"
-RUN_FILE = "run.json"
 
 
 class Run:
@@ -57,6 +59,8 @@ class Run:
         self.train: Dataset = load_rows(
             common.train, self.base.tokenizer, common.train_rows, common.seed
         )
+        self.base_parameters = self.base.model.num_parameters()
+        self.history: dict[str, Any] = {}
         self.linears = BaseModel.from_module(self.base.model).linears
         self.record: dict[str, Any] = {
             "command": command,
@@ -79,7 +83,8 @@ class Run:
         heat_map(result.allocation, self.output / PICTURE_FILE)
         print(table(result.allocation))
         say(f"search took {result.seconds:.0f} s: {self.output / ALLOCATION_FILE}")
-        self._note("search", config, {"search": result.record})
+        facts = {"search": result.record, **self._sizes(result.allocation)}
+        self._note("search", config, facts, result.history)
         return result
 
     def finetune(
@@ -96,9 +101,9 @@ class Run:
         facts = {
             "finetune_seconds": round(result.seconds, 1),
             "training_loss": result.loss,
-            "parameters": allocation.parameters(self.linears),
+            **self._sizes(allocation),
         }
-        self._note("finetune", config, facts)
+        self._note("finetune", config, facts, result.history)
         return result
 
     def evaluate(self, result: FinetuneResult, rows: Dataset, config: EvalConfig) -> Scores:
@@ -121,8 +126,29 @@ class Run:
         card = model_card(spec, data, parameters, scores.to_json() if scores else None)
         write_adapter(result.adapter, self.output / ADAPTER_FOLDER, card)
 
-    def _note(self, stage: str, config: Any, facts: dict[str, Any]) -> None:
-        """Adds a finished stage to run.json."""
+    def report(self) -> None:
+        """Writes the report page of what has been done."""
+        say(f"report: {write_page(self.output)}")
+
+    def _sizes(self, allocation: Allocation) -> dict[str, int]:
+        modules = tuple(allocation.ranks)
+        return {
+            "parameters": allocation.parameters(self.linears),
+            "uniform_parameters": Allocation.uniform(modules, 8, 8).parameters(self.linears),
+            "base_parameters": self.base_parameters,
+        }
+
+    def _note(
+        self,
+        stage: str,
+        config: Any,
+        facts: dict[str, Any],
+        history: dict[str, Any] | None = None,
+    ) -> None:
+        """Adds a finished stage to run.json and history.json."""
+        if history is not None:
+            self.history[stage] = history
+            write_json(self.output / HISTORY_FILE, self.history, indent=None)
         self.record["config"][stage] = asdict(config)
         self.record.update(facts)
         write_json(self.output / RUN_FILE, self.record)
@@ -170,10 +196,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Writes a JSON file; one of that name is replaced only when all is written."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(json.dumps(value, indent=indent) + "\n")
     os.replace(partial, path)
 
 

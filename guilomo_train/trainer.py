@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from trl import SFTTrainer
 
+from guilomo_train.health import RouterFigures, RouterHealth
 from guilomo_train.lora_moe import LoraMoeLayer
 from guilomo_train.lora_moe.layer import Routing
 
@@ -36,6 +37,7 @@ class LoraMoeTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.balance_coefficient = balance_coefficient
         self.layers = [m for m in self.model.modules() if isinstance(m, LoraMoeLayer)]
+        self.health = RouterHealth()
         for layer in self.layers:
             layer.keep_routing = balance_coefficient > 0
 
@@ -48,7 +50,8 @@ class LoraMoeTrainer(SFTTrainer):
     ) -> torch.Tensor:
         if return_outputs:
             raise NotImplementedError("evaluate with guilomo_train.evaluate, not in the trainer")
-        nll, balance = self.losses(model, inputs, num_items_in_batch)
+        health = self.health if self.model.training else None
+        nll, balance = self.losses(model, inputs, num_items_in_batch, health)
         if not self.model.training:
             return nll
         self._metrics["train"]["nll"].append(nll.item())
@@ -58,11 +61,27 @@ class LoraMoeTrainer(SFTTrainer):
         parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         return nll + self.balance_coefficient * balance / parts
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs.update(
+            self.health.scalars(lambda counts: self.accelerator.reduce(counts, reduction="sum"))
+        )
+        super().log(logs, start_time)
+
+    def routers(self) -> dict[str, RouterFigures]:
+        """Health of each router in the last steps, by its module's full name."""
+        names = [
+            name.removeprefix("base_model.model.")
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, LoraMoeLayer) and len(layer.router) > 0
+        ]
+        return {names[place]: figures for place, figures in self.health.figures.items()}
+
     def losses(
         self,
         model: nn.Module,
         inputs: dict[str, torch.Tensor],
         num_items: torch.Tensor | int | None = None,
+        health: RouterHealth | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The completion's NLL and the load-balance loss of one batch, both differentiable.
 
@@ -70,12 +89,13 @@ class LoraMoeTrainer(SFTTrainer):
             model: the (possibly wrapped) model.
             inputs: `input_ids`, `attention_mask` and `labels` (-100: not scored), `[B, S]`.
             num_items: tokens to divide the NLL by; None for those of this batch.
+            health: counts what the routers did.
         """
         nll = completion_nll(model, inputs, num_items)
         if self.balance_coefficient == 0:
             return nll, nll.new_zeros(())
         routings = [layer.routing for layer in self.layers if layer.routing is not None]
-        balance = balance_loss(routings, inputs["attention_mask"])
+        balance = balance_loss(routings, inputs["attention_mask"], health)
         for layer in self.layers:
             layer.routing = None  # it holds the graph
         return nll, balance
@@ -105,33 +125,41 @@ def completion_nll(
     return nll / (scored.sum() if num_items is None else num_items)
 
 
-def balance_loss(routings: list[Routing], attention_mask: torch.Tensor) -> torch.Tensor:
+def balance_loss(
+    routings: list[Routing], attention_mask: torch.Tensor, health: RouterHealth | None = None
+) -> torch.Tensor:
     """The mean load-balance loss of layers; see the head of this file.
 
     Args:
         routings: what the routers did; tensors `[B, S, E]`, E may differ from layer to layer.
         attention_mask: [B, S], 0 for padding.
+        health: counts what the routers did.
     """
     if not routings:
         return torch.zeros((), device=attention_mask.device)
     tokens = attention_mask.bool()
     # One computation for all layers with as many experts: a loop over layers costs more calls
     # than a layer itself.
-    by_experts: dict[int, list[Routing]] = defaultdict(list)
-    for routing in routings:
-        by_experts[routing.logits.shape[-1]].append(routing)
+    by_experts: dict[int, list[int]] = defaultdict(list)
+    for place, routing in enumerate(routings):
+        by_experts[routing.logits.shape[-1]].append(place)
     total = torch.zeros((), device=attention_mask.device)
-    for same in by_experts.values():
+    for places in by_experts.values():
+        same = [routings[place] for place in places]
         logits = torch.stack([r.logits[tokens] for r in same])  # [layers, T, E]
         chosen = torch.stack([r.weights.detach()[tokens] for r in same]) > 0
         experts = torch.tensor(logits.shape[-1], device=logits.device)
         masks = [r.available for r in same if r.available is not None]
+        available = None
         if masks:  # a search runs: all layers have one
             available = torch.stack(masks)
             logits = logits.masked_fill(~available[:, None], -torch.inf)
             experts = available.sum(-1)
         choices = chosen.to(logits.dtype).mean(1)
         share = choices / choices.sum(-1, keepdim=True)
-        probability = torch.softmax(logits, dim=-1).mean(1)
+        probabilities = torch.softmax(logits, dim=-1)
+        probability = probabilities.mean(1)
+        if health is not None:
+            health.add(tuple(places), choices, probabilities.detach(), available)
         total = total + (experts * (share * probability).sum(-1)).sum()
     return total / len(routings)

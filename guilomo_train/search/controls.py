@@ -140,7 +140,7 @@ def random_allocation(
     counts = list(range(top_k, max_experts + 1))
     rank_values = list(range(1, max_rank + 1))
     smallest, largest = (
-        Allocation({m: (r,) * n for m in linears}, top_k, max_rank).parameters(linears)
+        Allocation(dict.fromkeys(linears, (r,) * n), top_k, max_rank).parameters(linears)
         for r, n in ((1, top_k), (max_rank, max_experts))
     )
     slack = TOLERANCE * parameters
@@ -251,11 +251,11 @@ def _repair(
         for module, expert in positions:
             step = 1 if missing > 0 else -1
             row = step * sum(linears[module])
-            if abs(missing - row) < abs(missing):
-                if 1 <= ranks[module][expert] + step <= max_rank:
-                    ranks[module][expert] += step
-                    missing -= row
-                    changed = True
+            fits = 1 <= ranks[module][expert] + step <= max_rank
+            if fits and abs(missing - row) < abs(missing):
+                ranks[module][expert] += step
+                missing -= row
+                changed = True
     if abs(missing) > TOLERANCE * parameters:
         raise AllocationError(
             f"{parameters:,} parameters cannot be met within {TOLERANCE:.0%}: with whole rank "

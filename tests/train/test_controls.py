@@ -132,13 +132,13 @@ def test_the_authors_files_are_read_and_ranks_beyond_the_experts_dropped(tmp_pat
     files = authors_files(tmp_path, {module: 3}, ranks)
     assert authors_allocation(*files, LINEARS) == Allocation({module: (8, 7, 6)}, 2, 8)
 
-    for experts, ranks, message in (
+    for experts, by_expert, message in (
         ({"model.layers.99.mlp.up": 2}, ranks, r"no linear layer 'model\.layers\.99\.mlp\.up'"),
         ({module: 9}, ranks, r"mlp\.up\.expertlora_E_vector_8 is missing"),
         ({module: 2}, {module: 4}, "is not <module>.expertlora_E_vector_<number>"),
         ({module: 0}, ranks, "'model.layers.0.mlp.up' is 0, expected an integer >= 1"),
     ):
-        files = authors_files(tmp_path, experts, ranks)
+        files = authors_files(tmp_path, experts, by_expert)
         with pytest.raises(AllocationError, match=message):
             authors_allocation(*files, LINEARS)
 
