@@ -1,8 +1,8 @@
 """The command `guilomo-train`.
 
 search     data -> allocation.json and its picture
-finetune   data and an allocation -> adapter folder
-run        both, and an evaluation
+finetune   data and an allocation -> adapter folder, and an evaluation
+run        both
 eval       scores of an adapter, or of the base alone, by its answers
 baseline   an allocation made without a search, to compare a searched one with
 compare    two allocations of one base side by side
@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import HfArgumentParser
 
@@ -35,6 +35,11 @@ from guilomo_train.config import (
 from guilomo_train.errors import TrainError
 from guilomo_train.report import allocation_of, heat_map, table
 from guilomo_train.search.allocation import Allocation
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from guilomo_train.pipeline import Run
 
 
 @dataclass
@@ -94,12 +99,21 @@ def _search(common: CommonConfig, config: SearchConfig) -> None:
     run.report()
 
 
-def _finetune(common: CommonConfig, chosen: AllocationOption, config: FinetuneConfig) -> None:
+def _finetune(
+    common: CommonConfig,
+    chosen: AllocationOption,
+    config: FinetuneConfig,
+    held_out: HeldOutOption,
+    evaluation: EvalConfig,
+) -> None:
     allocation = Allocation.load(Path(chosen.allocation))
     from guilomo_train.pipeline import Run
 
     run = Run("finetune", common)
-    run.finetune(allocation, config, None)
+    rows = _held_out(run, held_out, evaluation)
+    result = run.finetune(allocation, config, None)
+    if rows is not None:
+        run.evaluate(result, rows, evaluation)
     run.report()
 
 
@@ -110,21 +124,24 @@ def _run(
     held_out: HeldOutOption,
     evaluation: EvalConfig,
 ) -> None:
-    from guilomo_train.data import load_rows
     from guilomo_train.pipeline import Run
 
     run = Run("run", common)
-    # Read before hours of training, not after them.
-    rows = (
-        load_rows(held_out.eval, run.base.tokenizer, evaluation.eval_rows)
-        if held_out.eval
-        else None
-    )
+    rows = _held_out(run, held_out, evaluation)
     found = run.search(search)
     result = run.finetune(found.allocation, finetune, found.record)
     if rows is not None:
         run.evaluate(result, rows, evaluation)
     run.report()
+
+
+def _held_out(run: Run, held_out: HeldOutOption, evaluation: EvalConfig) -> Dataset | None:
+    """Rows to evaluate on: read before hours of training, not after them."""
+    if held_out.eval is None:
+        return None
+    from guilomo_train.data import load_rows
+
+    return load_rows(held_out.eval, run.base.tokenizer, evaluation.eval_rows)
 
 
 def _eval(chosen: EvalOptions, config: EvalConfig) -> None:
@@ -187,7 +204,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "search": Command("search an allocation", (CommonConfig, SearchConfig), _search),
     "finetune": Command(
-        "train a given allocation", (CommonConfig, AllocationOption, FinetuneConfig), _finetune
+        "train a given allocation",
+        (CommonConfig, AllocationOption, FinetuneConfig, HeldOutOption, EvalConfig),
+        _finetune,
     ),
     "run": Command(
         "search, fine-tune and evaluate",

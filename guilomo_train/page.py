@@ -129,10 +129,10 @@ def _summary(run: Finished, other: Finished | None) -> str:
     allocation, record = run.allocation, run.record
     parameters, whole = record["parameters"], record["uniform_parameters"]
     lines = [
-        f"- **Size.** {allocation.total_experts:,} experts in {len(allocation.ranks)} layers, "
-        f"total rank {allocation.total_rank:,}: {parameters:,} parameters, "
+        f"- **Size.** {allocation.total_experts:,} experts in {len(allocation.ranks)} linear "
+        f"layers, total rank {allocation.total_rank:,}: {parameters:,} parameters, "
         f"{parameters / record['base_parameters']:.2%} of the base. That is "
-        f"{_saved(parameters, whole)} than 8 experts of rank 8 in each of these layers "
+        f"{_saved(parameters, whole)} than 8 experts of rank 8 in each of them "
         f"({whole:,})."
     ]
     seconds = run.seconds
@@ -156,7 +156,7 @@ def _summary(run: Finished, other: Finished | None) -> str:
         )
     if other is None:
         lines.append(
-            "- **Control.** None given, so this page cannot say what the allocation gained: "
+            "- **Control.** None given, so this page cannot say what was gained or lost: "
             "`guilomo-train baseline --kind uniform --like allocation.json` makes one, "
             "`finetune` trains it, `guilomo-train report RUN --control FOLDER` compares."
         )
@@ -169,16 +169,16 @@ def _control(run: Finished, other: Finished) -> str:
     if len(scores) == 2:
         for key, name in (("exact_match", "exact match"), ("accuracy", "accuracy")):
             a, b = (s[key] for s in scores)
-            error = math.sqrt(sum(s[key] * (1 - s[key]) / s["rows"] for s in scores))
+            error = math.hypot(*(_standard_error(s[key], s["rows"]) for s in scores))
             rows.append(f"| {name} | {a:.3f} | {b:.3f} | {a - b:+.3f} ± {error:.3f} |")
     final = [nll for nll in (run.final_nll(), other.final_nll()) if nll is not None]
     if len(final) == 2:
         rows.append(
-            f"| NLL a token, end of training | {final[0]:.4f} | {final[1]:.4f} | "
+            f"| NLL a token at the end, lower is better | {final[0]:.4f} | {final[1]:.4f} | "
             f"{final[0] - final[1]:+.4f} |"
         )
     a, b = (r.record["parameters"] for r in (run, other))
-    rows.append(f"| parameters | {a:,} | {b:,} | {a / b - 1:+.1%} |")
+    rows.append(f"| parameters | {a:,} | {b:,} | {a / b - 1:+.2%} |")
     a, b = (sum(r.seconds.values()) for r in (run, other))
     rows.append(f"| search and fine-tuning | {_duration(a)} | {_duration(b)} | {a - b:+,.0f} s |")
     notes = []
@@ -188,7 +188,7 @@ def _control(run: Finished, other: Finished) -> str:
             "difference that this evaluation can see. Other seeds would spread further."
         )
     else:
-        notes.append("Scores cannot be compared: not both runs have been evaluated (`run --eval`).")
+        notes.append("Scores cannot be compared: only runs with `--eval` have them.")
     different = _differences(run, other)
     if different:
         notes.append("The two runs differ in more than their allocation: " + different + ".")
@@ -303,6 +303,12 @@ def _routers(run: Finished) -> str:
             *rows,
         ]
     )
+
+
+def _standard_error(share: float, rows: int) -> float:
+    """Of a share of so many rows, smoothed (one more of each kind): 0 of 8 is not certain."""
+    smooth = (share * rows + 1) / (rows + 2)
+    return math.sqrt(smooth * (1 - smooth) / rows)
 
 
 def _saved(parameters: int, whole: int) -> str:

@@ -126,7 +126,7 @@ def search_picture(
     sizes, kinds, layers = axes[0]
     for name, curve in totals.items():
         sizes.plot(curve.steps, curve.values, label=name, linewidth=1.6)
-    sizes.set_title("total rank of all layers", fontsize=10)
+    sizes.set_title("total rank of the adapter", fontsize=10)
     sizes.set_ylabel("rank rows", fontsize=9)
     sizes.set_xlabel("step", fontsize=9)
     sizes.tick_params(labelsize=8)
@@ -143,12 +143,12 @@ def search_picture(
         axis.invert_yaxis()
         step = math.ceil(len(names) / 32)
         axis.set_yticks([i + 0.5 for i in range(0, len(names), step)], names[::step], fontsize=7)
-        axis.set_title(f"most likely total rank, mean {title}", fontsize=10)
+        axis.set_title(f"most likely total rank, {title}", fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.tick_params(axis="x", labelsize=8)
-    layers.set_ylabel("layer", fontsize=9)
+    layers.set_ylabel("layer", fontsize=9, labelpad=6)
     bar = figure.colorbar(mesh, ax=[kinds, layers], aspect=35, pad=0.01)
-    bar.set_label("rank rows a layer", fontsize=8)
+    bar.set_label("rank rows a linear layer", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     save(figure, path)
 
