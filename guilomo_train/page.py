@@ -71,8 +71,8 @@ class Finished:
     def curve(self, stage: str, key: str) -> Curve:
         """A figure of the trainer's log over the steps."""
         log = self.history[stage]["log"] if stage in self.history else []
-        entries = [e for e in log if key in e and "train_runtime" not in e]
-        return Curve(tuple(e["step"] for e in entries), tuple(e[key] for e in entries))
+        at = {e["step"]: e[key] for e in log if key in e}
+        return Curve(tuple(at), tuple(at.values()))
 
     def final_nll(self) -> float | None:
         """Of the fine-tuning: the mean over the last tenth of its log."""

@@ -157,20 +157,15 @@ def test_the_command_writes_what_finetune_takes(tiny_base: Path, tmp_path: Path)
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n' * 16)
     control = tmp_path / "control.json"
-    done = guilomo_train(
-        "baseline", "--base", tiny_base, "--kind", "mola-2468", "--output", control,
-        "--like", searched,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    command = ["baseline", "--kind", "mola-2468", "--like", searched, "--output", control]
+    assert main([*map(str, command), "--base", str(tiny_base)]) == 0
     allocation = Allocation.load(control)
     assert allocation.ranks.keys() == like.ranks.keys()
     assert (allocation.max_rank, allocation.top_k) == (4, 2)
 
-    done = guilomo_train(
-        "finetune", "--base", tiny_base, "--train", data, "--output", tmp_path / "tuned",
-        "--allocation", control, "--epochs", 1,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    command = ["finetune", "--train", data, "--allocation", control, "--epochs", 1]
+    command += ["--base", tiny_base, "--output", tmp_path / "tuned"]
+    assert main(list(map(str, command))) == 0
     parameters = json.loads((tmp_path / "tuned" / "run.json").read_text())["parameters"]
     assert parameters == pytest.approx(4_000, rel=2 * TOLERANCE)
 
@@ -181,7 +176,7 @@ def test_the_command_writes_what_finetune_takes(tiny_base: Path, tmp_path: Path)
         (["--kind", "random"], "kind random needs a size: --budget or --like"),
         (["--kind", "lora", "--budget", "x"], "budget is 'x', expected a share"),
         (["--kind", "lora", "--target_modules", "query"], "target_modules"),
-        (["--kind", "lora", "--base", "nowhere"], "--base nowhere: not a causal language model"),
+        (["--kind", "lora", "--base", "."], "--base .: not a causal language model"),
     ],
 )
 def test_a_wrong_setting_is_one_line(
