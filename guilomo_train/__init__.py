@@ -7,6 +7,11 @@ data.py     rows of a data set as prompt and completion
 trainer.py  loss on the completion and the load-balance loss, on TRL's trainer
 finetune.py an allocation and data to an adapter folder
 evaluate.py answers by generation, compared with what was expected
+health.py   load, entropy and dead experts of the routers
+baseline.py an allocation without a search, to compare a searched one with
+compare.py  two allocations side by side
 report.py   tables, heat map, model card
+page.py     the report page of a run, from the files it leaves
+pictures.py what all pictures share, and those of the page
 cli.py      the command `guilomo-train`
 """
