@@ -258,7 +258,7 @@ def _search(run: Finished) -> str:
     return (
         "## Search\n\n![The allocation over the steps of the search](search.png)\n\n"
         "*Most likely* is the allocation that the search would end in at that step, *expected* the "
-        f"mean over what it may still draw. {facts}."
+        f"mean over what it may still draw. Its record: {facts}."
     )
 
 

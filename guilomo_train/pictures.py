@@ -98,7 +98,7 @@ def loss_picture(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
+        _steps(axis)
         axis.set_ylabel("NLL (nats a token)", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
@@ -128,7 +128,7 @@ def search_picture(
         sizes.plot(curve.steps, curve.values, label=name, linewidth=1.6)
     sizes.set_title("total rank of the adapter", fontsize=10)
     sizes.set_ylabel("rank rows", fontsize=9)
-    sizes.set_xlabel("step", fontsize=9)
+    _steps(sizes)
     sizes.tick_params(labelsize=8)
     sizes.grid(alpha=0.25)
     sizes.legend(fontsize=8)
@@ -144,8 +144,7 @@ def search_picture(
         step = math.ceil(len(names) / 32)
         axis.set_yticks([i + 0.5 for i in range(0, len(names), step)], names[::step], fontsize=7)
         axis.set_title(f"most likely total rank, {title}", fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.tick_params(axis="x", labelsize=8)
+        _steps(axis)
     layers.set_ylabel("layer", fontsize=9, labelpad=6)
     bar = figure.colorbar(mesh, ax=[kinds, layers], aspect=35, pad=0.01)
     bar.set_label("rank rows a linear layer", fontsize=8)
@@ -213,6 +212,13 @@ def router_picture(
     entropy.set_facecolor("0.88")
     entropy.set_ylabel("")
     save(figure, path)
+
+
+def _steps(axis: Any) -> None:
+    """Steps along the x axis: whole ones."""
+    axis.set_xlabel("step", fontsize=9)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
