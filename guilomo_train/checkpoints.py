@@ -22,6 +22,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from guilomo_train.config import WITHOUT_EFFECT
 from guilomo_train.errors import ResumeError
 from guilomo_train.search.allocation import Allocation
 
@@ -31,7 +32,7 @@ KEPT = 2  # newest checkpoints of a stage
 
 # Settings that may change between a checkpoint and the run that goes on from it. Rows are compared
 # by what they say and not by the name of their file.
-FREE = frozenset({"output", "save_steps", "resume", "train", "validation"})
+FREE = WITHOUT_EFFECT | {"train", "validation"}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig
 
 from guilomo_serve.adapter import Adapter, AdapterSpec, BaseFingerprint, ModuleWeights
@@ -26,12 +28,16 @@ WARMUP = 0.05  # share of the steps over which the learning rate rises
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A trained adapter. The base it was trained on carries it as a PEFT model."""
+    """A trained adapter. The base it was trained on carries it as a PEFT model.
+
+    `history` has the trainer's log, and the health of each router in the last steps.
+    """
 
     adapter: Adapter
     model: PeftModel
     seconds: float
     loss: float
+    history: dict[str, Any]
 
 
 def finetune(
@@ -89,6 +95,7 @@ def finetune(
         processing_class=base.tokenizer,
         balance_coefficient=config.balance_coefficient,
         checkpointing=checkpointing,
+        callbacks=log_callbacks(common, "finetune"),
     )
     trainer.train()
     loss = trainer.mean_loss()
@@ -100,7 +107,11 @@ def finetune(
             f"training diverged (loss {loss}): lower --learning_rate ({config.learning_rate})"
         )
     seconds = trainer.seconds_before + time.monotonic() - started
-    return FinetuneResult(adapter, model, seconds, loss)
+    history = {
+        "log": trainer.state.log_history,
+        "routers": {module: figures.to_json() for module, figures in trainer.routers().items()},
+    }
+    return FinetuneResult(adapter, model, seconds, loss, history)
 
 
 def with_adapter(base: Base, config: LoraMoeConfig) -> PeftModel:
@@ -149,6 +160,15 @@ def adapter_of(model: PeftModel) -> Adapter:
         for module, listed in experts.items()
     }
     return Adapter(spec, weights)
+
+
+def log_callbacks(common: CommonConfig, stage: str) -> list[TrainerCallback]:
+    """What else than the trainer's own log gets its figures: TensorBoard, below <output>/logs."""
+    if common.report_to == "none":
+        return []
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(Path(common.output) / "logs" / stage)
+    return [callback]
 
 
 def training_arguments(

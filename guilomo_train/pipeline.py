@@ -4,7 +4,9 @@
 <output>/allocation.png    its heat map
 <output>/selection.safetensors    the selection vectors it was read off
 <output>/adapter/          the adapter folder
-<output>/run.json          settings, seed, versions, times, scores; written last
+<output>/history.json      losses, router health and allocations over the steps
+<output>/run.json          settings, seed, versions, times, scores; written when all is done
+<output>/report.md         the report page (page.py), made of all these, with its pictures
 <output>/checkpoints/      while it runs: see checkpoints.py
 
 Of several processes all train and the first writes.
@@ -45,6 +47,7 @@ from guilomo_train.errors import ConfigError, ResumeError
 from guilomo_train.evaluate import Scores, evaluate
 from guilomo_train.finetune import FinetuneResult, finetune
 from guilomo_train.models import Base, load_base, processes
+from guilomo_train.page import HISTORY_FILE, RUN_FILE, read_json, write_page
 from guilomo_train.report import heat_map, model_card, table
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.search import SearchResult, search
@@ -53,7 +56,6 @@ ALLOCATION_FILE = "allocation.json"
 PICTURE_FILE = "allocation.png"
 SELECTION_FILE = "selection.safetensors"
 ADAPTER_FOLDER = "adapter"
-RUN_FILE = "run.json"
 CHECKPOINT_FOLDER = "checkpoints"
 
 
@@ -78,10 +80,12 @@ class Run:
         except OSError as e:
             raise ConfigError(f"--output {self.output}: not a folder ({e.strerror})") from None
         self.before = self._before(command)
+        self.history: dict[str, Any] = read_json(self.output / HISTORY_FILE) if self.before else {}
         self.base: Base = load_base(common.base, common.dtype)
         self.train: Dataset = load_rows(
             common.train, self.base.tokenizer, common.train_rows, common.seed
         )
+        self.base_parameters = self.base.model.num_parameters()
         self.linears = BaseModel.from_module(self.base.model).linears
         self.record: dict[str, Any] = {
             **(self.before or {}),
@@ -106,6 +110,7 @@ class Run:
                 load_file(self.output / SELECTION_FILE),
                 self.record["search"]["seconds"],
                 self.record["search"],
+                self.history["search"],
             )
         validation = (
             load_rows(self.common.validation, self.base.tokenizer)
@@ -126,7 +131,8 @@ class Run:
             os.replace(partial, self.output / SELECTION_FILE)
             print(table(result.allocation))
         say(f"search took {result.seconds:.0f} s: {self.output / ALLOCATION_FILE}")
-        self._note("search", {"search": result.record})
+        facts = {"search": result.record, **self._sizes(result.allocation)}
+        self._note("search", facts, result.history)
         return result
 
     def finetune(
@@ -141,7 +147,7 @@ class Run:
             adapter = read_adapter(folder, BaseModel.from_module(self.base.model))
             model = PeftModel.from_pretrained(self.base.model, folder)
             seconds, loss = self.record["finetune_seconds"], self.record["training_loss"]
-            return FinetuneResult(adapter, model, seconds, loss)
+            return FinetuneResult(adapter, model, seconds, loss, self.history["finetune"])
         say(f"fine-tuning: {len(self.train)} rows, {config.epochs:g} epochs")
         work = self.checkpoints / "finetune"
         checkpointing = self._checkpointing(work)
@@ -154,9 +160,9 @@ class Run:
         facts = {
             "finetune_seconds": round(result.seconds, 1),
             "training_loss": result.loss,
-            "parameters": allocation.parameters(self.linears),
+            **self._sizes(allocation),
         }
-        self._note("finetune", facts)
+        self._note("finetune", facts, result.history)
         return result
 
     def evaluate(self, result: FinetuneResult, rows: Dataset, config: EvalConfig) -> None:
@@ -174,9 +180,11 @@ class Run:
         self._note("eval", {"scores": scores.to_json()})
 
     def finish(self) -> None:
-        """Puts the record of the finished run in place; there is nothing to resume any more."""
+        """Puts the record of the finished run in place, writes the report page of it, and deletes
+        what a resumption would need."""
         if self.writes:
             os.replace(self.checkpoints / RUN_FILE, self.output / RUN_FILE)
+            say(f"report: {write_page(self.output)}")
             shutil.rmtree(self.checkpoints)
         processes().destroy_process_group()
 
@@ -193,7 +201,7 @@ class Run:
             return None
         # A finished run has left its record alone; then no stage is to be run.
         path = unfinished if unfinished.is_file() or stages else self.output / RUN_FILE
-        before = json.loads(path.read_text()) if path.is_file() else None
+        before = read_json(path) if path.is_file() else None
         processes().wait_for_everyone()  # the first process will write there
         if before is not None and before["command"] != command:
             raise ResumeError(
@@ -244,11 +252,31 @@ class Run:
         card = model_card(spec, data, parameters, scores.to_json() if scores else None)
         write_adapter(result.adapter, self.output / ADAPTER_FOLDER, card)
 
-    def _note(self, stage: str, facts: dict[str, Any]) -> None:
-        """Adds a finished stage to the record; its checkpoints are not needed any more."""
+    def _sizes(self, allocation: Allocation) -> dict[str, int]:
+        modules = tuple(allocation.ranks)
+        return {
+            "parameters": allocation.parameters(self.linears),
+            "uniform_parameters": Allocation.uniform(modules, 8, 8).parameters(self.linears),
+            "base_parameters": self.base_parameters,
+        }
+
+    def _note(
+        self, stage: str, facts: dict[str, Any], history: dict[str, Any] | None = None
+    ) -> None:
+        """Adds a finished stage to the record; its checkpoints are not needed any more.
+
+        Args:
+            stage: its name.
+            facts: what the record gets.
+            history: what history.json gets; None leaves what it has.
+        """
         self.record["stages"].append(stage)
         self.record.update(facts)
+        if history is not None:
+            self.history[stage] = history
         if self.writes:
+            if history is not None:
+                write_json(self.output / HISTORY_FILE, self.history, indent=None)
             self.checkpoints.mkdir(exist_ok=True)
             write_json(self.checkpoints / RUN_FILE, self.record)
             shutil.rmtree(self.checkpoints / stage, ignore_errors=True)
@@ -302,10 +330,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Writes a JSON file; one of that name is replaced only when all is written."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(json.dumps(value, indent=indent) + "\n")
     os.replace(partial, path)
 
 

@@ -32,6 +32,7 @@ from trl import SFTTrainer
 
 from guilomo_train.batches import Batches, BatchLoader, with_blank
 from guilomo_train.checkpoints import STATE_FILE, Checkpointing, complete
+from guilomo_train.health import RouterFigures, RouterHealth
 from guilomo_train.lora_moe import LoraMoeLayer
 from guilomo_train.lora_moe.layer import Routing
 
@@ -59,6 +60,7 @@ class LoraMoeTrainer(SFTTrainer):
         self.balance_coefficient = balance_coefficient
         self.checkpointing = checkpointing or Checkpointing(0, {}, None)
         self.layers = [m for m in self.model.modules() if isinstance(m, LoraMoeLayer)]
+        self.health = RouterHealth()
         for layer in self.layers:
             layer.keep_routing = balance_coefficient > 0
         # Whatever the base takes: `compute_loss` below divides by the tokens of the whole step.
@@ -78,6 +80,8 @@ class LoraMoeTrainer(SFTTrainer):
         self.state = state
         self._load_from_checkpoint(str(resume))
         self.load_state_dict(_read_state(resume))
+        self.model.train()  # or TRL would log for an evaluation
+        self.log({"train_loss": self.mean_loss()})  # as at the end of every training
         return TrainOutput(state.global_step, self.mean_loss(), {})
 
     def get_train_dataloader(self) -> DataLoader:
@@ -124,7 +128,8 @@ class LoraMoeTrainer(SFTTrainer):
     ) -> torch.Tensor:
         if return_outputs:
             raise NotImplementedError("evaluate with guilomo_train.evaluate, not in the trainer")
-        nll, balance = self.losses(model, inputs, num_items_in_batch)
+        health = self.health if self.model.training else None
+        nll, balance = self.losses(model, inputs, num_items_in_batch, health)
         if not self.model.training:
             return nll
         # With a token count of the whole accumulated batch, the sum over its parts is the mean.
@@ -135,11 +140,25 @@ class LoraMoeTrainer(SFTTrainer):
             self._metrics["train"]["balance"].append(both[1].item())
         return nll + self.balance_coefficient * balance / parts
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs.update(self.health.scalars(self._over_processes))
+        super().log(logs, start_time)
+
+    def routers(self) -> dict[str, RouterFigures]:
+        """Health of each router in the last steps, by its module's full name."""
+        names = [
+            name.removeprefix("base_model.model.")
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, LoraMoeLayer) and len(layer.router) > 0
+        ]
+        return {names[place]: figures for place, figures in self.health.figures.items()}
+
     def losses(
         self,
         model: nn.Module,
         inputs: dict[str, torch.Tensor],
         num_items: torch.Tensor | int | None = None,
+        health: RouterHealth | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The completion's NLL and the load-balance loss of one batch, both differentiable.
 
@@ -149,6 +168,7 @@ class LoraMoeTrainer(SFTTrainer):
             model: the (possibly wrapped) model.
             inputs: `input_ids`, `attention_mask` and `labels` (-100: not scored), `[B, S]`.
             num_items: tokens to divide the NLL by; None for those of this batch.
+            health: counts what the routers did.
         """
         processes = self.accelerator.num_processes
         scored = inputs["labels"][:, 1:] != -100
@@ -160,7 +180,7 @@ class LoraMoeTrainer(SFTTrainer):
         routings = [layer.routing for layer in self.layers if layer.routing is not None]
         # A row without labels is there only to fill a batch.
         tokens = inputs["attention_mask"].bool() & scored.any(dim=-1, keepdim=True)
-        balance = processes * balance_loss(routings, tokens, self._over_processes)
+        balance = processes * balance_loss(routings, tokens, self._over_processes, health)
         for layer in self.layers:
             layer.routing = None  # it holds the graph
         return nll, balance
@@ -172,12 +192,19 @@ class LoraMoeTrainer(SFTTrainer):
         """What a later process needs beyond that which transformers' trainer saves."""
         return {
             "loss_sum": self._mean_loss_sum(),
+            # What the next log line is made of.
+            "metrics": dict(self._metrics["train"]),
+            "health": self.health.state_dict(
+                lambda counts: self.accelerator.reduce(counts, reduction="mean")
+            ),
             "seconds": self.seconds_before + time.monotonic() - self.started,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave."""
         self.loss_sum.fill_(state["loss_sum"])
+        self._metrics["train"].update(state["metrics"])
+        self.health.load_state_dict(state["health"], self.args.device)
         self.seconds_before = state["seconds"]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -236,6 +263,7 @@ def balance_loss(
     routings: list[Routing],
     tokens: torch.Tensor,
     over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts,
+    health: RouterHealth | None = None,
 ) -> torch.Tensor:
     """The mean load-balance loss of layers; see the head of this file.
 
@@ -243,6 +271,7 @@ def balance_loss(
         routings: what the routers did; tensors `[B, S, E]`, E may differ from layer to layer.
         tokens: [B, S], 0 for those left out: padding.
         over_processes: sums a tensor over all processes.
+        health: counts what the routers did in this process.
 
     Returns:
         This process's summand of the loss of the batch that all processes took together.
@@ -252,22 +281,27 @@ def balance_loss(
     tokens = tokens.bool()
     # One computation for all layers with as many experts: a loop over layers costs more calls
     # than a layer itself.
-    by_experts: dict[int, list[Routing]] = defaultdict(list)
-    for routing in routings:
-        by_experts[routing.logits.shape[-1]].append(routing)
+    by_experts: dict[int, list[int]] = defaultdict(list)
+    for place, routing in enumerate(routings):
+        by_experts[routing.logits.shape[-1]].append(place)
     experts, choices, probabilities = [], [], []
-    for same in by_experts.values():
+    for places in by_experts.values():
+        same = [routings[place] for place in places]
         logits = torch.stack([r.logits[tokens] for r in same])  # [layers, T, E]
         chosen = torch.stack([r.weights.detach()[tokens] for r in same]) > 0
         masks = [r.available for r in same if r.available is not None]
+        available = None
         if masks:  # a search runs: all layers have one
             available = torch.stack(masks)
             logits = logits.masked_fill(~available[:, None], -torch.inf)
             experts.append(available.sum(-1))
         else:
             experts.append(torch.tensor(logits.shape[-1], device=logits.device))
+        probability = torch.softmax(logits, dim=-1)
         choices.append(chosen.to(logits.dtype).sum(1))
-        probabilities.append(torch.softmax(logits, dim=-1).sum(1))
+        probabilities.append(probability.sum(1))
+        if health is not None:
+            health.add(tuple(places), choices[-1], probability.detach(), available)
     # Sums of all processes in one exchange: [layers, E] of each group, and the number of tokens.
     local = torch.cat([*(c.flatten() for c in choices), tokens.sum().to(choices[0]).view(1)])
     *counts, total = over_processes(local).split([*(c.numel() for c in choices), 1])

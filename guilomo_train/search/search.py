@@ -20,7 +20,7 @@ from guilomo_train.batches import Batches, with_blank
 from guilomo_train.checkpoints import Checkpointing
 from guilomo_train.config import CommonConfig, SearchConfig
 from guilomo_train.data import split_validation
-from guilomo_train.finetune import training_arguments, with_adapter
+from guilomo_train.finetune import log_callbacks, training_arguments, with_adapter
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.models import Base
 from guilomo_train.search.allocation import Allocation
@@ -29,19 +29,23 @@ from guilomo_train.search.selection import SearchSpace, SelectionVectors
 from guilomo_train.search.upper import UpperLevel
 from guilomo_train.trainer import LoraMoeTrainer
 
+SNAPSHOTS = 100  # of the allocation while a search runs, about
+
 
 @dataclass(frozen=True)
 class SearchResult:
     """What a search found and what it took.
 
     `record` goes into the adapter's config: method, seed, steps, seconds. `vectors` are the
-    selection vectors that the allocation is read off.
+    selection vectors that the allocation is read off. `history` has the modules, and the trainer's
+    log, in which `total_ranks` is the allocation of that time: a total rank for each module.
     """
 
     allocation: Allocation
     vectors: dict[str, torch.Tensor]
     seconds: float
     record: dict[str, Any]
+    history: dict[str, Any]
 
 
 class SearchTrainer(LoraMoeTrainer):
@@ -97,6 +101,15 @@ class SearchTrainer(LoraMoeTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs["expected_rank"] = round(self.upper.selection.expected_total_rank(), 1)
         super().log(logs, start_time)
+        # Into the trainer's state, so that a checkpoint has it.
+        if self.state.global_step >= self.state.max_steps or self._is_snapshot():
+            ranks = self.upper.selection.allocation().ranks
+            self.state.log_history[-1]["total_ranks"] = [sum(r) for r in ranks.values()]
+
+    def _is_snapshot(self) -> bool:
+        logged = self.state.global_step // self.args.logging_steps
+        every = max(1, self.state.max_steps // int(SNAPSHOTS * self.args.logging_steps))
+        return logged % every == 0
 
     def _upper_step(self, inputs: dict[str, torch.Tensor]) -> None:
         """Moves the selection vectors; weights, gradients and lower optimiser stay as they are."""
@@ -196,6 +209,7 @@ def search(
         second_order=config.order == "second",
         selection_learning_rate=config.selection_learning_rate,
         validation_dataset=upper,
+        callbacks=log_callbacks(common, "search"),
     )
     trainer.train()
     base.model = model.unload()
@@ -213,4 +227,5 @@ def search(
         "max_experts": config.max_experts,
         "max_rank": config.max_rank,
     }
-    return SearchResult(allocation, vectors, seconds, record)
+    history = {"modules": list(space.modules), "log": trainer.state.log_history}
+    return SearchResult(allocation, vectors, seconds, record, history)
