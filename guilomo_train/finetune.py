@@ -86,8 +86,6 @@ def finetune(
         balance_coefficient=config.balance_coefficient,
     )
     loss = trainer.train().training_loss
-    for layer in trainer.layers:
-        layer.keep_routing = False
     adapter = adapter_of(model)
     if not all(torch.isfinite(w.lora_b).all() for w in adapter.weights.values()):
         raise DivergedError(
@@ -105,8 +103,7 @@ def with_adapter(base: Base, config: LoraMoeConfig) -> PeftModel:
     try:
         return get_peft_model(base.model, config)
     except ValueError as e:
-        source = "target_modules" if config.experts is None else "allocation"
-        raise ConfigError(f"{source}: {e}") from None
+        raise ConfigError(f"--allocation: {e}" if config.experts else f"--{e}") from None
 
 
 def adapter_of(model: PeftModel) -> Adapter:

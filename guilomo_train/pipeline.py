@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from guilomo_train.data import load_rows
 from guilomo_train.errors import ConfigError
 from guilomo_train.evaluate import Scores, evaluate
 from guilomo_train.finetune import FinetuneResult, finetune
+from guilomo_train.limits import enough_memory, replace_file
 from guilomo_train.models import Base, load_base
 from guilomo_train.report import heat_map, model_card, table
 from guilomo_train.search.allocation import Allocation
@@ -51,9 +51,13 @@ class Run:
         self.output = Path(common.output)
         try:
             self.output.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.output):
+                pass
         except OSError as e:
-            raise ConfigError(f"--output {self.output}: not a folder ({e.strerror})") from None
-        self.base: Base = load_base(common.base, common.dtype)
+            raise ConfigError(
+                f"--output {self.output}: no folder that can be written to ({e.strerror})"
+            ) from None
+        self.base: Base = load_base(common.base, common.dtype, common.quantize)
         self.train: Dataset = load_rows(
             common.train, self.base.tokenizer, common.train_rows, common.seed
         )
@@ -73,7 +77,14 @@ class Run:
             if self.common.validation is not None
             else None
         )
-        with tempfile.TemporaryDirectory() as work:
+        space = (
+            f"--search_batch_size ({config.search_batch_size}), "
+            f"--max_experts ({config.max_experts}) or --max_rank ({config.max_rank})"
+        )
+        with (
+            enough_memory("the search", self._less_memory(space)),
+            tempfile.TemporaryDirectory() as work,
+        ):
             result = search(self.base, self.train, validation, self.common, config, Path(work))
         result.allocation.save(self.output / ALLOCATION_FILE)
         heat_map(result.allocation, self.output / PICTURE_FILE)
@@ -87,7 +98,11 @@ class Run:
     ) -> FinetuneResult:
         """Trains the adapter and writes its folder."""
         say(f"fine-tuning: {len(self.train)} rows, {config.epochs:g} epochs")
-        with tempfile.TemporaryDirectory() as work:
+        batch = f"--batch_size ({config.batch_size}; --gradient_accumulation_steps makes up for it)"
+        with (
+            enough_memory("fine-tuning", self._less_memory(batch)),
+            tempfile.TemporaryDirectory() as work,
+        ):
             result = finetune(
                 self.base, self.train, allocation, self.common, config, Path(work), search_record
             )
@@ -103,11 +118,20 @@ class Run:
 
     def evaluate(self, result: FinetuneResult, rows: Dataset, config: EvalConfig) -> Scores:
         """Scores the new adapter and writes the scores into its card."""
-        scores, _ = evaluate(result.model, self.base.tokenizer, rows, config)
+        with enough_memory("the evaluation", less_memory(config)):
+            scores, _ = evaluate(result.model, self.base.tokenizer, rows, config)
         self._write_adapter(result, scores)
         print(score_line(scores))
         self._note("eval", config, {"scores": scores.to_json()})
         return scores
+
+    def _less_memory(self, settings: str) -> str:
+        """What to lower when memory runs out, beside a stage's own settings."""
+        common = self.common
+        remedy = f"lower {settings} or --max_length ({common.max_length})"
+        if not common.gradient_checkpointing:
+            remedy += ", or give --gradient_checkpointing"
+        return remedy if common.quantize == "4bit" else f"{remedy}, or --quantize 4bit"
 
     def _write_adapter(self, result: FinetuneResult, scores: Scores | None) -> None:
         spec = result.adapter.spec
@@ -129,7 +153,12 @@ class Run:
 
 
 def evaluate_adapter(
-    base_name: str, data: str, adapter: str | None, dtype: str, config: EvalConfig
+    base_name: str,
+    data: str,
+    adapter: str | None,
+    dtype: str,
+    config: EvalConfig,
+    quantize: str = "none",
 ) -> tuple[Scores, list[dict[str, str]]]:
     """Scores an adapter folder, or the base alone.
 
@@ -139,18 +168,27 @@ def evaluate_adapter(
     Raises:
         TrainError, AdapterError: the base, the data or the adapter cannot be used.
     """
-    base = load_base(base_name, dtype)
+    base = load_base(base_name, dtype, quantize)
     rows = load_rows(data, base.tokenizer, config.eval_rows)
     model: Any = base.model
     if adapter is not None:
         read_adapter(adapter, BaseModel.from_module(base.model))  # refuses what PEFT would not
         model = PeftModel.from_pretrained(base.model, adapter)
-    scores, texts = evaluate(model, base.tokenizer, rows, config)
+    with enough_memory("the evaluation", less_memory(config)):
+        scores, texts = evaluate(model, base.tokenizer, rows, config)
     answers = [
         {"generated": text, "answer": answer}
         for text, answer in zip(texts, rows["answer"], strict=True)
     ]
     return scores, answers
+
+
+def less_memory(config: EvalConfig) -> str:
+    """What to lower when memory runs out in an evaluation."""
+    return (
+        f"lower --eval_batch_size ({config.eval_batch_size}) "
+        f"or --max_new_tokens ({config.max_new_tokens})"
+    )
 
 
 def score_line(scores: Scores) -> str:
@@ -172,9 +210,8 @@ def versions() -> dict[str, str]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file; one of that name is replaced only when all is written."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+    with replace_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def say(text: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from guilomo_serve.adapter import AdapterSpec
+from guilomo_train.limits import replace_file
 from guilomo_train.search.allocation import Allocation
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -84,10 +85,9 @@ def heat_map(allocation: Allocation, path: Path) -> None:
         axis.set_yticks(range(len(layers)), layers, fontsize=7)
         axis.set_ylabel("layer")
         figure.colorbar(image, ax=axis, shrink=0.8)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=130, format="png")
+    with replace_file(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
     plt.close(figure)
-    partial.replace(path)
 
 
 def model_card(

@@ -9,16 +9,22 @@ mean router probability of e, over the tokens that are not padding. It is 1 for 
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import defaultdict
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.nn import functional as F
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
+from guilomo_train.errors import ConfigError, DataError, DivergedError
 from guilomo_train.lora_moe import LoraMoeLayer
 from guilomo_train.lora_moe.layer import Routing
+
+_logger = logging.getLogger(__name__)
 
 
 class LoraMoeTrainer(SFTTrainer):
@@ -30,14 +36,49 @@ class LoraMoeTrainer(SFTTrainer):
 
     Args:
         balance_coefficient: weight of the load-balance loss; 0 turns it off.
+
+    Raises:
+        ConfigError: gradient checkpointing is asked for in its reentrant form.
+        DataError: no row of a data set has a token to learn from.
     """
+
+    learning_rate_option = "--learning_rate"
 
     def __init__(self, *args: Any, balance_coefficient: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get(
+            "use_reentrant"
+        ):
+            raise ConfigError(
+                "gradient_checkpointing_kwargs has use_reentrant=True, expected False: reentrant "
+                "checkpointing loses the gradient of the load-balance loss and of a search"
+            )
         self.balance_coefficient = balance_coefficient
         self.layers = [m for m in self.model.modules() if isinstance(m, LoraMoeLayer)]
-        for layer in self.layers:
-            layer.keep_routing = balance_coefficient > 0
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:  # TRL makes them bfloat16 where the base is quantised
+                parameter.data = parameter.data.float()
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: Any, args: SFTConfig, *rest: Any
+    ) -> Dataset:
+        """TRL's tokenized rows. TRL leaves out those of whose completion truncation leaves nothing
+        and says nothing of it."""
+        prepared = super()._prepare_dataset(dataset, processing_class, args, *rest)
+        lost = len(dataset) - len(prepared)
+        if lost:
+            first = ""
+            if "where" in dataset.column_names:
+                kept = set(prepared["where"])
+                first = f" (first: {next(w for w in dataset['where'] if w not in kept)})"
+            found = (
+                f"{lost} of {len(dataset)} rows have no token of their completion within "
+                f"--max_length {args.max_length}{first}"
+            )
+            if lost == len(dataset):
+                raise DataError(f"{found}; raise --max_length or shorten the prompts")
+            _logger.warning("%s; they are left out", found)
+        return prepared
 
     def compute_loss(
         self,
@@ -51,7 +92,7 @@ class LoraMoeTrainer(SFTTrainer):
         nll, balance = self.losses(model, inputs, num_items_in_batch)
         if not self.model.training:
             return nll
-        self._metrics["train"]["nll"].append(nll.item())
+        self._metrics["train"]["nll"].append(self._finite(nll, "the loss"))
         if self.balance_coefficient > 0:
             self._metrics["train"]["balance"].append(balance.item())
         # With a token count of the whole accumulated batch, the sum over its parts is the mean.
@@ -71,14 +112,38 @@ class LoraMoeTrainer(SFTTrainer):
             inputs: `input_ids`, `attention_mask` and `labels` (-100: not scored), `[B, S]`.
             num_items: tokens to divide the NLL by; None for those of this batch.
         """
-        nll = completion_nll(model, inputs, num_items)
         if self.balance_coefficient == 0:
+            nll = completion_nll(model, inputs, num_items)
             return nll, nll.new_zeros(())
+        # Kept in this forward pass alone: gradient checkpointing runs layers again in the backward
+        # pass, and what they would keep then holds their activations until the next step.
+        for layer in self.layers:
+            layer.keep_routing = True
+        nll = completion_nll(model, inputs, num_items)
         routings = [layer.routing for layer in self.layers if layer.routing is not None]
         balance = balance_loss(routings, inputs["attention_mask"])
         for layer in self.layers:
-            layer.routing = None  # it holds the graph
+            layer.keep_routing, layer.routing = False, None
         return nll, balance
+
+    def _finite(self, loss: torch.Tensor, name: str) -> float:
+        """The loss as a number.
+
+        Raises:
+            DivergedError: it is not finite; going on would only spoil the weights for good.
+        """
+        value, step = loss.item(), self.state.global_step + 1
+        if math.isfinite(value):
+            return value
+        if step == 1:
+            raise DivergedError(
+                f"{name} is {value} in the first step, before any weight has moved: the base "
+                "itself gives no finite numbers; try --dtype float32, or another base"
+            )
+        raise DivergedError(
+            f"{name} is {value} in step {step} of {self.state.max_steps}: "
+            f"lower {self.learning_rate_option} ({self.args.learning_rate:g})"
+        )
 
 
 def completion_nll(

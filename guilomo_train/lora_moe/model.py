@@ -49,9 +49,9 @@ class LoraMoeModel(BaseTuner):
         modules = _modules(model)
         moe = _moe_parts(modules)
         if peft_config.experts is not None:
-            for module in peft_config.experts:
-                if module not in modules:
-                    raise ValueError(f"experts names {module!r}, which the model does not have")
+            for name in peft_config.experts:
+                if name not in modules:
+                    raise ValueError(f"experts names {name!r}, which the model does not have")
         else:
             if peft_config.target_modules == "all-linear":
                 if moe:
@@ -60,7 +60,7 @@ class LoraMoeModel(BaseTuner):
                         "experts in the base, which cannot be adapted; name the layers to adapt, "
                         f"of {_kinds(model, modules, moe)}"
                     )
-                peft_config.target_modules = _linear_layers(model, modules)
+                peft_config.target_modules = sorted(_linear_layers(model, modules))
                 if not peft_config.target_modules:
                     raise ValueError(
                         f"target_modules is 'all-linear', but {type(model).__name__} has no linear "

@@ -52,6 +52,8 @@ class SearchTrainer(LoraMoeTrainer):
         validation_dataset: rows of the upper level, prepared as `train_dataset` is.
     """
 
+    learning_rate_option = "--search_learning_rate"
+
     def __init__(
         self,
         *args: Any,
@@ -96,6 +98,11 @@ class SearchTrainer(LoraMoeTrainer):
             nll, balance = self.losses(self.model, inputs)
             return nll + self.balance_coefficient * balance
 
+        def validation_loss() -> torch.Tensor:
+            nll = self.losses(self.model, validation)[0]
+            self._finite(nll, "the validation loss")
+            return nll
+
         unrolled = None
         if self.second_order:
             lower = [w.grad for w in self.weights]
@@ -106,7 +113,7 @@ class SearchTrainer(LoraMoeTrainer):
             )
         self.upper.step(
             train_loss,
-            lambda: self.losses(self.model, validation)[0],
+            validation_loss,
             self.weights,
             unrolled,
             reduce=lambda gradient: self.accelerator.reduce(gradient, reduction="mean"),
@@ -143,6 +150,7 @@ def search(
 
     Raises:
         ConfigError, DataError: the target modules or the data cannot be used.
+        DivergedError: a loss is not finite.
     """
     started = time.monotonic()
     lower, upper = split_validation(train, common, validation)
