@@ -13,12 +13,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_llama(vocab_size: int, layers: int = 2) -> LlamaForCausalLM:
+def tiny_llama(vocab_size: int, layers: int = 2, hidden_size: int = 32) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 3 // 2,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
