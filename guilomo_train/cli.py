@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import guilomo_serve
@@ -157,6 +158,8 @@ def main(argv: list[str] | None = None) -> int:
         if e.errno not in WRITE_ERRORS:
             raise
         message = f"{e.filename or 'a file'}: cannot be written ({e.strerror})"
+    for bar in list(tqdm._instances):
+        bar.close()  # ends its line
     print(f"guilomo-train {arguments.command}: error: {message}", file=sys.stderr)
     return 2
 
