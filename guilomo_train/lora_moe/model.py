@@ -111,10 +111,13 @@ class LoraMoeModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _post_injection_hook(
-        self, model: nn.Module, config: LoraMoeConfig, adapter_name: str
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Makes the allocation explicit, so that the saved config needs no rule to be read."""
+        """Adds an adapter and makes its allocation explicit, so that the saved config needs no
+        rule to be read."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
         experts = {
             name: layer.experts[adapter_name]
             for name, layer in model.named_modules()

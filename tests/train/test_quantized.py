@@ -21,7 +21,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from trl import SFTConfig, SFTTrainer
 
 from guilomo_serve.adapter import BaseModel, read_adapter
+from guilomo_train.config import CommonConfig
+from guilomo_train.finetune import training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
+from guilomo_train.trainer import LoraMoeTrainer
 from tests.train.tiny import tiny_llama, tiny_tokenizer
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -150,6 +153,20 @@ def test_trl_on_a_quantised_base_saves_an_adapter_of_the_format(base: Path, tmp_
     assert {layer.router["default"].weight.dtype for layer in layers} == {torch.bfloat16}
     trainer.save_model(str(tmp_path / "adapter"))
     read_adapter(tmp_path / "adapter")
+
+
+@needs_bitsandbytes
+def test_our_trainer_keeps_the_adapter_in_float32(base: Path, tmp_path: Path) -> None:
+    common = CommonConfig(base="", train="", output="")
+    model = get_peft_model(quantized(base, "4bit"), LoraMoeConfig(task_type="CAUSAL_LM"))
+    LoraMoeTrainer(
+        model=model,
+        args=training_arguments(common, tmp_path, epochs=1, batch_size=4, learning_rate=1e-3),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tiny_tokenizer(),
+        balance_coefficient=0.0,
+    )
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 def guilomo_train(*arguments: Any) -> subprocess.CompletedProcess[str]:
