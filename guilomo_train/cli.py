@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import guilomo_serve
@@ -33,6 +34,7 @@ from guilomo_train.config import (
     option,
 )
 from guilomo_train.errors import TrainError
+from guilomo_train.limits import WRITE_ERRORS
 from guilomo_train.report import allocation_of, heat_map, table
 from guilomo_train.search.allocation import Allocation
 
@@ -65,6 +67,7 @@ class EvalOptions:
     adapter: str | None = option(None, "Adapter folder; without it the base answers alone.")
     output: str | None = option(None, "Write scores and answers into this JSON file.")
     dtype: str = option("auto", "Precision of the base model.")
+    quantize: Literal["none", "4bit", "8bit"] = option("none", "Load the base quantised.")
 
 
 @dataclass
@@ -148,7 +151,7 @@ def _eval(chosen: EvalOptions, config: EvalConfig) -> None:
     from guilomo_train.pipeline import evaluate_adapter, score_line, write_json
 
     scores, answers = evaluate_adapter(
-        chosen.base, chosen.data, chosen.adapter, chosen.dtype, config
+        chosen.base, chosen.data, chosen.adapter, chosen.dtype, config, chosen.quantize
     )
     if chosen.output is not None:
         write_json(Path(chosen.output), {**scores.to_json(), "answers": answers})
@@ -238,10 +241,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         paths = (getattr(arguments, name) for name in command.paths)
         command.run(*paths, *(_take(kind, arguments) for kind in command.settings))
+        return 0
     except (TrainError, AdapterError) as e:
-        print(f"guilomo-train {arguments.command}: error: {e}", file=sys.stderr)
-        return 2
-    return 0
+        message = str(e)
+    except OSError as e:
+        if e.errno not in WRITE_ERRORS:
+            raise
+        message = f"{e.filename or 'a file'}: cannot be written ({e.strerror})"
+    for bar in list(tqdm._instances):
+        bar.close()  # ends its line
+    print(f"guilomo-train {arguments.command}: error: {message}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> ArgumentParser:

@@ -48,6 +48,9 @@ class CommonConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Precision of the base model; auto is the one it is stored in."
     )
+    quantize: Literal["none", "4bit", "8bit"] = option(
+        "none", "Load the base's linear layers quantised, by bitsandbytes; the adapter is not."
+    )
     gradient_checkpointing: bool = option(
         False, "Keep no activations: less memory, about a third more time."
     )

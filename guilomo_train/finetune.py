@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig
@@ -17,9 +17,9 @@ from trl import SFTConfig
 from guilomo_serve.adapter import Adapter, AdapterSpec, BaseFingerprint, ModuleWeights
 from guilomo_train.checkpoints import KEPT, Checkpointing
 from guilomo_train.config import CommonConfig, FinetuneConfig
-from guilomo_train.errors import ConfigError, DivergedError
+from guilomo_train.errors import DivergedError
 from guilomo_train.lora_moe import LoraMoeConfig
-from guilomo_train.models import Base
+from guilomo_train.models import Base, with_adapter
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.trainer import LoraMoeTrainer
 
@@ -79,7 +79,7 @@ def finetune(
         },
         search=search_record,
     )
-    model = with_adapter(base, peft_config)
+    model = with_adapter(base.model, peft_config)
     trainer = LoraMoeTrainer(
         model=model,
         args=training_arguments(
@@ -99,8 +99,6 @@ def finetune(
     )
     trainer.train()
     loss = trainer.mean_loss()
-    for layer in trainer.layers:
-        layer.keep_routing = False
     adapter = adapter_of(model)
     if not all(torch.isfinite(w.lora_b).all() for w in adapter.weights.values()):
         raise DivergedError(
@@ -112,19 +110,6 @@ def finetune(
         "routers": {module: figures.to_json() for module, figures in trainer.routers().items()},
     }
     return FinetuneResult(adapter, model, seconds, loss, history)
-
-
-def with_adapter(base: Base, config: LoraMoeConfig) -> PeftModel:
-    """The base wrapped with a new adapter.
-
-    Raises:
-        ConfigError: the base lacks the modules that the config names.
-    """
-    try:
-        return get_peft_model(base.model, config)
-    except ValueError as e:
-        source = "target_modules" if config.experts is None else "allocation"
-        raise ConfigError(f"{source}: {e}") from None
 
 
 def adapter_of(model: PeftModel) -> Adapter:

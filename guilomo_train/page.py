@@ -19,6 +19,7 @@ from guilomo_serve.adapter import read_spec
 from guilomo_train.config import WITHOUT_EFFECT
 from guilomo_train.errors import ConfigError
 from guilomo_train.health import DEAD
+from guilomo_train.limits import replace_file
 from guilomo_train.pictures import Curve, loss_picture, router_picture, search_picture
 from guilomo_train.report import allocation_of, grid, heat_map
 from guilomo_train.search.allocation import Allocation
@@ -107,9 +108,8 @@ def write_page(folder: Path, control: Path | None = None) -> Path:
         parts.append(_control(run, other))
     parts += [_losses(run, other), _search(run), _allocation(run), _routers(run)]
     page = folder / PAGE_FILE
-    partial = page.with_name(f".{page.name}.partial")
-    partial.write_text("\n\n".join(part for part in parts if part) + "\n")
-    partial.replace(page)
+    with replace_file(page) as partial:
+        partial.write_text("\n\n".join(part for part in parts if part) + "\n")
     return page
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from guilomo_train.limits import replace_file
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -41,10 +43,9 @@ def save(figure: Any, path: Path) -> None:
     """Writes a PNG; one of that name is replaced only when all is written."""
     from matplotlib import pyplot as plt
 
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=130, format="png")
+    with replace_file(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
     plt.close(figure)
-    partial.replace(path)
 
 
 def cells_of(

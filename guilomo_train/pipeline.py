@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +47,7 @@ from guilomo_train.data import load_rows
 from guilomo_train.errors import ConfigError, ResumeError
 from guilomo_train.evaluate import Scores, evaluate
 from guilomo_train.finetune import FinetuneResult, finetune
+from guilomo_train.limits import enough_memory, replace_file
 from guilomo_train.models import Base, load_base, processes
 from guilomo_train.page import HISTORY_FILE, RUN_FILE, read_json, write_page
 from guilomo_train.report import heat_map, model_card, table
@@ -77,11 +79,15 @@ class Run:
             transformers.logging.disable_progress_bar()
         try:
             self.output.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.output):
+                pass
         except OSError as e:
-            raise ConfigError(f"--output {self.output}: not a folder ({e.strerror})") from None
+            raise ConfigError(
+                f"--output {self.output}: no folder that can be written to ({e.strerror})"
+            ) from None
         self.before = self._before(command)
         self.history: dict[str, Any] = read_json(self.output / HISTORY_FILE) if self.before else {}
-        self.base: Base = load_base(common.base, common.dtype)
+        self.base: Base = load_base(common.base, common.dtype, common.quantize)
         self.train: Dataset = load_rows(
             common.train, self.base.tokenizer, common.train_rows, common.seed
         )
@@ -122,13 +128,19 @@ class Run:
         say(f"search: {len(self.train)} rows, {config.order} order")
         work = self.checkpoints / "search"
         checkpointing = self._checkpointing(work)
-        result = search(self.base, self.train, validation, self.common, config, work, checkpointing)
+        space = (
+            f"--search_batch_size ({config.search_batch_size}), "
+            f"--max_experts ({config.max_experts}) or --max_rank ({config.max_rank})"
+        )
+        with enough_memory("the search", self._less_memory(space)):
+            result = search(
+                self.base, self.train, validation, self.common, config, work, checkpointing
+            )
         if self.writes:
             result.allocation.save(self.output / ALLOCATION_FILE)
             heat_map(result.allocation, self.output / PICTURE_FILE)
-            partial = self.output / f".{SELECTION_FILE}.partial"
-            save_file(result.vectors, partial)
-            os.replace(partial, self.output / SELECTION_FILE)
+            with replace_file(self.output / SELECTION_FILE) as partial:
+                save_file(result.vectors, partial)
             print(table(result.allocation))
         say(f"search took {result.seconds:.0f} s: {self.output / ALLOCATION_FILE}")
         facts = {"search": result.record, **self._sizes(result.allocation)}
@@ -151,10 +163,12 @@ class Run:
         say(f"fine-tuning: {len(self.train)} rows, {config.epochs:g} epochs")
         work = self.checkpoints / "finetune"
         checkpointing = self._checkpointing(work)
-        result = finetune(
-            self.base, self.train, allocation, self.common, config, work, search_record,
-            checkpointing,
-        )  # fmt: skip
+        batch = f"--batch_size ({config.batch_size}; --gradient_accumulation_steps makes up for it)"
+        with enough_memory("fine-tuning", self._less_memory(batch)):
+            result = finetune(
+                self.base, self.train, allocation, self.common, config, work, search_record,
+                checkpointing,
+            )  # fmt: skip
         self._write_adapter(result, None)
         say(f"fine-tuning took {result.seconds:.0f} s: {self.output / ADAPTER_FOLDER}")
         facts = {
@@ -174,7 +188,8 @@ class Run:
             say("evaluation: finished before")
             self._note("eval", {})
             return
-        scores, _ = evaluate(result.model, self.base.tokenizer, rows, config)
+        with enough_memory("the evaluation", less_memory(config)):
+            scores, _ = evaluate(result.model, self.base.tokenizer, rows, config)
         self._write_adapter(result, scores)
         print(score_line(scores))
         self._note("eval", {"scores": scores.to_json()})
@@ -238,6 +253,14 @@ class Run:
                 shutil.rmtree(path)
         return Checkpointing(self.common.save_steps, settings, resume)
 
+    def _less_memory(self, settings: str) -> str:
+        """What to lower when memory runs out, beside a stage's own settings."""
+        common = self.common
+        remedy = f"lower {settings} or --max_length ({common.max_length})"
+        if not common.gradient_checkpointing:
+            remedy += ", or give --gradient_checkpointing"
+        return remedy if common.quantize == "4bit" else f"{remedy}, or --quantize 4bit"
+
     def _write_adapter(self, result: FinetuneResult, scores: Scores | None) -> None:
         if not self.writes:
             return
@@ -289,7 +312,12 @@ def settings_of(record: dict[str, Any], stage: str) -> dict[str, Any]:
 
 
 def evaluate_adapter(
-    base_name: str, data: str, adapter: str | None, dtype: str, config: EvalConfig
+    base_name: str,
+    data: str,
+    adapter: str | None,
+    dtype: str,
+    config: EvalConfig,
+    quantize: str = "none",
 ) -> tuple[Scores, list[dict[str, str]]]:
     """Scores an adapter folder, or the base alone.
 
@@ -299,18 +327,27 @@ def evaluate_adapter(
     Raises:
         TrainError, AdapterError: the base, the data or the adapter cannot be used.
     """
-    base = load_base(base_name, dtype)
+    base = load_base(base_name, dtype, quantize)
     rows = load_rows(data, base.tokenizer, config.eval_rows)
     model: Any = base.model
     if adapter is not None:
         read_adapter(adapter, BaseModel.from_module(base.model))  # refuses what PEFT would not
         model = PeftModel.from_pretrained(base.model, adapter)
-    scores, texts = evaluate(model, base.tokenizer, rows, config)
+    with enough_memory("the evaluation", less_memory(config)):
+        scores, texts = evaluate(model, base.tokenizer, rows, config)
     answers = [
         {"generated": text, "answer": answer}
         for text, answer in zip(texts, rows["answer"], strict=True)
     ]
     return scores, answers
+
+
+def less_memory(config: EvalConfig) -> str:
+    """What to lower when memory runs out in an evaluation."""
+    return (
+        f"lower --eval_batch_size ({config.eval_batch_size}) "
+        f"or --max_new_tokens ({config.max_new_tokens})"
+    )
 
 
 def score_line(scores: Scores) -> str:
@@ -332,9 +369,8 @@ def versions() -> dict[str, str]:
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Writes a JSON file; one of that name is replaced only when all is written."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=indent) + "\n")
-    os.replace(partial, path)
+    with replace_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=indent) + "\n")
 
 
 def say(text: str) -> None:

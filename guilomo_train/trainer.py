@@ -15,6 +15,8 @@ whole step is known only when its last part has run.
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,19 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from guilomo_train.batches import Batches, BatchLoader, with_blank
-from guilomo_train.checkpoints import STATE_FILE, Checkpointing, complete
+from guilomo_train.checkpoints import STATE_FILE, Checkpointing, complete, whole
+from guilomo_train.errors import ConfigError, DataError, DivergedError
 from guilomo_train.health import RouterFigures, RouterHealth
 from guilomo_train.lora_moe import LoraMoeLayer
 from guilomo_train.lora_moe.layer import Routing
+
+_logger = logging.getLogger(__name__)
 
 
 class LoraMoeTrainer(SFTTrainer):
@@ -47,7 +53,13 @@ class LoraMoeTrainer(SFTTrainer):
     Args:
         balance_coefficient: weight of the load-balance loss; 0 turns it off.
         checkpointing: the settings to write into checkpoints, and the one to go on from.
+
+    Raises:
+        ConfigError: gradient checkpointing is asked for in its reentrant form.
+        DataError: no row of a data set has a token to learn from.
     """
+
+    learning_rate_option = "--learning_rate"
 
     def __init__(
         self,
@@ -57,17 +69,47 @@ class LoraMoeTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get(
+            "use_reentrant"
+        ):
+            raise ConfigError(
+                "gradient_checkpointing_kwargs has use_reentrant=True, expected False: reentrant "
+                "checkpointing loses the gradient of the load-balance loss and of a search"
+            )
         self.balance_coefficient = balance_coefficient
         self.checkpointing = checkpointing or Checkpointing(0, {}, None)
         self.layers = [m for m in self.model.modules() if isinstance(m, LoraMoeLayer)]
         self.health = RouterHealth()
-        for layer in self.layers:
-            layer.keep_routing = balance_coefficient > 0
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:  # TRL makes them bfloat16 where the base is quantised
+                parameter.data = parameter.data.float()
         # Whatever the base takes: `compute_loss` below divides by the tokens of the whole step.
         self.model_accepts_loss_kwargs = True
         self.loss_sum = torch.zeros((), device=self.args.device)  # this process's, over steps
         self.started = time.monotonic()
         self.seconds_before = 0.0  # of the process that a resumed run goes on from
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: Any, args: SFTConfig, *rest: Any
+    ) -> Dataset:
+        """TRL's tokenized rows. TRL leaves out those of whose completion truncation leaves nothing
+        and says nothing of it."""
+        prepared = super()._prepare_dataset(dataset, processing_class, args, *rest)
+        lost = len(dataset) - len(prepared)
+        if lost:
+            first = ""
+            if "where" in dataset.column_names:
+                kept = set(prepared["where"])
+                first = f" (first: {next(w for w in dataset['where'] if w not in kept)})"
+            found = (
+                f"{lost} of {len(dataset)} rows have no token of their completion within "
+                f"--max_length {args.max_length}{first}"
+            )
+            if lost == len(dataset):
+                raise DataError(f"{found}; raise --max_length or shorten the prompts")
+            if args.process_index == 0:
+                _logger.warning("%s; they are left out", found)
+        return prepared
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         resume = resume_from_checkpoint or self.checkpointing.resume
@@ -135,7 +177,7 @@ class LoraMoeTrainer(SFTTrainer):
         # With a token count of the whole accumulated batch, the sum over its parts is the mean.
         parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         both = self.accelerator.reduce(torch.stack([parts * nll, balance]).detach(), "mean")
-        self._metrics["train"]["nll"].append(both[0].item())
+        self._metrics["train"]["nll"].append(self._finite(both[0], "the loss"))
         if self.balance_coefficient > 0:
             self._metrics["train"]["balance"].append(both[1].item())
         return nll + self.balance_coefficient * balance / parts
@@ -174,6 +216,10 @@ class LoraMoeTrainer(SFTTrainer):
         scored = inputs["labels"][:, 1:] != -100
         if num_items is None:
             num_items = self._over_processes(scored.sum())
+        # Kept in this forward pass alone: gradient checkpointing runs layers again in the backward
+        # pass, and what they would keep then holds their activations until the next step.
+        for layer in self.layers:
+            layer.keep_routing = self.balance_coefficient > 0
         nll = processes * completion_nll(model, inputs, num_items)
         if self.balance_coefficient == 0:
             return nll, nll.new_zeros(())
@@ -182,11 +228,30 @@ class LoraMoeTrainer(SFTTrainer):
         tokens = inputs["attention_mask"].bool() & scored.any(dim=-1, keepdim=True)
         balance = processes * balance_loss(routings, tokens, self._over_processes, health)
         for layer in self.layers:
-            layer.routing = None  # it holds the graph
+            layer.keep_routing, layer.routing = False, None
         return nll, balance
 
     def _over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
+
+    def _finite(self, loss: torch.Tensor, name: str) -> float:
+        """The loss as a number, for a loss that is the same in all processes.
+
+        Raises:
+            DivergedError: it is not finite; going on would only spoil the weights for good.
+        """
+        value, step = loss.item(), self.state.global_step + 1
+        if math.isfinite(value):
+            return value
+        if step == 1:
+            raise DivergedError(
+                f"{name} is {value} in the first step, before any weight has moved: the base "
+                "itself gives no finite numbers; try --dtype float32, or another base"
+            )
+        raise DivergedError(
+            f"{name} is {value} in step {step} of {self.state.max_steps}: "
+            f"lower {self.learning_rate_option} ({self.args.learning_rate:g})"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a later process needs beyond that which transformers' trainer saves."""
@@ -208,13 +273,14 @@ class LoraMoeTrainer(SFTTrainer):
         self.seconds_before = state["seconds"]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        state = self.state_dict()
-        self.accelerator.wait_for_everyone()  # each process writes its random state
-        if self.args.should_save:
-            torch.save(state, folder / STATE_FILE)
-            complete(folder, self.checkpointing.settings)
+        with whole(folder):
+            super()._save_checkpoint(model, trial)
+            state = self.state_dict()
+            self.accelerator.wait_for_everyone()  # each process writes its random state
+            if self.args.should_save:
+                torch.save(state, folder / STATE_FILE)
+                complete(folder, self.checkpointing.settings)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Called by the trainer when model and optimiser are in place."""

@@ -20,9 +20,9 @@ from guilomo_train.batches import Batches, with_blank
 from guilomo_train.checkpoints import Checkpointing
 from guilomo_train.config import CommonConfig, SearchConfig
 from guilomo_train.data import split_validation
-from guilomo_train.finetune import log_callbacks, training_arguments, with_adapter
+from guilomo_train.finetune import log_callbacks, training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig
-from guilomo_train.models import Base
+from guilomo_train.models import Base, with_adapter
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.hypergradient import UnrolledStep, adam_scales
 from guilomo_train.search.selection import SearchSpace, SelectionVectors
@@ -57,6 +57,8 @@ class SearchTrainer(LoraMoeTrainer):
         selection_learning_rate: of the selection vectors' Adam.
         validation_dataset: rows of the upper level, prepared as `train_dataset` is.
     """
+
+    learning_rate_option = "--search_learning_rate"
 
     def __init__(
         self,
@@ -119,6 +121,11 @@ class SearchTrainer(LoraMoeTrainer):
             nll, balance = self.losses(self.model, inputs)
             return nll + self.balance_coefficient * balance
 
+        def validation_loss() -> torch.Tensor:
+            nll = self.losses(self.model, validation)[0]
+            self._finite(self._mean_over_processes(nll.detach()), "the validation loss")
+            return nll
+
         unrolled = None
         if self.second_order:
             lower = [w.grad for w in self.weights]
@@ -129,7 +136,7 @@ class SearchTrainer(LoraMoeTrainer):
             )
         self.upper.step(
             train_loss,
-            lambda: self.losses(self.model, validation)[0],
+            validation_loss,
             self.weights,
             unrolled,
             reduce=self._mean_over_processes,
@@ -174,6 +181,7 @@ def search(
 
     Raises:
         ConfigError, DataError: the target modules or the data cannot be used.
+        DivergedError: a loss is not finite.
     """
     started = time.monotonic()
     lower, upper = split_validation(train, common, validation)
@@ -186,7 +194,7 @@ def search(
         top_k=common.top_k,
         lora_alpha=common.lora_alpha,
     )
-    model = with_adapter(base, peft_config)
+    model = with_adapter(base.model, peft_config)
     assert peft_config.experts is not None
     space = SearchSpace(
         tuple(peft_config.experts), config.max_experts, config.max_rank, common.top_k

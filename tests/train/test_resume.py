@@ -149,8 +149,7 @@ def test_a_search_that_died_after_its_last_step_takes_no_further_one(
         if name == "broken":
             obstacle = output / "allocation.json"
             obstacle.mkdir(parents=True)
-            with pytest.raises(OSError, match="directory"):
-                main([str(item) for item in arguments])
+            assert main([str(item) for item in arguments]) == 2
             obstacle.rmdir()
             arguments.append("--resume")
         assert main([str(item) for item in arguments]) == 0
