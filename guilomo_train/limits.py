@@ -15,8 +15,14 @@ from guilomo_train.errors import OutOfMemoryError, OutputError
 # A disk, quota or file size limit that is reached; and places where nothing may be written.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
-# How torch and the C library tell that an allocation failed where they have no type for it.
-_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+# How torch, CUDA and the C library tell that an allocation failed where they have no type for it.
+_MEMORY_TEXTS = (
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "out of memory",
+    "ALLOC_FAILED",
+)
 
 # How torch's writer tells that a write fell short.
 _WRITE_TEXTS = ("PytorchStreamWriter failed", "iostream error", "unexpected pos")
