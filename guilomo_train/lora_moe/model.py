@@ -74,7 +74,7 @@ class LoraMoeModel(BaseTuner):
         output = getattr(model, "get_output_embeddings", lambda: None)()
         for name, module in modules.items():
             if self._check_target_module_exists(peft_config, name):
-                _check_target(name, module, module is output, moe)
+                _check_target(name, module, module is output, moe, peft_config)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -198,17 +198,22 @@ def _kinds(model: nn.Module, modules: dict[str, nn.Module], moe: list[str]) -> s
     return ", ".join(dict.fromkeys(n.split(".")[-1] for n in linear if not _in_moe(n, moe)))
 
 
-def _check_target(name: str, module: nn.Module, is_output: bool, moe: list[str]) -> None:
+def _check_target(
+    name: str, module: nn.Module, is_output: bool, moe: list[str], config: LoraMoeConfig
+) -> None:
+    field = "target_modules" if config.experts is None else "experts"
     if _in_moe(name, moe):
         raise ValueError(
-            f"{name} is an expert or router of a mixture of experts in the base and cannot be "
-            "adapted; name the attention's layers alone in target_modules"
+            f"{field}: {name} is an expert or router of a mixture of experts in the base and "
+            "cannot be adapted; name the attention's layers alone in target_modules"
         )
     # Quantised linear layers are subclasses of nn.Linear or offer the same two sizes.
     if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
         raise ValueError(
-            f"{name} is a {type(module).__name__}; "
+            f"{field}: {name} is a {type(module).__name__}; "
             "a LoRA-MoE adapter can be put on linear layers alone"
         )
     if is_output:
-        raise ValueError(f"{name} is the output layer; neither TRL nor vLLM would apply an adapter")
+        raise ValueError(
+            f"{field}: {name} is the output layer; neither TRL nor vLLM would apply an adapter"
+        )

@@ -122,6 +122,11 @@ def test_an_unknown_target_module(targets: str, refused: Refused) -> None:
     assert "some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in line
 
 
+def test_a_target_module_that_cannot_be_adapted(refused: Refused) -> None:
+    line = refused("search", "--target_modules", "lm_head")
+    assert "error: --target_modules: lm_head is the output layer" in line
+
+
 def test_an_allocation_of_another_base(refused: Refused, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     Allocation.uniform(("model.layers.7.mlp.up_proj",), 2, 2).save(path)
