@@ -5,8 +5,16 @@ search/     selection vectors, the bilevel step, the allocation it ends in
 config.py   one dataclass a stage: the command line, the saved run and the docs derive from it
 data.py     rows of a data set as prompt and completion
 trainer.py  loss on the completion and the load-balance loss, on TRL's trainer
+batches.py  which rows a step takes, for any number of processes
+checkpoints.py  which checkpoint to go on from, and whether it fits
 finetune.py an allocation and data to an adapter folder
 evaluate.py answers by generation, compared with what was expected
+health.py   load, entropy and dead experts of the routers
+baseline.py an allocation without a search, to compare a searched one with
+compare.py  two allocations side by side
 report.py   tables, heat map, model card
+page.py     the report page of a run, from the files it leaves
+pictures.py what all pictures share, and those of the page
+pipeline.py the stages with their files
 cli.py      the command `guilomo-train`
 """

@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from guilomo_train.errors import ResumeError
+from guilomo_train.config import WITHOUT_EFFECT
+from guilomo_train.errors import OutputError, ResumeError
+from guilomo_train.limits import replace_file, writing
 from guilomo_train.search.allocation import Allocation
 
 STATE_FILE = "guilomo.pt"
@@ -31,7 +34,7 @@ KEPT = 2  # newest checkpoints of a stage
 
 # Settings that may change between a checkpoint and the run that goes on from it. Rows are compared
 # by what they say and not by the name of their file.
-FREE = frozenset({"output", "save_steps", "resume", "train", "validation"})
+FREE = WITHOUT_EFFECT | {"train", "validation"}
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,25 @@ def half_written(folder: Path) -> list[Path]:
     return [p for p in folder.glob("checkpoint-*") if not (p / COMPLETE_FILE).is_file()]
 
 
+@contextmanager
+def whole(checkpoint: Path) -> Iterator[None]:
+    """Deletes a checkpoint whose writing fails in the block; those before it stay.
+
+    Raises:
+        OutputError: it cannot be written, because a disk is full for example.
+    """
+    try:
+        with writing(checkpoint):
+            yield
+    except OutputError:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        raise
+
+
 def complete(checkpoint: Path, settings: dict[str, Any]) -> None:
     """Declares a checkpoint complete; to be called when all of its files are there."""
-    partial = checkpoint / f".{COMPLETE_FILE}.partial"
-    partial.write_text(json.dumps(settings, indent=2) + "\n")
-    os.replace(partial, checkpoint / COMPLETE_FILE)
+    with replace_file(checkpoint / COMPLETE_FILE) as partial:
+        partial.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def made_with(checkpoint: Path) -> dict[str, Any]:
@@ -90,6 +107,7 @@ def check_same(then: dict[str, Any], now: dict[str, Any], where: Path) -> None:
 
 def describe_rows(rows: Dataset) -> str:
     """A short text that tells rows from others: their count and a digest of what they say."""
+    rows = rows.remove_columns("where")  # the name of their file
     return f"{len(rows)} rows, sha256 {_digest(json.dumps(row, sort_keys=True) for row in rows)}"
 
 

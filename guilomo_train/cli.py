@@ -1,9 +1,12 @@
 """The command `guilomo-train`.
 
 search     data -> allocation.json and its picture
-finetune   data and an allocation -> adapter folder
-run        both, and an evaluation
+finetune   data and an allocation -> adapter folder, and an evaluation
+run        both
 eval       scores of an adapter, or of the base alone, by its answers
+baseline   an allocation made without a search, to compare a searched one with
+compare    two allocations of one base side by side
+report     the report page of a run, with a control beside it
 inspect    the table and picture of an adapter or allocation
 """
 
@@ -11,19 +14,34 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import guilomo_serve
 from guilomo_serve.adapter import AdapterError, read_spec
-from guilomo_train.config import CommonConfig, EvalConfig, FinetuneConfig, SearchConfig, option
+from guilomo_train.config import (
+    BaselineConfig,
+    CommonConfig,
+    EvalConfig,
+    FinetuneConfig,
+    SearchConfig,
+    option,
+)
 from guilomo_train.errors import TrainError
+from guilomo_train.limits import WRITE_ERRORS
 from guilomo_train.report import allocation_of, heat_map, table
 from guilomo_train.search.allocation import Allocation
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from guilomo_train.pipeline import Run
 
 
 @dataclass
@@ -49,6 +67,7 @@ class EvalOptions:
     adapter: str | None = option(None, "Adapter folder; without it the base answers alone.")
     output: str | None = option(None, "Write scores and answers into this JSON file.")
     dtype: str = option("auto", "Precision of the base model.")
+    quantize: Literal["none", "4bit", "8bit"] = option("none", "Load the base quantised.")
 
 
 @dataclass
@@ -59,6 +78,22 @@ class InspectOptions:
     png: str | None = option(None, "Draw the heat map into this file.")
 
 
+@dataclass
+class CompareOptions:
+    """How to show it."""
+
+    png: str | None = option(None, "Draw both heat maps and their difference into this file.")
+
+
+@dataclass
+class ReportOptions:
+    """What to compare with."""
+
+    control: str | None = option(
+        None, "Output folder of another run on the same data, such as one of a uniform allocation."
+    )
+
+
 def _search(common: CommonConfig, config: SearchConfig) -> None:
     from guilomo_train.pipeline import Run
 
@@ -67,12 +102,21 @@ def _search(common: CommonConfig, config: SearchConfig) -> None:
     run.finish()
 
 
-def _finetune(common: CommonConfig, chosen: AllocationOption, config: FinetuneConfig) -> None:
+def _finetune(
+    common: CommonConfig,
+    chosen: AllocationOption,
+    config: FinetuneConfig,
+    held_out: HeldOutOption,
+    evaluation: EvalConfig,
+) -> None:
     allocation = Allocation.load(Path(chosen.allocation))
     from guilomo_train.pipeline import Run
 
     run = Run("finetune", common)
-    run.finetune(allocation, config, None)
+    rows = _held_out(run, held_out, evaluation)
+    result = run.finetune(allocation, config, None)
+    if rows is not None:
+        run.evaluate(result, rows, evaluation)
     run.finish()
 
 
@@ -83,16 +127,10 @@ def _run(
     held_out: HeldOutOption,
     evaluation: EvalConfig,
 ) -> None:
-    from guilomo_train.data import load_rows
     from guilomo_train.pipeline import Run
 
     run = Run("run", common)
-    # Read before hours of training, not after them.
-    rows = (
-        load_rows(held_out.eval, run.base.tokenizer, evaluation.eval_rows)
-        if held_out.eval
-        else None
-    )
+    rows = _held_out(run, held_out, evaluation)
     found = run.search(search)
     result = run.finetune(found.allocation, finetune, found.record)
     if rows is not None:
@@ -100,15 +138,45 @@ def _run(
     run.finish()
 
 
+def _held_out(run: Run, held_out: HeldOutOption, evaluation: EvalConfig) -> Dataset | None:
+    """Rows to evaluate on: read before hours of training, not after them."""
+    if held_out.eval is None:
+        return None
+    from guilomo_train.data import load_rows
+
+    return load_rows(held_out.eval, run.base.tokenizer, evaluation.eval_rows)
+
+
 def _eval(chosen: EvalOptions, config: EvalConfig) -> None:
     from guilomo_train.pipeline import evaluate_adapter, score_line, write_json
 
     scores, answers = evaluate_adapter(
-        chosen.base, chosen.data, chosen.adapter, chosen.dtype, config
+        chosen.base, chosen.data, chosen.adapter, chosen.dtype, config, chosen.quantize
     )
     if chosen.output is not None:
         write_json(Path(chosen.output), {**scores.to_json(), "answers": answers})
     print(score_line(scores))
+
+
+def _baseline(config: BaselineConfig) -> None:
+    from guilomo_train.baseline import baseline
+
+    print(table(baseline(config)))
+
+
+def _compare(first: str, second: str, chosen: CompareOptions) -> None:
+    from guilomo_train.compare import Comparison, picture
+
+    comparison = Comparison.read(Path(first), Path(second))
+    print(comparison.table())
+    if chosen.png is not None:
+        picture(comparison, Path(chosen.png))
+
+
+def _report(run: str, chosen: ReportOptions) -> None:
+    from guilomo_train.page import write_page
+
+    print(write_page(Path(run), Path(chosen.control) if chosen.control is not None else None))
 
 
 def _inspect(chosen: InspectOptions) -> None:
@@ -125,17 +193,23 @@ def _inspect(chosen: InspectOptions) -> None:
 
 
 class Command(NamedTuple):
-    """A subcommand: its line in `--help`, the settings it takes, and what it does with them."""
+    """A subcommand: its line in `--help`, the settings it takes, and what it does with them.
+
+    `paths` are its positional arguments, name -> help; `run` gets them first.
+    """
 
     text: str
     settings: tuple[type, ...]
     run: Callable[..., None]
+    paths: Mapping[str, str] = MappingProxyType({})
 
 
 COMMANDS = {
     "search": Command("search an allocation", (CommonConfig, SearchConfig), _search),
     "finetune": Command(
-        "train a given allocation", (CommonConfig, AllocationOption, FinetuneConfig), _finetune
+        "train a given allocation",
+        (CommonConfig, AllocationOption, FinetuneConfig, HeldOutOption, EvalConfig),
+        _finetune,
     ),
     "run": Command(
         "search, fine-tune and evaluate",
@@ -143,6 +217,19 @@ COMMANDS = {
         _run,
     ),
     "eval": Command("score an adapter by its answers", (EvalOptions, EvalConfig), _eval),
+    "baseline": Command("an allocation without a search", (BaselineConfig,), _baseline),
+    "compare": Command(
+        "two allocations of one base side by side",
+        (CompareOptions,),
+        _compare,
+        dict.fromkeys(("first", "second"), "An adapter folder or an allocation.json."),
+    ),
+    "report": Command(
+        "the report page of a run",
+        (ReportOptions,),
+        _report,
+        {"run": "Output folder of search, finetune or run."},
+    ),
     "inspect": Command("show an adapter or allocation", (InspectOptions,), _inspect),
 }
 
@@ -152,11 +239,19 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     command = COMMANDS[arguments.command]
     try:
-        command.run(*(_take(kind, arguments) for kind in command.settings))
+        paths = (getattr(arguments, name) for name in command.paths)
+        command.run(*paths, *(_take(kind, arguments) for kind in command.settings))
+        return 0
     except (TrainError, AdapterError) as e:
-        print(f"guilomo-train {arguments.command}: error: {e}", file=sys.stderr)
-        return 2
-    return 0
+        message = str(e)
+    except OSError as e:
+        if e.errno not in WRITE_ERRORS:
+            raise
+        message = f"{e.filename or 'a file'}: cannot be written ({e.strerror})"
+    for bar in list(tqdm._instances):
+        bar.close()  # ends its line
+    print(f"guilomo-train {arguments.command}: error: {message}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> ArgumentParser:
@@ -166,9 +261,11 @@ def _parser() -> ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=HfArgumentParser
     )
     for name, command in COMMANDS.items():
-        commands.add_parser(
+        subparser = commands.add_parser(
             name, help=command.text, description=command.text, dataclass_types=command.settings
         )
+        for path, text in command.paths.items():
+            subparser.add_argument(path, help=text)
     return parser
 
 

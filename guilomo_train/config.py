@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from guilomo_train.errors import ConfigError
+
+# Settings that do not change a result.
+WITHOUT_EFFECT = frozenset(
+    {"output", "save_steps", "resume", "report_to", "gradient_checkpointing"}
+)
 
 
 def option(default: Any, text: str) -> Any:
@@ -42,6 +48,9 @@ class CommonConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Precision of the base model; auto is the one it is stored in."
     )
+    quantize: Literal["none", "4bit", "8bit"] = option(
+        "none", "Load the base's linear layers quantised, by bitsandbytes; the adapter is not."
+    )
     gradient_checkpointing: bool = option(
         False, "Keep no activations: less memory, about a third more time."
     )
@@ -56,6 +65,9 @@ class CommonConfig:
         "from their newest complete checkpoint, or start where there is none. Without it an "
         "--output with an unfinished run is refused.",
     )
+    report_to: Literal["none", "tensorboard"] = option(
+        "none", "Log as well to TensorBoard, below <output>/logs."
+    )
 
     def __post_init__(self) -> None:
         at_least("top_k", self.top_k, 1)
@@ -66,12 +78,15 @@ class CommonConfig:
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"validation_share is {self.validation_share}, expected 0 < s < 1")
         positive("lora_alpha", self.lora_alpha)
+        if self.report_to == "tensorboard" and find_spec("tensorboard") is None:
+            raise ConfigError(
+                "report_to is 'tensorboard', but that package is not installed: "
+                "pip install tensorboard"
+            )
 
     def targets(self) -> str | list[str]:
         """`target_modules` as PEFT takes them."""
-        if self.target_modules == "all-linear":
-            return self.target_modules
-        return [name.strip() for name in self.target_modules.split(",")]
+        return targets_of(self.target_modules)
 
 
 @dataclass
@@ -148,6 +163,61 @@ class EvalConfig:
         at_least("max_new_tokens", self.max_new_tokens, 1)
         if self.eval_rows is not None:
             at_least("eval_rows", self.eval_rows, 1)
+
+
+@dataclass
+class BaselineConfig:
+    """An allocation made without a search, to compare a searched one with."""
+
+    base: str = field(metadata={"help": "Base model: a folder or a hub name; weights not needed."})
+    kind: Literal["lora", "uniform", "mola-2468", "mola-8642", "mola-5555", "random", "authors"] = (
+        field(
+            metadata={
+                "help": "lora: one expert a layer; uniform: the same experts everywhere; mola-*: "
+                "so many experts in each quarter of the layers; random: drawn at a size; authors: "
+                "rank.json and expert.json of the GuiLoMo release."
+            }
+        )
+    )
+    output: str = field(metadata={"help": "The allocation.json to write."})
+    experts: int = option(8, "Experts of a layer (uniform), the most of a layer (random).")
+    rank: int = option(
+        8, "Rank of an expert, the largest (random), or where a size fits the ranks, their scale."
+    )
+    top_k: int = option(2, "Experts that a token uses in a layer; lora has one.")
+    target_modules: str | None = option(
+        None, "Linear layers to adapt, as in training; by default those of --like, or all-linear."
+    )
+    budget: str | None = option(
+        None, "Size: a share of the base's parameters (0.01) or a number of parameters."
+    )
+    like: str | None = option(
+        None, "Size: that of this allocation.json; its top_k and largest rank hold too."
+    )
+    rank_file: str | None = option(None, "authors: their rank.json.")
+    expert_file: str | None = option(None, "authors: their expert.json.")
+    seed: int = option(0, "random: another seed, another allocation.")
+
+    def __post_init__(self) -> None:
+        for name in ("experts", "rank", "top_k"):
+            at_least(name, getattr(self, name), 1)
+        if self.budget is not None and self.like is not None:
+            raise ConfigError("budget and like are both given, expected one size")
+        sized = self.budget is not None or self.like is not None
+        if self.kind == "random" and not sized:
+            raise ConfigError("kind random needs a size: --budget or --like")
+        files = (self.rank_file, self.expert_file)
+        if self.kind == "authors" and (None in files or sized):
+            raise ConfigError("kind authors needs --rank_file and --expert_file, and no size")
+        if self.kind != "authors" and files != (None, None):
+            raise ConfigError(f"rank_file and expert_file are of kind authors, not {self.kind}")
+
+
+def targets_of(target_modules: str) -> str | list[str]:
+    """`target_modules` of the command line as PEFT takes them."""
+    if target_modules == "all-linear":
+        return target_modules
+    return [name.strip() for name in target_modules.split(",")]
 
 
 def at_least(name: str, value: float, least: float) -> None:

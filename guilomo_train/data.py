@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from guilomo_train.config import CommonConfig
@@ -41,17 +42,21 @@ def load_rows(
         seed: draw the kept rows at random; None keeps the first ones.
 
     Returns:
-        Columns `prompt`, `completion` and `answer` (text).
+        Columns `prompt`, `completion`, `answer` (text) and `where` (the row's file and line).
 
     Raises:
-        DataError: the source cannot be read, or a row has none of the known forms.
+        DataError: the source cannot be read, or a row has none of the known forms or is one that
+            the base's chat template rejects.
     """
     chat = tokenizer.chat_template is not None
     is_file = source.endswith((".jsonl", ".json")) or Path(source).is_file()
     raw = _read_jsonl(Path(source)) if is_file else _read_named(source)
-    rows = [_row(row, where, chat) for where, row in raw]
+    rows = [{**_row(row, where, chat), "where": where} for where, row in raw]
     if not rows:
         raise DataError(f"{source}: has no rows")
+    if chat:
+        for row in rows:
+            _check_template(row, tokenizer)
     dataset = Dataset.from_list(rows)
     if limit is not None and limit < len(dataset):
         if seed is not None:
@@ -105,8 +110,9 @@ def _read_named(source: str) -> list[tuple[str, Any]]:
     config = rest[0] if len(rest) == 2 else None
     try:
         dataset = load_dataset(name, config, split=split)
-    except (DatasetNotFoundError, FileNotFoundError, ValueError, ConnectionError) as e:
-        raise DataError(f"{source}: not a file, and not a data set to load: {e}") from None
+    except (DatasetsError, FileNotFoundError, ValueError, ConnectionError) as e:
+        reason = str(e.__cause__ or e).strip().splitlines()[0]
+        raise DataError(f"{source}: not a file, and not a data set to load: {reason}") from None
     return [(f"{source}, row {i}", row) for i, row in enumerate(dataset)]
 
 
@@ -134,6 +140,18 @@ def _row(row: Any, where: str, chat: bool) -> dict[str, Any]:
         return {"prompt": prompt, "completion": completion, "answer": answer}
     plain = "\n".join(m["content"] for m in prompt)
     return {"prompt": plain, "completion": text, "answer": answer}
+
+
+def _check_template(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Renders a row as training and generation will; templates have rules of their own on roles."""
+    try:
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+    except TemplateError as e:
+        roles = [message["role"] for message in row["prompt"] + row["completion"]]
+        raise DataError(
+            f"{row['where']}: the base's chat template rejects messages of the roles {roles}: {e}"
+        ) from None
 
 
 def _messages(value: Any, role: str, where: str) -> list[dict[str, str]]:

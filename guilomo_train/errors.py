@@ -25,5 +25,13 @@ class AllocationError(TrainError):
     """An allocation that cannot be used."""
 
 
+class OutOfMemoryError(TrainError):
+    """Memory did not suffice; the message says what to lower."""
+
+
+class OutputError(TrainError):
+    """A file that cannot be written, because a disk is full for example."""
+
+
 class DivergedError(TrainError):
     """Training left the finite numbers."""

@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig
 
 from guilomo_serve.adapter import Adapter, AdapterSpec, BaseFingerprint, ModuleWeights
 from guilomo_train.checkpoints import KEPT, Checkpointing
 from guilomo_train.config import CommonConfig, FinetuneConfig
-from guilomo_train.errors import ConfigError, DivergedError
+from guilomo_train.errors import DivergedError
 from guilomo_train.lora_moe import LoraMoeConfig
-from guilomo_train.models import Base
+from guilomo_train.models import Base, with_adapter
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.trainer import LoraMoeTrainer
 
@@ -26,12 +28,16 @@ WARMUP = 0.05  # share of the steps over which the learning rate rises
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A trained adapter. The base it was trained on carries it as a PEFT model."""
+    """A trained adapter. The base it was trained on carries it as a PEFT model.
+
+    `history` has the trainer's log, and the health of each router in the last steps.
+    """
 
     adapter: Adapter
     model: PeftModel
     seconds: float
     loss: float
+    history: dict[str, Any]
 
 
 def finetune(
@@ -73,7 +79,7 @@ def finetune(
         },
         search=search_record,
     )
-    model = with_adapter(base, peft_config)
+    model = with_adapter(base.model, peft_config)
     trainer = LoraMoeTrainer(
         model=model,
         args=training_arguments(
@@ -89,31 +95,21 @@ def finetune(
         processing_class=base.tokenizer,
         balance_coefficient=config.balance_coefficient,
         checkpointing=checkpointing,
+        callbacks=log_callbacks(common, "finetune"),
     )
     trainer.train()
     loss = trainer.mean_loss()
-    for layer in trainer.layers:
-        layer.keep_routing = False
     adapter = adapter_of(model)
     if not all(torch.isfinite(w.lora_b).all() for w in adapter.weights.values()):
         raise DivergedError(
             f"training diverged (loss {loss}): lower --learning_rate ({config.learning_rate})"
         )
     seconds = trainer.seconds_before + time.monotonic() - started
-    return FinetuneResult(adapter, model, seconds, loss)
-
-
-def with_adapter(base: Base, config: LoraMoeConfig) -> PeftModel:
-    """The base wrapped with a new adapter.
-
-    Raises:
-        ConfigError: the base lacks the modules that the config names.
-    """
-    try:
-        return get_peft_model(base.model, config)
-    except ValueError as e:
-        source = "target_modules" if config.experts is None else "allocation"
-        raise ConfigError(f"{source}: {e}") from None
+    history = {
+        "log": trainer.state.log_history,
+        "routers": {module: figures.to_json() for module, figures in trainer.routers().items()},
+    }
+    return FinetuneResult(adapter, model, seconds, loss, history)
 
 
 def adapter_of(model: PeftModel) -> Adapter:
@@ -149,6 +145,15 @@ def adapter_of(model: PeftModel) -> Adapter:
         for module, listed in experts.items()
     }
     return Adapter(spec, weights)
+
+
+def log_callbacks(common: CommonConfig, stage: str) -> list[TrainerCallback]:
+    """What else than the trainer's own log gets its figures: TensorBoard, below <output>/logs."""
+    if common.report_to == "none":
+        return []
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(Path(common.output) / "logs" / stage)
+    return [callback]
 
 
 def training_arguments(

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from guilomo_train.errors import BaseError
+from guilomo_serve.adapter import BaseModel
+from guilomo_train.errors import BaseError, ConfigError
+from guilomo_train.limits import enough_memory
+from guilomo_train.lora_moe import LoraMoeConfig
 
 
 @dataclass
@@ -25,25 +33,103 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_base(name: str, dtype: str = "auto") -> Base:
+@dataclass(frozen=True)
+class Sizes:
+    """A base without its weights.
+
+    Attributes:
+        parameters: of the base.
+        linears: full module name -> (out_features, in_features) of its linear layers.
+        adapted: those that are to be adapted.
+    """
+
+    parameters: int
+    linears: Mapping[str, tuple[int, int]]
+    adapted: tuple[str, ...]
+
+
+def sizes_of(name: str, target_modules: str | list[str]) -> Sizes:
+    """The sizes of a base and of its layers to adapt, from its config alone.
+
+    Args:
+        name: a folder or hub name.
+        target_modules: as PEFT takes them.
+
+    Raises:
+        BaseError: there is no such model.
+        ConfigError: it has no such modules.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, ImportError) as e:
+        raise _not_a_base(name, e) from None
+    parameters = model.num_parameters()
+    linears = BaseModel.from_module(model).linears
+    # Wrapped as a search wraps it, so that both mean the same layers.
+    wrapped = LoraMoeConfig(target_modules=target_modules, num_experts=1, expert_rank=1)
+    with torch.device("meta"):
+        with_adapter(model, wrapped)
+    assert wrapped.experts is not None
+    return Sizes(parameters, linears, tuple(wrapped.experts))
+
+
+def with_adapter(model: PreTrainedModel, config: LoraMoeConfig) -> PeftModel:
+    """The model wrapped with a new adapter.
+
+    Raises:
+        ConfigError: the model lacks modules that the config names, or they cannot be adapted.
+    """
+    try:
+        return get_peft_model(model, config)
+    except ValueError as e:
+        raise ConfigError(f"--allocation: {e}" if config.experts else f"--{e}") from None
+
+
+def load_base(name: str, dtype: str = "auto", quantize: str = "none") -> Base:
     """Loads a causal language model from a folder or by its hub name, onto the GPU if there is one.
 
     Under `torchrun` or `accelerate launch` each process loads it onto its own GPU.
 
+    Args:
+        name: folder or hub name.
+        dtype: precision of what is not quantised; "auto" is the one it is stored in.
+        quantize: "4bit" (NF4, as in QLoRA) or "8bit" loads the linear layers quantised.
+
     Raises:
-        BaseError: there is no such model, or it is not a causal language model.
+        BaseError: there is no such model, it is not a causal language model, it has no tokenizer,
+            or bitsandbytes is missing.
+        OutOfMemoryError: it does not fit.
     """
+    device = processes().device  # quantised weights cannot be moved there later
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        with enough_memory("loading the base", "give --dtype bfloat16 or --quantize 4bit"):
+            model = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=dtype,
+                quantization_config=_quantization(quantize, dtype),
+                device_map=None if quantize == "none" else {"": device},
+            )
+            if not getattr(model, "is_quantized", False):
+                model.to(device)
+    except (OSError, ValueError, ImportError) as e:
+        raise _not_a_base(name, e) from None
+    try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0]
+    except (OSError, ValueError, ImportError) as e:
         raise BaseError(
-            f"--base {name}: not a causal language model's folder or name: {reason}"
+            f"--base {name}: has no tokenizer that can be loaded; put its tokenizer files "
+            f"beside the weights ({_first_line(e)})"
         ) from None
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BaseError(
+                f"--base {name}: its tokenizer has neither a pad_token nor an eos_token; "
+                "set one in tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
-    return Base(name, model.to(processes().device), tokenizer)
+    return Base(name, model, tokenizer)
 
 
 def processes() -> PartialState:
@@ -52,3 +138,31 @@ def processes() -> PartialState:
     On a machine without a GPU they speak through gloo.
     """
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def _quantization(quantize: str, dtype: str) -> BitsAndBytesConfig | None:
+    if quantize == "none":
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise BaseError(
+            f"--quantize {quantize}: needs the package bitsandbytes (pip install bitsandbytes), "
+            "or leave --quantize out"
+        )
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
+    )
+
+
+def _not_a_base(name: str, error: Exception) -> BaseError:
+    return BaseError(
+        f"--base {name}: not a causal language model's folder or name: {_first_line(error)}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

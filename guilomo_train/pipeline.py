@@ -4,7 +4,9 @@
 <output>/allocation.png    its heat map
 <output>/selection.safetensors    the selection vectors it was read off
 <output>/adapter/          the adapter folder
-<output>/run.json          settings, seed, versions, times, scores; written last
+<output>/history.json      losses, router health and allocations over the steps
+<output>/run.json          settings, seed, versions, times, scores; written when all is done
+<output>/report.md         the report page (page.py), made of all these, with its pictures
 <output>/checkpoints/      while it runs: see checkpoints.py
 
 Of several processes all train and the first writes.
@@ -17,6 +19,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -44,7 +47,9 @@ from guilomo_train.data import load_rows
 from guilomo_train.errors import ConfigError, ResumeError
 from guilomo_train.evaluate import Scores, evaluate
 from guilomo_train.finetune import FinetuneResult, finetune
+from guilomo_train.limits import enough_memory, replace_file
 from guilomo_train.models import Base, load_base, processes
+from guilomo_train.page import HISTORY_FILE, RUN_FILE, read_json, write_page
 from guilomo_train.report import heat_map, model_card, table
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.search import SearchResult, search
@@ -53,7 +58,6 @@ ALLOCATION_FILE = "allocation.json"
 PICTURE_FILE = "allocation.png"
 SELECTION_FILE = "selection.safetensors"
 ADAPTER_FOLDER = "adapter"
-RUN_FILE = "run.json"
 CHECKPOINT_FOLDER = "checkpoints"
 
 
@@ -75,13 +79,19 @@ class Run:
             transformers.logging.disable_progress_bar()
         try:
             self.output.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.output):
+                pass
         except OSError as e:
-            raise ConfigError(f"--output {self.output}: not a folder ({e.strerror})") from None
+            raise ConfigError(
+                f"--output {self.output}: no folder that can be written to ({e.strerror})"
+            ) from None
         self.before = self._before(command)
-        self.base: Base = load_base(common.base, common.dtype)
+        self.history: dict[str, Any] = read_json(self.output / HISTORY_FILE) if self.before else {}
+        self.base: Base = load_base(common.base, common.dtype, common.quantize)
         self.train: Dataset = load_rows(
             common.train, self.base.tokenizer, common.train_rows, common.seed
         )
+        self.base_parameters = self.base.model.num_parameters()
         self.linears = BaseModel.from_module(self.base.model).linears
         self.record: dict[str, Any] = {
             **(self.before or {}),
@@ -106,6 +116,7 @@ class Run:
                 load_file(self.output / SELECTION_FILE),
                 self.record["search"]["seconds"],
                 self.record["search"],
+                self.history["search"],
             )
         validation = (
             load_rows(self.common.validation, self.base.tokenizer)
@@ -117,16 +128,23 @@ class Run:
         say(f"search: {len(self.train)} rows, {config.order} order")
         work = self.checkpoints / "search"
         checkpointing = self._checkpointing(work)
-        result = search(self.base, self.train, validation, self.common, config, work, checkpointing)
+        space = (
+            f"--search_batch_size ({config.search_batch_size}), "
+            f"--max_experts ({config.max_experts}) or --max_rank ({config.max_rank})"
+        )
+        with enough_memory("the search", self._less_memory(space)):
+            result = search(
+                self.base, self.train, validation, self.common, config, work, checkpointing
+            )
         if self.writes:
             result.allocation.save(self.output / ALLOCATION_FILE)
             heat_map(result.allocation, self.output / PICTURE_FILE)
-            partial = self.output / f".{SELECTION_FILE}.partial"
-            save_file(result.vectors, partial)
-            os.replace(partial, self.output / SELECTION_FILE)
+            with replace_file(self.output / SELECTION_FILE) as partial:
+                save_file(result.vectors, partial)
             print(table(result.allocation))
         say(f"search took {result.seconds:.0f} s: {self.output / ALLOCATION_FILE}")
-        self._note("search", {"search": result.record})
+        facts = {"search": result.record, **self._sizes(result.allocation)}
+        self._note("search", facts, result.history)
         return result
 
     def finetune(
@@ -141,22 +159,24 @@ class Run:
             adapter = read_adapter(folder, BaseModel.from_module(self.base.model))
             model = PeftModel.from_pretrained(self.base.model, folder)
             seconds, loss = self.record["finetune_seconds"], self.record["training_loss"]
-            return FinetuneResult(adapter, model, seconds, loss)
+            return FinetuneResult(adapter, model, seconds, loss, self.history["finetune"])
         say(f"fine-tuning: {len(self.train)} rows, {config.epochs:g} epochs")
         work = self.checkpoints / "finetune"
         checkpointing = self._checkpointing(work)
-        result = finetune(
-            self.base, self.train, allocation, self.common, config, work, search_record,
-            checkpointing,
-        )  # fmt: skip
+        batch = f"--batch_size ({config.batch_size}; --gradient_accumulation_steps makes up for it)"
+        with enough_memory("fine-tuning", self._less_memory(batch)):
+            result = finetune(
+                self.base, self.train, allocation, self.common, config, work, search_record,
+                checkpointing,
+            )  # fmt: skip
         self._write_adapter(result, None)
         say(f"fine-tuning took {result.seconds:.0f} s: {self.output / ADAPTER_FOLDER}")
         facts = {
             "finetune_seconds": round(result.seconds, 1),
             "training_loss": result.loss,
-            "parameters": allocation.parameters(self.linears),
+            **self._sizes(allocation),
         }
-        self._note("finetune", facts)
+        self._note("finetune", facts, result.history)
         return result
 
     def evaluate(self, result: FinetuneResult, rows: Dataset, config: EvalConfig) -> None:
@@ -168,15 +188,18 @@ class Run:
             say("evaluation: finished before")
             self._note("eval", {})
             return
-        scores, _ = evaluate(result.model, self.base.tokenizer, rows, config)
+        with enough_memory("the evaluation", less_memory(config)):
+            scores, _ = evaluate(result.model, self.base.tokenizer, rows, config)
         self._write_adapter(result, scores)
         print(score_line(scores))
         self._note("eval", {"scores": scores.to_json()})
 
     def finish(self) -> None:
-        """Puts the record of the finished run in place; there is nothing to resume any more."""
+        """Puts the record of the finished run in place, writes the report page of it, and deletes
+        what a resumption would need."""
         if self.writes:
             os.replace(self.checkpoints / RUN_FILE, self.output / RUN_FILE)
+            say(f"report: {write_page(self.output)}")
             shutil.rmtree(self.checkpoints)
         processes().destroy_process_group()
 
@@ -193,7 +216,7 @@ class Run:
             return None
         # A finished run has left its record alone; then no stage is to be run.
         path = unfinished if unfinished.is_file() or stages else self.output / RUN_FILE
-        before = json.loads(path.read_text()) if path.is_file() else None
+        before = read_json(path) if path.is_file() else None
         processes().wait_for_everyone()  # the first process will write there
         if before is not None and before["command"] != command:
             raise ResumeError(
@@ -230,6 +253,14 @@ class Run:
                 shutil.rmtree(path)
         return Checkpointing(self.common.save_steps, settings, resume)
 
+    def _less_memory(self, settings: str) -> str:
+        """What to lower when memory runs out, beside a stage's own settings."""
+        common = self.common
+        remedy = f"lower {settings} or --max_length ({common.max_length})"
+        if not common.gradient_checkpointing:
+            remedy += ", or give --gradient_checkpointing"
+        return remedy if common.quantize == "4bit" else f"{remedy}, or --quantize 4bit"
+
     def _write_adapter(self, result: FinetuneResult, scores: Scores | None) -> None:
         if not self.writes:
             return
@@ -244,11 +275,31 @@ class Run:
         card = model_card(spec, data, parameters, scores.to_json() if scores else None)
         write_adapter(result.adapter, self.output / ADAPTER_FOLDER, card)
 
-    def _note(self, stage: str, facts: dict[str, Any]) -> None:
-        """Adds a finished stage to the record; its checkpoints are not needed any more."""
+    def _sizes(self, allocation: Allocation) -> dict[str, int]:
+        modules = tuple(allocation.ranks)
+        return {
+            "parameters": allocation.parameters(self.linears),
+            "uniform_parameters": Allocation.uniform(modules, 8, 8).parameters(self.linears),
+            "base_parameters": self.base_parameters,
+        }
+
+    def _note(
+        self, stage: str, facts: dict[str, Any], history: dict[str, Any] | None = None
+    ) -> None:
+        """Adds a finished stage to the record; its checkpoints are not needed any more.
+
+        Args:
+            stage: its name.
+            facts: what the record gets.
+            history: what history.json gets; None leaves what it has.
+        """
         self.record["stages"].append(stage)
         self.record.update(facts)
+        if history is not None:
+            self.history[stage] = history
         if self.writes:
+            if history is not None:
+                write_json(self.output / HISTORY_FILE, self.history, indent=None)
             self.checkpoints.mkdir(exist_ok=True)
             write_json(self.checkpoints / RUN_FILE, self.record)
             shutil.rmtree(self.checkpoints / stage, ignore_errors=True)
@@ -261,7 +312,12 @@ def settings_of(record: dict[str, Any], stage: str) -> dict[str, Any]:
 
 
 def evaluate_adapter(
-    base_name: str, data: str, adapter: str | None, dtype: str, config: EvalConfig
+    base_name: str,
+    data: str,
+    adapter: str | None,
+    dtype: str,
+    config: EvalConfig,
+    quantize: str = "none",
 ) -> tuple[Scores, list[dict[str, str]]]:
     """Scores an adapter folder, or the base alone.
 
@@ -271,18 +327,27 @@ def evaluate_adapter(
     Raises:
         TrainError, AdapterError: the base, the data or the adapter cannot be used.
     """
-    base = load_base(base_name, dtype)
+    base = load_base(base_name, dtype, quantize)
     rows = load_rows(data, base.tokenizer, config.eval_rows)
     model: Any = base.model
     if adapter is not None:
         read_adapter(adapter, BaseModel.from_module(base.model))  # refuses what PEFT would not
         model = PeftModel.from_pretrained(base.model, adapter)
-    scores, texts = evaluate(model, base.tokenizer, rows, config)
+    with enough_memory("the evaluation", less_memory(config)):
+        scores, texts = evaluate(model, base.tokenizer, rows, config)
     answers = [
         {"generated": text, "answer": answer}
         for text, answer in zip(texts, rows["answer"], strict=True)
     ]
     return scores, answers
+
+
+def less_memory(config: EvalConfig) -> str:
+    """What to lower when memory runs out in an evaluation."""
+    return (
+        f"lower --eval_batch_size ({config.eval_batch_size}) "
+        f"or --max_new_tokens ({config.max_new_tokens})"
+    )
 
 
 def score_line(scores: Scores) -> str:
@@ -302,11 +367,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Writes a JSON file; one of that name is replaced only when all is written."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+    with replace_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=indent) + "\n")
 
 
 def say(text: str) -> None:

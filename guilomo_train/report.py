@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from guilomo_serve.adapter import AdapterSpec
+from guilomo_train.pictures import cells_of, heat, save, subplots
 from guilomo_train.search.allocation import Allocation
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -61,33 +62,18 @@ def table(allocation: Allocation) -> str:
 
 def heat_map(allocation: Allocation, path: Path) -> None:
     """Draws experts and total rank over layers and kinds of module into a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     layers, kinds, cells = grid(allocation)
-    figure, axes = plt.subplots(
-        1, 2, figsize=(3 + 1.1 * len(kinds), 1.6 + 0.24 * len(layers)), layout="constrained"
-    )
-    for axis, title, value in (
-        (axes[0], "experts", len),
-        (axes[1], "total rank", sum),
-    ):
-        numbers = [
-            [value(allocation.ranks.get(cells.get((layer, kind), ""), ())) for kind in kinds]
-            for layer in layers
-        ]
-        image = axis.imshow(numbers, aspect="auto", cmap="viridis", vmin=0)
-        axis.set_title(title)
-        axis.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right", fontsize=8)
-        axis.set_yticks(range(len(layers)), layers, fontsize=7)
-        axis.set_ylabel("layer")
-        figure.colorbar(image, ax=axis, shrink=0.8)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=130, format="png")
-    plt.close(figure)
-    partial.replace(path)
+    figure, axes = subplots(1, 2, width=3 + 1.1 * len(kinds), height=1.6 + 0.24 * len(layers))
+    for axis, title in zip(axes[0], ("experts", "total rank"), strict=True):
+        values = {
+            module: len(ranks) if title == "experts" else sum(ranks)
+            for module, ranks in allocation.ranks.items()
+        }
+        heat(
+            axis, cells_of(layers, kinds, cells, values), layers, kinds,
+            title=title, low=0, high=max(values.values()),
+        )  # fmt: skip
+    save(figure, path)
 
 
 def model_card(

@@ -15,6 +15,8 @@ whole step is known only when its last part has run.
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,18 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from guilomo_train.batches import Batches, BatchLoader, with_blank
-from guilomo_train.checkpoints import STATE_FILE, Checkpointing, complete
+from guilomo_train.checkpoints import STATE_FILE, Checkpointing, complete, whole
+from guilomo_train.errors import ConfigError, DataError, DivergedError
+from guilomo_train.health import RouterFigures, RouterHealth
 from guilomo_train.lora_moe import LoraMoeLayer
 from guilomo_train.lora_moe.layer import Routing
+
+_logger = logging.getLogger(__name__)
 
 
 class LoraMoeTrainer(SFTTrainer):
@@ -46,7 +53,13 @@ class LoraMoeTrainer(SFTTrainer):
     Args:
         balance_coefficient: weight of the load-balance loss; 0 turns it off.
         checkpointing: the settings to write into checkpoints, and the one to go on from.
+
+    Raises:
+        ConfigError: gradient checkpointing is asked for in its reentrant form.
+        DataError: no row of a data set has a token to learn from.
     """
+
+    learning_rate_option = "--learning_rate"
 
     def __init__(
         self,
@@ -56,16 +69,47 @@ class LoraMoeTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get(
+            "use_reentrant"
+        ):
+            raise ConfigError(
+                "gradient_checkpointing_kwargs has use_reentrant=True, expected False: reentrant "
+                "checkpointing loses the gradient of the load-balance loss and of a search"
+            )
         self.balance_coefficient = balance_coefficient
         self.checkpointing = checkpointing or Checkpointing(0, {}, None)
         self.layers = [m for m in self.model.modules() if isinstance(m, LoraMoeLayer)]
-        for layer in self.layers:
-            layer.keep_routing = balance_coefficient > 0
+        self.health = RouterHealth()
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:  # TRL makes them bfloat16 where the base is quantised
+                parameter.data = parameter.data.float()
         # Whatever the base takes: `compute_loss` below divides by the tokens of the whole step.
         self.model_accepts_loss_kwargs = True
         self.loss_sum = torch.zeros((), device=self.args.device)  # this process's, over steps
         self.started = time.monotonic()
         self.seconds_before = 0.0  # of the process that a resumed run goes on from
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: Any, args: SFTConfig, *rest: Any
+    ) -> Dataset:
+        """TRL's tokenized rows. TRL leaves out those of whose completion truncation leaves nothing
+        and says nothing of it."""
+        prepared = super()._prepare_dataset(dataset, processing_class, args, *rest)
+        lost = len(dataset) - len(prepared)
+        if lost:
+            first = ""
+            if "where" in dataset.column_names:
+                kept = set(prepared["where"])
+                first = f" (first: {next(w for w in dataset['where'] if w not in kept)})"
+            found = (
+                f"{lost} of {len(dataset)} rows have no token of their completion within "
+                f"--max_length {args.max_length}{first}"
+            )
+            if lost == len(dataset):
+                raise DataError(f"{found}; raise --max_length or shorten the prompts")
+            if args.process_index == 0:
+                _logger.warning("%s; they are left out", found)
+        return prepared
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         resume = resume_from_checkpoint or self.checkpointing.resume
@@ -78,6 +122,8 @@ class LoraMoeTrainer(SFTTrainer):
         self.state = state
         self._load_from_checkpoint(str(resume))
         self.load_state_dict(_read_state(resume))
+        self.model.train()  # or TRL would log for an evaluation
+        self.log({"train_loss": self.mean_loss()})  # as at the end of every training
         return TrainOutput(state.global_step, self.mean_loss(), {})
 
     def get_train_dataloader(self) -> DataLoader:
@@ -124,22 +170,37 @@ class LoraMoeTrainer(SFTTrainer):
     ) -> torch.Tensor:
         if return_outputs:
             raise NotImplementedError("evaluate with guilomo_train.evaluate, not in the trainer")
-        nll, balance = self.losses(model, inputs, num_items_in_batch)
+        health = self.health if self.model.training else None
+        nll, balance = self.losses(model, inputs, num_items_in_batch, health)
         if not self.model.training:
             return nll
         # With a token count of the whole accumulated batch, the sum over its parts is the mean.
         parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         both = self.accelerator.reduce(torch.stack([parts * nll, balance]).detach(), "mean")
-        self._metrics["train"]["nll"].append(both[0].item())
+        self._metrics["train"]["nll"].append(self._finite(both[0], "the loss"))
         if self.balance_coefficient > 0:
             self._metrics["train"]["balance"].append(both[1].item())
         return nll + self.balance_coefficient * balance / parts
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs.update(self.health.scalars(self._over_processes))
+        super().log(logs, start_time)
+
+    def routers(self) -> dict[str, RouterFigures]:
+        """Health of each router in the last steps, by its module's full name."""
+        names = [
+            name.removeprefix("base_model.model.")
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, LoraMoeLayer) and len(layer.router) > 0
+        ]
+        return {names[place]: figures for place, figures in self.health.figures.items()}
 
     def losses(
         self,
         model: nn.Module,
         inputs: dict[str, torch.Tensor],
         num_items: torch.Tensor | int | None = None,
+        health: RouterHealth | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The completion's NLL and the load-balance loss of one batch, both differentiable.
 
@@ -149,45 +210,77 @@ class LoraMoeTrainer(SFTTrainer):
             model: the (possibly wrapped) model.
             inputs: `input_ids`, `attention_mask` and `labels` (-100: not scored), `[B, S]`.
             num_items: tokens to divide the NLL by; None for those of this batch.
+            health: counts what the routers did.
         """
         processes = self.accelerator.num_processes
         scored = inputs["labels"][:, 1:] != -100
         if num_items is None:
             num_items = self._over_processes(scored.sum())
+        # Kept in this forward pass alone: gradient checkpointing runs layers again in the backward
+        # pass, and what they would keep then holds their activations until the next step.
+        for layer in self.layers:
+            layer.keep_routing = self.balance_coefficient > 0
         nll = processes * completion_nll(model, inputs, num_items)
         if self.balance_coefficient == 0:
             return nll, nll.new_zeros(())
         routings = [layer.routing for layer in self.layers if layer.routing is not None]
         # A row without labels is there only to fill a batch.
         tokens = inputs["attention_mask"].bool() & scored.any(dim=-1, keepdim=True)
-        balance = processes * balance_loss(routings, tokens, self._over_processes)
+        balance = processes * balance_loss(routings, tokens, self._over_processes, health)
         for layer in self.layers:
-            layer.routing = None  # it holds the graph
+            layer.keep_routing, layer.routing = False, None
         return nll, balance
 
     def _over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
 
+    def _finite(self, loss: torch.Tensor, name: str) -> float:
+        """The loss as a number, for a loss that is the same in all processes.
+
+        Raises:
+            DivergedError: it is not finite; going on would only spoil the weights for good.
+        """
+        value, step = loss.item(), self.state.global_step + 1
+        if math.isfinite(value):
+            return value
+        if step == 1:
+            raise DivergedError(
+                f"{name} is {value} in the first step, before any weight has moved: the base "
+                "itself gives no finite numbers; try --dtype float32, or another base"
+            )
+        raise DivergedError(
+            f"{name} is {value} in step {step} of {self.state.max_steps}: "
+            f"lower {self.learning_rate_option} ({self.args.learning_rate:g})"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """What a later process needs beyond that which transformers' trainer saves."""
         return {
             "loss_sum": self._mean_loss_sum(),
+            # What the next log line is made of.
+            "metrics": dict(self._metrics["train"]),
+            "health": self.health.state_dict(
+                lambda counts: self.accelerator.reduce(counts, reduction="mean")
+            ),
             "seconds": self.seconds_before + time.monotonic() - self.started,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave."""
         self.loss_sum.fill_(state["loss_sum"])
+        self._metrics["train"].update(state["metrics"])
+        self.health.load_state_dict(state["health"], self.args.device)
         self.seconds_before = state["seconds"]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        state = self.state_dict()
-        self.accelerator.wait_for_everyone()  # each process writes its random state
-        if self.args.should_save:
-            torch.save(state, folder / STATE_FILE)
-            complete(folder, self.checkpointing.settings)
+        with whole(folder):
+            super()._save_checkpoint(model, trial)
+            state = self.state_dict()
+            self.accelerator.wait_for_everyone()  # each process writes its random state
+            if self.args.should_save:
+                torch.save(state, folder / STATE_FILE)
+                complete(folder, self.checkpointing.settings)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Called by the trainer when model and optimiser are in place."""
@@ -236,6 +329,7 @@ def balance_loss(
     routings: list[Routing],
     tokens: torch.Tensor,
     over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts,
+    health: RouterHealth | None = None,
 ) -> torch.Tensor:
     """The mean load-balance loss of layers; see the head of this file.
 
@@ -243,6 +337,7 @@ def balance_loss(
         routings: what the routers did; tensors `[B, S, E]`, E may differ from layer to layer.
         tokens: [B, S], 0 for those left out: padding.
         over_processes: sums a tensor over all processes.
+        health: counts what the routers did in this process.
 
     Returns:
         This process's summand of the loss of the batch that all processes took together.
@@ -252,22 +347,27 @@ def balance_loss(
     tokens = tokens.bool()
     # One computation for all layers with as many experts: a loop over layers costs more calls
     # than a layer itself.
-    by_experts: dict[int, list[Routing]] = defaultdict(list)
-    for routing in routings:
-        by_experts[routing.logits.shape[-1]].append(routing)
+    by_experts: dict[int, list[int]] = defaultdict(list)
+    for place, routing in enumerate(routings):
+        by_experts[routing.logits.shape[-1]].append(place)
     experts, choices, probabilities = [], [], []
-    for same in by_experts.values():
+    for places in by_experts.values():
+        same = [routings[place] for place in places]
         logits = torch.stack([r.logits[tokens] for r in same])  # [layers, T, E]
         chosen = torch.stack([r.weights.detach()[tokens] for r in same]) > 0
         masks = [r.available for r in same if r.available is not None]
+        available = None
         if masks:  # a search runs: all layers have one
             available = torch.stack(masks)
             logits = logits.masked_fill(~available[:, None], -torch.inf)
             experts.append(available.sum(-1))
         else:
             experts.append(torch.tensor(logits.shape[-1], device=logits.device))
+        probability = torch.softmax(logits, dim=-1)
         choices.append(chosen.to(logits.dtype).sum(1))
-        probabilities.append(torch.softmax(logits, dim=-1).sum(1))
+        probabilities.append(probability.sum(1))
+        if health is not None:
+            health.add(tuple(places), choices[-1], probability.detach(), available)
     # Sums of all processes in one exchange: [layers, E] of each group, and the number of tokens.
     local = torch.cat([*(c.flatten() for c in choices), tokens.sum().to(choices[0]).view(1)])
     *counts, total = over_processes(local).split([*(c.numel() for c in choices), 1])

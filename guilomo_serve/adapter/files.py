@@ -135,7 +135,8 @@ def write_adapter(adapter: Adapter, folder: str | Path, card: str) -> None:
 
     Raises:
         AdapterError: the adapter would not be read back (tensors that do not fit the spec or are
-            not finite), or `folder` exists and is no adapter folder. Nothing is written.
+            not finite), `folder` exists and is no adapter folder, or a file cannot be written, as
+            on a full disk. What was there before stays as it is.
     """
     target = Path(folder)
     if target.exists() and not (target / CONFIG_FILE).is_file() and not _is_empty_folder(target):
@@ -154,10 +155,14 @@ def write_adapter(adapter: Adapter, folder: str | Path, card: str) -> None:
     }
     _check_headers(adapter.spec, None, headers, str(target / WEIGHTS_FILE))
     _check_finite(adapter.weights, str(target / WEIGHTS_FILE))
-    with replace_folder(target) as partial:
-        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(card, encoding="utf-8")
+    with _written(target), replace_folder(target) as partial:
+        with _written(target / WEIGHTS_FILE):
+            save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        text = json.dumps(config, indent=2) + "\n"
+        with _written(target / CONFIG_FILE):
+            (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
+        with _written(target / "README.md"):
+            (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 @contextmanager
@@ -185,6 +190,15 @@ def replace_folder(target: Path) -> Iterator[Path]:
             os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Says of which file an error of writing is."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise AdapterError(f"{path}: cannot be written ({e})") from None
 
 
 def _is_empty_folder(path: Path) -> bool:

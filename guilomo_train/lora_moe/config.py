@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
@@ -62,10 +62,14 @@ class LoraMoeConfig(PeftConfig):
     format_version: int = field(
         default=FORMAT_VERSION, metadata={"help": "Written: version of the adapter format."}
     )
+    # PEFT's other methods have it; here it is known only to be refused with the reason.
+    modules_to_save: InitVar[list[str] | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, modules_to_save: list[str] | None) -> None:
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE)
+        if modules_to_save:
+            raise ValueError(no_modules_to_save(modules_to_save))
         for name in ("num_experts", "expert_rank", "top_k"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -91,3 +95,11 @@ class LoraMoeConfig(PeftConfig):
             value["target_modules"] = sorted({module.split(".")[-1] for module in self.experts})
             del value["num_experts"], value["expert_rank"]
         return value
+
+
+def no_modules_to_save(value: list[str]) -> str:
+    """Why an adapter cannot come with trained modules of the base."""
+    return (
+        f"modules_to_save is {value}, expected none: an adapter folder holds experts and routers "
+        "alone, so no whole module can be trained with them, and no task_type with a new head"
+    )

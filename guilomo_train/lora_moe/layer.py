@@ -159,8 +159,9 @@ class LoraMoeLinear(nn.Module, LoraMoeLayer):
         return F.linear(h * gates.to(x.dtype), b)
 
     def _expert_weights(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        """`[..., E]` in the router's precision."""
+        """`[..., E]` in the router's precision, at least float32."""
         weight = _weight(self.router[adapter])
+        weight = weight.to(_at_least_float32(weight))
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(weight.dtype), weight)
             if self.masks is None:
@@ -177,7 +178,7 @@ class LoraMoeLinear(nn.Module, LoraMoeLayer):
         if matrix.device != device:
             matrix = self._expand[adapter] = matrix.to(device)
         if adapter in self.router:
-            matrix = matrix.to(_weight(self.router[adapter]).dtype)
+            matrix = matrix.to(_at_least_float32(_weight(self.router[adapter])))
         return matrix
 
     def __repr__(self) -> str:
@@ -187,6 +188,10 @@ class LoraMoeLinear(nn.Module, LoraMoeLayer):
 def _weight(linear: nn.Module) -> torch.Tensor:
     """The weight of a module that is an `nn.Linear`, as type checkers cannot know."""
     return linear.weight  # type: ignore[return-value]
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def expansion(experts: tuple[Expert, ...]) -> torch.Tensor:

@@ -1,15 +1,22 @@
-"""Which layers of a model get a LoRA-MoE adapter, and with which experts (a PEFT tuner)."""
+"""Which layers of a model get a LoRA-MoE adapter, and with which experts (a PEFT tuner).
+
+Every check comes before the first layer is replaced: a model that is refused stays as it was.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from guilomo_serve.adapter import BaseFingerprint
-from guilomo_train.lora_moe.config import LoraMoeConfig
+from guilomo_train.lora_moe.config import LoraMoeConfig, no_modules_to_save
 from guilomo_train.lora_moe.layer import LoraMoeLayer, LoraMoeLinear
 
 
@@ -17,8 +24,9 @@ class LoraMoeModel(BaseTuner):
     """Wraps the linear layers that the config names; the base stays frozen.
 
     Raises:
-        ValueError: `experts` names a module that the model lacks, or a target is no linear
-            layer.
+        ValueError: a name in `experts` or `target_modules` is none of the model's, or a target is
+            no linear layer, the output layer, or an expert or router of a base that is a mixture
+            of experts itself.
     """
 
     prefix = "guilomo_"
@@ -34,13 +42,55 @@ class LoraMoeModel(BaseTuner):
         return BaseTuner._check_target_module_exists(peft_config, key)
 
     def _prepare_model(self, peft_config: LoraMoeConfig, model: nn.Module) -> None:
+        if getattr(peft_config, "modules_to_save", None):  # PEFT's classifier models set it
+            raise ValueError(no_modules_to_save(peft_config.modules_to_save))
         if getattr(model, "config", None) is not None:
             peft_config.base_fingerprint = BaseFingerprint.from_config(model.config).to_json()
+        modules = _modules(model)
+        moe = _moe_parts(modules)
         if peft_config.experts is not None:
-            names = {name for name, _ in model.named_modules()}
-            for module in peft_config.experts:
-                if module not in names:
-                    raise ValueError(f"experts names {module!r}, which the model does not have")
+            for name in peft_config.experts:
+                if name not in modules:
+                    raise ValueError(f"experts names {name!r}, which the model does not have")
+        else:
+            if peft_config.target_modules == "all-linear":
+                if moe:
+                    raise ValueError(
+                        f"target_modules is 'all-linear', but {moe[0]} belongs to a mixture of "
+                        "experts in the base, which cannot be adapted; name the layers to adapt, "
+                        f"of {_kinds(model, modules, moe)}"
+                    )
+                peft_config.target_modules = sorted(_linear_layers(model, modules))
+                if not peft_config.target_modules:
+                    raise ValueError(
+                        f"target_modules is 'all-linear', but {type(model).__name__} has no linear "
+                        "layers (torch.nn.Linear)"
+                    )
+            for unknown in _unmatched(peft_config.target_modules, modules):
+                raise ValueError(
+                    f"target_modules has {unknown!r}, which names no layer of the model; "
+                    f"expected some of {_kinds(model, modules, moe)}"
+                )
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        for name, module in modules.items():
+            if self._check_target_module_exists(peft_config, name):
+                _check_target(name, module, module is output, moe, peft_config)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: rows of one batch cannot use different LoRA-MoE adapters here; "
+                "choose one with set_adapter, or serve them together with guilomo-serve"
+            )
+        yield
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """What is saved. A router is float32 in the adapter format, whatever a trainer made it:
+        TRL turns all of an adapter on a quantised base into bfloat16."""
+        state = super()._get_adapter_state_dict(*args, **kwargs)
+        return {key: t.float() if ".router." in key else t for key, t in state.items()}
 
     def _create_and_replace(
         self,
@@ -56,21 +106,18 @@ class LoraMoeModel(BaseTuner):
         if isinstance(target, LoraMoeLayer):
             target.update_layer(adapter_name, experts, peft_config)
             return
-        # Quantised linear layers are subclasses of nn.Linear or offer the same two sizes.
-        if not (hasattr(target, "in_features") and hasattr(target, "out_features")):
-            raise ValueError(
-                f"{current_key} is a {type(target).__name__}; "
-                "a LoRA-MoE adapter can be put on linear layers alone"
-            )
         layer = LoraMoeLinear(target, adapter_name, experts, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _post_injection_hook(
-        self, model: nn.Module, config: LoraMoeConfig, adapter_name: str
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Makes the allocation explicit, so that the saved config needs no rule to be read."""
+        """Adds an adapter and makes its allocation explicit, so that the saved config needs no
+        rule to be read."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
         experts = {
             name: layer.experts[adapter_name]
             for name, layer in model.named_modules()
@@ -81,3 +128,92 @@ class LoraMoeModel(BaseTuner):
             for name, listed in experts.items()
         }
         config.r = max(sum(e.rank for e in listed) for listed in experts.values())
+
+
+# What transformers calls the router of a mixture of experts, beside a module named `experts`.
+_ROUTER_NAMES = ("gate", "router")
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by name, without the insides of layers that are adapted already."""
+    modules: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name and not name.startswith(inside):
+            modules[name] = module
+            if isinstance(module, LoraMoeLayer):
+                inside += (f"{name}.",)
+    return modules
+
+
+def _moe_parts(modules: dict[str, nn.Module]) -> list[str]:
+    """Names of the experts and routers of a base that is a mixture of experts itself.
+
+    transformers holds experts as one module of stacked weights, or (older code) as a list of
+    linear layers; both are called `experts`, or by their class.
+    """
+    experts = [
+        name
+        for name, module in modules.items()
+        if name.split(".")[-1] == "experts" or "Experts" in type(module).__name__
+    ]
+    blocks = {name.rpartition(".")[0] for name in experts}
+    routers = [f"{block}.{name}" for block in blocks for name in _ROUTER_NAMES]
+    return experts + [name for name in routers if name in modules]
+
+
+def _in_moe(name: str, moe: list[str]) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in moe)
+
+
+def _linear_layers(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+    """The linear layers of the language model: no output layer, no tower of another modality."""
+    decoder = getattr(model, "get_decoder", lambda: model)()
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    prefix = next((f"{name}." for name, module in modules.items() if module is decoder), "")
+    return {
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear | LoraMoeLayer)
+        and module is not output
+        and name.startswith(prefix)
+    }
+
+
+def _unmatched(targets: Any, modules: dict[str, nn.Module]) -> list[str]:
+    """The entries of `target_modules` that name no module; a pattern (a string) is one entry."""
+    if isinstance(targets, str):
+        return [] if any(re.fullmatch(targets, name) for name in modules) else [targets]
+    ends = {name[i:] for name in modules for i in _starts_of_parts(name)}
+    return sorted(set(targets or ()) - ends)
+
+
+def _starts_of_parts(name: str) -> list[int]:
+    return [0, *(i + 1 for i, character in enumerate(name) if character == ".")]
+
+
+def _kinds(model: nn.Module, modules: dict[str, nn.Module], moe: list[str]) -> str:
+    """The last parts of the names of what can be adapted: `q_proj, k_proj, ...`."""
+    linear = sorted(_linear_layers(model, modules), key=list(modules).index)
+    return ", ".join(dict.fromkeys(n.split(".")[-1] for n in linear if not _in_moe(n, moe)))
+
+
+def _check_target(
+    name: str, module: nn.Module, is_output: bool, moe: list[str], config: LoraMoeConfig
+) -> None:
+    field = "target_modules" if config.experts is None else "experts"
+    if _in_moe(name, moe):
+        raise ValueError(
+            f"{field}: {name} is an expert or router of a mixture of experts in the base and "
+            "cannot be adapted; name the attention's layers alone in target_modules"
+        )
+    # Quantised linear layers are subclasses of nn.Linear or offer the same two sizes.
+    if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
+        raise ValueError(
+            f"{field}: {name} is a {type(module).__name__}; "
+            "a LoRA-MoE adapter can be put on linear layers alone"
+        )
+    if is_output:
+        raise ValueError(
+            f"{field}: {name} is the output layer; neither TRL nor vLLM would apply an adapter"
+        )

@@ -10,6 +10,7 @@ from typing import Any
 
 from guilomo_serve.adapter import Expert
 from guilomo_train.errors import AllocationError
+from guilomo_train.limits import replace_file
 
 FORMAT_VERSION = 1
 
@@ -67,7 +68,11 @@ class Allocation:
         }
 
     def save(self, path: Path) -> None:
-        """Writes the allocation as JSON, a module a line."""
+        """Writes the allocation as JSON, a module a line.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
         modules = ",\n".join(
             f"    {json.dumps(m)}: {json.dumps(list(r))}" for m, r in self.ranks.items()
         )
@@ -75,9 +80,8 @@ class Allocation:
             f'{{\n  "format_version": {FORMAT_VERSION},\n  "top_k": {self.top_k},\n'
             f'  "max_rank": {self.max_rank},\n  "ranks": {{\n{modules}\n  }}\n}}\n'
         )
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text)
-        partial.replace(path)
+        with replace_file(path) as partial:
+            partial.write_text(text)
 
     @classmethod
     def load(cls, path: Path) -> Allocation:

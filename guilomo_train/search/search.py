@@ -24,9 +24,9 @@ from guilomo_train.checkpoints import Checkpointing
 from guilomo_train.config import CommonConfig, SearchConfig
 from guilomo_train.data import split_validation
 from guilomo_train.errors import ConfigError
-from guilomo_train.finetune import training_arguments, with_adapter
+from guilomo_train.finetune import log_callbacks, training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig
-from guilomo_train.models import Base
+from guilomo_train.models import Base, with_adapter
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.controls import parameter_budget
 from guilomo_train.search.estimators import Estimator
@@ -35,19 +35,23 @@ from guilomo_train.search.selection import SearchSpace, SelectionVectors
 from guilomo_train.search.upper import UpperLevel
 from guilomo_train.trainer import LoraMoeTrainer
 
+SNAPSHOTS = 100  # of the allocation while a search runs, about
+
 
 @dataclass(frozen=True)
 class SearchResult:
     """What a search found and what it took.
 
     `record` goes into the adapter's config: method, seed, steps, seconds. `vectors` are the
-    selection vectors that the allocation is read off.
+    selection vectors that the allocation is read off. `history` has the modules, and the trainer's
+    log, in which `total_ranks` is the allocation of that time: a total rank for each module.
     """
 
     allocation: Allocation
     vectors: dict[str, torch.Tensor]
     seconds: float
     record: dict[str, Any]
+    history: dict[str, Any]
 
 
 class SearchTrainer(LoraMoeTrainer):
@@ -60,6 +64,8 @@ class SearchTrainer(LoraMoeTrainer):
         selection_learning_rate: of the estimators that use Adam.
         validation_dataset: rows of the upper level, prepared as `train_dataset` is.
     """
+
+    learning_rate_option = "--search_learning_rate"
 
     def __init__(
         self,
@@ -108,6 +114,15 @@ class SearchTrainer(LoraMoeTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs["expected_rank"] = round(self.upper.selection.expected_total_rank(), 1)
         super().log(logs, start_time)
+        # Into the trainer's state, so that a checkpoint has it.
+        if self.state.global_step >= self.state.max_steps or self._is_snapshot():
+            ranks = self.upper.selection.allocation().ranks
+            self.state.log_history[-1]["total_ranks"] = [sum(r) for r in ranks.values()]
+
+    def _is_snapshot(self) -> bool:
+        logged = self.state.global_step // self.args.logging_steps
+        every = max(1, self.state.max_steps // int(SNAPSHOTS * self.args.logging_steps))
+        return logged % every == 0
 
     def _upper_step(self, inputs: dict[str, torch.Tensor]) -> None:
         """Moves the selection vectors; weights, gradients and lower optimiser stay as they are."""
@@ -116,6 +131,11 @@ class SearchTrainer(LoraMoeTrainer):
         def train_loss() -> torch.Tensor:
             nll, balance = self.losses(self.model, inputs)
             return nll + self.balance_coefficient * balance
+
+        def validation_loss() -> torch.Tensor:
+            nll = self.losses(self.model, validation)[0]
+            self._finite(self._mean_over_processes(nll.detach()), "the validation loss")
+            return nll
 
         unrolled = None
         if self.second_order:
@@ -127,7 +147,7 @@ class SearchTrainer(LoraMoeTrainer):
             )
         self.upper.step(
             train_loss,
-            lambda: self.losses(self.model, validation)[0],
+            validation_loss,
             self.weights,
             unrolled,
             reduce=self._mean_over_processes,
@@ -172,6 +192,7 @@ def search(
 
     Raises:
         ConfigError, DataError: the target modules or the data cannot be used.
+        DivergedError: a loss is not finite.
     """
     started = time.monotonic()
     lower, upper = split_validation(train, common, validation)
@@ -186,7 +207,7 @@ def search(
         top_k=common.top_k,
         lora_alpha=common.lora_alpha,
     )
-    model = with_adapter(base, peft_config)
+    model = with_adapter(base.model, peft_config)
     assert peft_config.experts is not None
     space = SearchSpace(
         {module: linears[module] for module in peft_config.experts},
@@ -214,6 +235,7 @@ def search(
         second_order=config.order == "second",
         selection_learning_rate=config.selection_learning_rate,
         validation_dataset=upper,
+        callbacks=log_callbacks(common, "search"),
     )
     trainer.train()
     base.model = model.unload()
@@ -233,7 +255,8 @@ def search(
         "max_experts": config.max_experts,
         "max_rank": config.max_rank,
     }
-    return SearchResult(allocation, vectors, seconds, record)
+    history = {"modules": list(space.linears), "log": trainer.state.log_history}
+    return SearchResult(allocation, vectors, seconds, record, history)
 
 
 def search_budget(space: SearchSpace, budget: str | None, base_parameters: int) -> int:

@@ -42,6 +42,7 @@ def test_every_form_gives_the_same_row(
     row: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     (loaded,) = load_rows(write(tmp_path / "rows.jsonl", [row]), tokenizer)
+    assert loaded.pop("where").endswith("rows.jsonl, line 1")
     assert loaded == {"prompt": PROMPT, "completion": COMPLETION, "answer": "4"}
 
 
@@ -59,6 +60,7 @@ def test_without_a_chat_template_rows_stay_text(tmp_path: Path, tiny_base: Path)
     tokenizer.chat_template = None
     source = write(tmp_path / "rows.jsonl", [{"messages": PROMPT + COMPLETION}])
     (loaded,) = load_rows(source, tokenizer)
+    del loaded["where"]
     assert loaded == {"prompt": "2 + 2?", "completion": "4", "answer": "4"}
 
 

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from datasets import Dataset
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from transformers import LlamaForSequenceClassification
+from trl import SFTConfig, SFTTrainer
 
 from guilomo_serve.adapter import BaseModel, read_adapter, write_adapter
 from guilomo_train.finetune import adapter_of
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.search.allocation import Allocation
-from tests.train.tiny import tiny_llama
+from tests.train.tiny import tiny_llama, tiny_tokenizer
 
 IDS = torch.arange(20).reshape(2, 10)
 RAGGED = {
@@ -84,6 +87,119 @@ def test_adapters_are_switched_and_disabled() -> None:
     assert torch.equal(logits(model), first)
 
 
+def fill(model: PeftModel, adapter: str, seed: int) -> None:
+    """Makes an adapter of several change what the model says."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name and f".{adapter}." in name:
+            torch.nn.init.normal_(parameter)
+
+
+def test_two_adapters_at_once_add_up_and_each_is_saved_by_itself(tmp_path: Path) -> None:
+    one, two = LoraMoeConfig(experts=RAGGED), LoraMoeConfig(target_modules=["v_proj"])
+    model = get_peft_model(tiny_llama(64), one, adapter_name="one")
+    model.add_adapter("two", two)
+    for seed, name in enumerate(("one", "two")):
+        fill(model, name, seed)
+    model.eval()
+    layer = "model.layers.0.self_attn"
+    model.base_model.set_adapter(["one", "two"])
+    x = torch.randn(3, 32)
+    attention = model.get_base_model().get_submodule(layer)
+    for kind, adapter in (("q_proj", "one"), ("v_proj", "two")):
+        part = getattr(attention, kind)
+        expected = part.base_layer(x) + part._delta(adapter, x)
+        torch.testing.assert_close(part(x), expected)
+    both = logits(model)
+    said = {}
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        said[name] = logits(model)
+        assert not torch.equal(said[name], both)
+    trainable = {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"two"}
+
+    model.save_pretrained(tmp_path)
+    for name in said:
+        read_adapter(tmp_path / name, BaseModel.from_module(tiny_llama(64)))
+        again = PeftModel.from_pretrained(tiny_llama(64), tmp_path / name).eval()
+        assert torch.equal(logits(again), said[name])
+    # Loaded beside another one, an adapter says the same.
+    loaded = PeftModel.from_pretrained(tiny_llama(64), tmp_path / "one", adapter_name="one").eval()
+    loaded.load_adapter(tmp_path / "two", "two")
+    loaded.set_adapter("two")
+    assert torch.equal(logits(loaded), said["two"])
+
+
+def test_two_adapters_of_the_same_layer_add_up() -> None:
+    config = {"target_modules": ["q_proj"], "num_experts": 3, "expert_rank": 2}
+    model = get_peft_model(tiny_llama(64), LoraMoeConfig(**config))
+    model.add_adapter("second", LoraMoeConfig(**config))
+    for seed, name in enumerate(("default", "second")):
+        fill(model, name, seed)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 32)
+    base = layer.base_layer(x)
+    alone = []
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        alone.append(layer(x) - base)
+    model.base_model.set_adapter(["default", "second"])
+    torch.testing.assert_close(layer(x), base + alone[0] + alone[1])
+
+
+def test_a_batch_of_mixed_adapters_is_refused() -> None:
+    model = trained(LoraMoeConfig(experts=RAGGED))
+    with pytest.raises(ValueError, match="adapter_names: rows of one batch"):
+        model(IDS, adapter_names=["default", "__base__"])
+
+
+def test_dropout_falls_on_the_experts_input_and_leaves_the_router_alone() -> None:
+    config = LoraMoeConfig(target_modules=["q_proj"], num_experts=4, lora_dropout=0.5)
+    model = trained(config)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.keep_routing = True
+    x = torch.randn(5, 32)
+    still = layer(x), layer.routing.logits
+    assert torch.equal(layer(x), still[0])
+    model.train()
+    torch.manual_seed(0)
+    assert not torch.equal(layer(x), still[0])
+    assert torch.equal(layer.routing.logits, still[1])
+
+
+def test_trl_trains_saves_and_loads(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    base = tiny_llama(len(tokenizer))
+    rows = [{"prompt": f"number {i}", "completion": "odd" if i % 2 else "even"} for i in range(16)]
+    trainer = SFTTrainer(
+        model=base,
+        args=SFTConfig(
+            output_dir=str(tmp_path / "work"),
+            num_train_epochs=1,
+            learning_rate=1e-2,
+            report_to="none",
+            save_strategy="epoch",
+            use_cpu=True,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraMoeConfig(num_experts=3, expert_rank=2, task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    (checkpoint,) = (tmp_path / "work").glob("checkpoint-*")
+    for folder in (tmp_path / "adapter", checkpoint):
+        adapter = read_adapter(folder, BaseModel.from_module(tiny_llama(len(tokenizer))))
+        assert all(w.lora_b.abs().max() > 0 for w in adapter.weights.values())
+        again = get_peft_model_state_dict(
+            PeftModel.from_pretrained(tiny_llama(len(tokenizer)), folder)
+        )
+        trained = get_peft_model_state_dict(trainer.model)
+        assert again.keys() == trained.keys()
+        assert all(torch.equal(again[key], tensor) for key, tensor in trained.items())
+
+
 def test_unload_gives_the_base_back_and_merge_is_refused() -> None:
     model = trained(LoraMoeConfig(experts=RAGGED))
     with pytest.raises(ValueError, match="cannot be merged"):
@@ -115,6 +231,8 @@ def test_the_router_stays_float32_on_a_bfloat16_base(tmp_path: Path) -> None:
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"experts": {"model.layers.9.mlp.up_proj": [{"rank": 1, "scaling": 1.0}]}}, "layers.9"),
         ({"target_modules": ["embed_tokens"]}, "linear layers alone"),
+        ({"target_modules": ["q_proj", "query"]}, "target_modules has 'query'.*q_proj, k_proj"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is .*lm_head.*, expected none"),
     ],
 )
 def test_a_config_that_cannot_be_applied_says_which_field(
@@ -122,6 +240,13 @@ def test_a_config_that_cannot_be_applied_says_which_field(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         get_peft_model(tiny_llama(64), LoraMoeConfig(**fields))  # type: ignore[arg-type]
+
+
+def test_a_task_with_a_new_head_is_refused() -> None:
+    model = LlamaForSequenceClassification(tiny_llama(64).config)
+    config = LoraMoeConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
+    with pytest.raises(ValueError, match="no task_type with a new head"):
+        get_peft_model(model, config)
 
 
 def test_parameters_of_an_allocation_are_those_of_its_adapter() -> None:

@@ -1,0 +1,258 @@
+"""What goes wrong ends in one line that says what to do, and leaves nothing half-written.
+
+The command's own function runs here, in a process of its own where it needs other limits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from guilomo_train.cli import main
+from guilomo_train.search.allocation import Allocation
+from tests.train.tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
+
+ROWS = [{"prompt": f"number {i}", "completion": "odd" if i % 2 else "even"} for i in range(44)]
+MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
+SMALL = ["--max_experts", 2, "--max_rank", 2, "--search_epochs", 0.2]
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer()
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write(tmp_path / "rows.jsonl", ROWS)
+
+
+@pytest.fixture
+def allocation(tmp_path: Path) -> Path:
+    path = tmp_path / "allocation.json"
+    Allocation.uniform(MODULES, 2, 2).save(path)
+    return path
+
+
+@pytest.fixture
+def refused(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs a command that must fail, and gives the line it ends with."""
+
+    def run(command: str, *arguments: Any) -> str:
+        output = tmp_path / "out"
+        given = ["--base", base, "--train", data, "--output", output, *arguments]
+        assert main([command, *map(str, given)]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"guilomo-train {command}: error: ")
+        assert not output.is_dir() or contents(output) == {}, "something was written"
+        return line
+
+    return run
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "rows.jsonl: has no rows"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt"', "rows.jsonl, line 2: not JSON"),
+        ('{"text": "a"}', "rows.jsonl, line 1: has ['text'], expected prompt and completion"),
+        ("\0\1\2", "rows.jsonl, line 1: not JSON"),
+    ],
+)
+def test_rows_that_are_none(text: str, expected: str, refused: Refused, data: Path) -> None:
+    data.write_text(text)
+    assert expected in refused("search")
+
+
+def test_rows_whose_completion_is_cut_off_are_left_out_and_counted(
+    base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = [{"prompt": "x" * 80, "completion": "y"}] * 3
+    write(data, [*ROWS[:2], *long, *ROWS[2:], *long])
+    given = ["--base", base, "--train", data, "--output", tmp_path / "out", "--max_length", 64]
+    assert main(["search", *map(str, [*given, *SMALL])]) == 0
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "have no token of their completion within --max_length 64 (first: " in said
+    assert (
+        sum(int(r.getMessage().split()[0]) for r in caplog.records if "no token" in r.msg % r.args)
+        == 6
+    )
+
+
+def test_no_completion_is_left_at_all(refused: Refused, base: Path, allocation: Path) -> None:
+    line = refused("finetune", "--allocation", allocation, "--max_length", 8)
+    assert "44 of 44 rows have no token of their completion within --max_length 8" in line
+    assert "rows.jsonl, line 1); raise --max_length" in line
+
+
+def test_too_few_rows_to_validate_on(refused: Refused, tmp_path: Path) -> None:
+    few = write(tmp_path / "few.jsonl", ROWS[:3])
+    expected = "3 rows to validate on are too few for a search, expected at least 8"
+    assert expected in refused("search", "--validation", few)
+    assert "too few for a search" in refused("search", "--validation_share", 0.1)
+
+
+@pytest.mark.parametrize("targets", ["q_proj,query", "query", r".*\.query"])
+def test_an_unknown_target_module(targets: str, refused: Refused) -> None:
+    line = refused("search", "--target_modules", targets)
+    assert "--target_modules has " in line
+    assert "query" in line
+    assert "some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in line
+
+
+def test_a_target_module_that_cannot_be_adapted(refused: Refused) -> None:
+    line = refused("search", "--target_modules", "lm_head")
+    assert "error: --target_modules: lm_head is the output layer" in line
+
+
+def test_an_allocation_of_another_base(refused: Refused, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    Allocation.uniform(("model.layers.7.mlp.up_proj",), 2, 2).save(path)
+    line = refused("finetune", "--allocation", path)
+    assert "--allocation: experts names 'model.layers.7.mlp.up_proj'" in line
+
+
+def test_a_base_without_tokenizer(refused: Refused, tmp_path: Path) -> None:
+    tiny_llama(64).save_pretrained(tmp_path / "bare")
+    line = refused("search", "--base", tmp_path / "bare")
+    assert "bare: has no tokenizer that can be loaded" in line
+
+
+def test_a_chat_template_that_rejects_a_row(refused: Refused, base: Path, data: Path) -> None:
+    folder = data.parent / "strict"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    tokenizer.save_pretrained(folder)
+    messages = [{"role": r, "content": "hello"} for r in ("system", "user", "assistant")]
+    write(data, [*ROWS, {"messages": messages}])
+    line = refused("search", "--base", folder)
+    assert "rows.jsonl, line 45: the base's chat template rejects" in line
+    assert "System role not supported" in line
+
+
+def test_an_output_folder_that_cannot_be_written_to(refused: Refused, data: Path) -> None:
+    for output in ("/proc/self", "/proc/nowhere", data):
+        expected = f"--output {output}: no folder that can be written to ("
+        assert expected in refused("search", "--output", output)
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_a_search_that_diverges_stops_in_its_step(order: str, refused: Refused) -> None:
+    line = refused("search", *SMALL[:4], "--order", order, "--search_learning_rate", 1e30)
+    assert re.search(
+        r"loss is nan in step [23] of 5: lower --search_learning_rate \(1e\+30\)", line
+    )
+
+
+def test_a_fine_tuning_that_diverges_stops_in_its_step(refused: Refused, allocation: Path) -> None:
+    line = refused("finetune", "--allocation", allocation, "--learning_rate", 1e30)
+    assert re.search(r"the loss is nan in step [34] of 12: lower --learning_rate \(1e\+30\)", line)
+
+
+def test_a_base_that_gives_nan_is_not_blamed_on_the_learning_rate(
+    refused: Refused, base: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "nan")
+    line = refused("search", "--base", tmp_path / "nan", *SMALL)
+    assert "nan in the first step, before any weight has moved: the base itself" in line
+
+
+def test_too_little_memory(refused: Refused, allocation: Path) -> None:
+    line = refused("search", "--max_rank", 10**12)
+    assert "out of memory in the search: lower --search_batch_size (8), --max_experts (8)" in line
+    assert "--gradient_checkpointing" in line
+    Allocation.uniform(MODULES, 2, 10**12).save(allocation)
+    line = refused("finetune", "--allocation", allocation)
+    assert "out of memory in fine-tuning: lower --batch_size (8; " in line
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_too_little_memory_on_a_gpu(refused: Refused, data: Path) -> None:
+    torch.cuda.set_per_process_memory_fraction(0.0005)
+    try:
+        write(data, [{"prompt": "x" * 4000, "completion": "y"}] * 400)
+        line = refused("search", "--search_batch_size", 256, "--max_length", 8000)
+        assert "out of memory in the search: lower --search_batch_size (256)" in line
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+# A limit on the size of files stands in for a full disk: both fail a write half-way.
+SMALL_DISK = """
+import resource, sys
+from guilomo_train.cli import main
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "save_steps", "file", "reason"),
+    [
+        (1500, 0, "adapter_model.safetensors", "File too large"),
+        (100, 0, "allocation.json", "File too large"),
+        (9000, 1, "checkpoint-1", "is the disk full?"),
+    ],
+)
+def test_a_full_disk(
+    limit: int,
+    save_steps: int,
+    file: str,
+    reason: str,
+    base: Path,
+    data: Path,
+    allocation: Path,
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "out"
+    given = ["--base", base, "--train", data, "--output", output]
+    tune = ["finetune", *given, "--allocation", allocation, "--epochs", 0.2]
+    assert main(list(map(str, tune))) == 0
+    before = contents(output)
+    again = ["search", *given, *SMALL] if file == "allocation.json" else [*tune, "--seed", 1]
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_DISK, *map(str, [limit, *again, "--save_steps", save_steps])],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"{file}: cannot be written (" in done.stderr.splitlines()[-1]
+    assert reason in done.stderr.splitlines()[-1]
+    assert contents(output) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}

@@ -1,0 +1,114 @@
+"""Router health against a count by hand, with padding, search masks and several windows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from guilomo_train.health import RouterHealth
+from guilomo_train.lora_moe.layer import Routing, masked_top_k_softmax, top_k_softmax
+from guilomo_train.trainer import balance_loss
+
+
+def routing(logits: torch.Tensor, top_k: int = 2, mask: torch.Tensor | None = None) -> Routing:
+    """What a router with these logits [T, E] does, as one row of a batch."""
+    if mask is None:
+        return Routing(logits[None], top_k_softmax(logits, top_k)[None], None)
+    weights = masked_top_k_softmax(logits, mask, top_k)
+    return Routing(logits[None], weights[None], mask > 0)
+
+
+def same(counts: torch.Tensor) -> torch.Tensor:
+    return counts
+
+
+def normal_entropy(logits: torch.Tensor) -> float:
+    p = torch.softmax(logits, -1)
+    return float(-(p * p.log()).sum(-1).mean() / math.log(logits.shape[-1]))
+
+
+def test_load_entropy_and_dead_experts_are_those_of_a_count_by_hand() -> None:
+    torch.manual_seed(0)
+    first, second, small = torch.randn(400, 4), torch.randn(400, 4), torch.randn(400, 2)
+    first[:, 3] = -20  # no token ever chooses it
+    padding = torch.ones(1, 401)
+    padding[0, -1] = 0
+    odd = torch.full((1, 4), 0.0)
+    odd[0, 3] = 99.0  # padding would choose it
+
+    health = RouterHealth()
+    routings = [
+        routing(torch.cat([logits, odd[:, : logits.shape[1]]])) for logits in (first, small, second)
+    ]
+    before = balance_loss(routings, padding)
+    assert torch.equal(balance_loss(routings, padding, health=health), before), (
+        "watching changes nothing"
+    )
+    scalars = health.scalars(same)
+
+    by_hand = []
+    for logits in (first, small, second):
+        chosen = logits.topk(2).indices
+        load = [
+            float((chosen == e).any(-1).float().mean()) * logits.shape[1] / 2
+            for e in range(logits.shape[1])
+        ]
+        by_hand.append((load, normal_entropy(logits)))
+    assert list(health.figures) == [0, 1, 2]
+    for place, (load, entropy) in enumerate(by_hand):
+        assert health.figures[place].load == pytest.approx(load, abs=1e-5)
+        assert health.figures[place].entropy == pytest.approx(entropy, abs=1e-5)
+    assert [f.dead for f in health.figures.values()] == [(3,), (), ()]
+    assert health.figures[1].load == pytest.approx([1, 1]), "both are always used"
+    assert scalars == pytest.approx(
+        {
+            "router_entropy": sum(e for _, e in by_hand) / 3,
+            "max_load": sum(max(load) for load, _ in by_hand) / 3,
+            "dead_experts": 1 / 10,
+        },
+        abs=1e-5,
+    )
+
+
+def test_experts_that_a_search_masks_out_are_not_dead() -> None:
+    torch.manual_seed(1)
+    health = RouterHealth()
+    tokens = torch.ones(1, 300)
+    for mask in ([1.0, 1, 1, 0], [1.0, 1, 0, 0]):
+        drawn = routing(torch.randn(300, 4), mask=torch.tensor(mask))
+        balance_loss([drawn], tokens, health=health)
+    health.scalars(same)
+    (figures,) = health.figures.values()
+    assert figures.dead == ()
+    # Expert 2 was there in the first batch alone and counts there alone.
+    assert figures.load[2] == pytest.approx(1, abs=0.15)
+    assert 0.5 < figures.entropy < 1
+
+
+def test_a_log_line_ends_a_window_and_the_figures_that_stay_look_at_two() -> None:
+    health = RouterHealth()
+    tokens = torch.ones(1, 2)
+    left = torch.tensor([[5.0, 4, 0, 0], [5.0, 4, 0, 0]])
+    lines = []
+    for logits in (left, left.flip(-1)):
+        balance_loss([routing(logits)], tokens, health=health)
+        lines.append(health.scalars(same))
+    assert lines[0]["dead_experts"] == lines[1]["dead_experts"] == 0.5
+    assert health.figures[0].dead == ()
+    assert health.figures[0].load == pytest.approx([1, 1, 1, 1])
+    assert health.scalars(same) == {}, "nothing was counted since"
+    assert len(health.figures) == 1
+
+
+def test_counts_of_several_processes_are_summed() -> None:
+    one, two = RouterHealth(), RouterHealth()
+    torch.manual_seed(2)
+    logits = torch.randn(100, 4)
+    balance_loss([routing(logits[:50])], torch.ones(1, 50), health=one)
+    balance_loss([routing(logits[50:])], torch.ones(1, 50), health=two)
+    others = iter(two._counts[(0,)].tensors())
+    both = RouterHealth()
+    balance_loss([routing(logits)], torch.ones(1, 100), health=both)
+    assert one.scalars(lambda counts: counts + next(others)) == pytest.approx(both.scalars(same))
