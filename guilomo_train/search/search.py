@@ -278,8 +278,8 @@ def search_budget(space: SearchSpace, budget: str | None, base_parameters: int) 
     most = space.parameters(space.max_experts, space.max_rank)
     if not least <= parameters <= most:
         raise ConfigError(
-            f"budget is {budget}, which is {parameters:,} parameters; {space.fewest_experts} "
-            f"experts of rank 1 to {space.max_experts} of rank {space.max_rank} in "
-            f"{len(space.linears)} layers have {least:,} to {most:,}"
+            f"budget is {budget}, which is {parameters:,} parameters, expected {least:,} "
+            f"({space.fewest_experts} experts of rank 1 in each layer) to {most:,} "
+            f"({space.max_experts} of rank {space.max_rank})"
         )
     return parameters

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from guilomo_train.config import CommonConfig
 from guilomo_train.errors import ConfigError
 from guilomo_train.finetune import training_arguments
-from guilomo_train.lora_moe import LoraMoeConfig
+from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.search.search import SearchTrainer
 from guilomo_train.search.selection import SearchSpace, SelectionVectors
 from guilomo_train.trainer import LoraMoeTrainer
@@ -57,14 +57,20 @@ def finetuning(work: Path, model: PeftModel, checkpointing: bool) -> LoraMoeTrai
 def searching(
     work: Path, model: PeftModel, checkpointing: bool, second_order: bool
 ) -> SearchTrainer:
-    modules = tuple(model.peft_config["default"].experts)
+    linears = {
+        name.removeprefix("base_model.model."): (layer.out_features, layer.in_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraMoeLayer)
+    }
+    space = SearchSpace(linears, 3, 2)
     return SearchTrainer(
         model=model,
         args=arguments(work, checkpointing),
         train_dataset=ROWS,
         processing_class=tiny_tokenizer(),
         balance_coefficient=BALANCE,
-        selection=SelectionVectors(SearchSpace(modules, 3, 2)),
+        selection=SelectionVectors(space, budget=space.parameters(3, 2) // 2),
+        estimator="marginal",
         second_order=second_order,
         selection_learning_rate=0.1,
         validation_dataset=ROWS,

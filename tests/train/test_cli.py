@@ -65,9 +65,11 @@ def test_run_makes_an_adapter_and_the_same_seed_makes_the_same(
     assert "# LoRA-MoE adapter" in (outputs[0] / "adapter" / "README.md").read_text()
     # Another seed draws other counts.
     third = tmp_path / "three"
-    done = guilomo_train("search", *settings(tiny_base, data, third), "--seed", 1)
+    done = guilomo_train("search", *settings(tiny_base, data, third), "--seed", 1, "--budget", 5000)
     assert done.returncode == 0, done.stderr
     assert (third / "allocation.json").read_text() != one
+    size = json.loads((third / "run.json").read_text())["parameters"]
+    assert 0.95 * 5000 <= size <= 5000
 
     # The stages by hand, from the allocation that was found.
     tuned = tmp_path / "tuned"
@@ -97,6 +99,11 @@ def test_run_makes_an_adapter_and_the_same_seed_makes_the_same(
         (["--top_k", "0"], "top_k is 0, expected at least 1"),
         (["--train_rows", "9"], "too few for a search"),
         (["--target_modules", "query"], "target_modules"),
+        (["--budget", "half"], "budget is 'half', expected a share"),
+        (
+            ["--budget", "100"],
+            "budget is 100, which is 100 parameters, expected 2,816 ",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_line(

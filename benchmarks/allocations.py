@@ -1,0 +1,133 @@
+"""Is a searched allocation better than hand-made ones of its size? On a real task.
+
+    .venv/bin/python benchmarks/allocations.py --train train.jsonl --test test.jsonl
+
+Both files have a prompt, completion and answer a line. For each seed: `guilomo-train search`
+finds an allocation, `guilomo-train baseline` makes controls with as many parameters, and each of
+them is fine-tuned with the same rows, steps and seed, then scored on the test rows by generated
+answers. A seed draws the rows too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import report
+
+BASE = Path(".cache/smollm2-135m-instruct")
+CONTROLS: dict[str, list[str]] = {
+    "lora": [],
+    "uniform": ["--experts", "5"],
+    "mola-2468": [],
+    "mola-8642": [],
+    "mola-5555": [],
+    "random": [],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--base", type=Path, default=BASE)
+    parser.add_argument("--train-rows", type=int, default=1500)
+    parser.add_argument("--test-rows", type=int, default=300)
+    parser.add_argument("--epochs", type=float, default=1.0, help="of each fine-tuning")
+    parser.add_argument("--search-epochs", type=float, default=0.5)
+    parser.add_argument("--budget", help="as of guilomo-train search")
+    parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=list(CONTROLS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    runs: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(args.seeds):
+            work = Path(folder) / str(seed)
+            for name, allocation in allocations(args, seed, work).items():
+                run = fine_tuned(args, seed, allocation, work / f"{name}-run")
+                runs.setdefault(name, []).append(run)
+                print(
+                    f"seed {seed} {name:>10}: accuracy {run['scores']['accuracy']:.3f}, "
+                    f"{run['parameters']:,} parameters",
+                    flush=True,
+                )
+            searched = json.loads((work / "search" / "run.json").read_text())["search"]
+            runs["searched"][-1]["search_s"] = searched["seconds"]
+
+    result: dict[str, Any] = {name: summary(of_name) for name, of_name in runs.items()}
+    result["majority"] = runs["searched"][0]["scores"]["majority"]
+    result["search_s"] = round(statistics.mean(r["search_s"] for r in runs["searched"]), 1)
+    result["finetune_s"] = round(
+        statistics.mean(r["finetune_seconds"] for of_name in runs.values() for r in of_name), 1
+    )
+    print(f"\n{'':>10}     mean      std   parameters")
+    for name in runs:
+        row = result[name]
+        print(f"{name:>10} {row['mean']:>8.3f} {row['std']:>8.3f} {row['parameters']:>12,}")
+    report(result, args, args.out)
+
+
+def allocations(args: argparse.Namespace, seed: int, work: Path) -> dict[str, Path]:
+    """The searched allocation of a seed and its controls, as files."""
+    found = work / "search" / "allocation.json"
+    guilomo_train(
+        *("search", *data(args, seed), "--output", found.parent),
+        *("--search_epochs", args.search_epochs),
+        *(("--budget", args.budget) if args.budget is not None else ()),
+    )
+    files = {"searched": found}
+    for name in args.controls:
+        files[name] = work / f"{name}.json"
+        guilomo_train(
+            *("baseline", "--base", args.base, "--kind", name, "--like", found),
+            *("--seed", seed, "--output", files[name], *CONTROLS[name]),
+        )
+    return files
+
+
+def fine_tuned(
+    args: argparse.Namespace, seed: int, allocation: Path, output: Path
+) -> dict[str, Any]:
+    """run.json of an allocation's fine-tuning."""
+    guilomo_train(
+        *("finetune", *data(args, seed), "--allocation", allocation, "--output", output),
+        *("--epochs", args.epochs, "--eval", args.test, "--eval_rows", args.test_rows),
+        *("--max_new_tokens", 24),
+    )
+    run: dict[str, Any] = json.loads((output / "run.json").read_text())
+    return run
+
+
+def data(args: argparse.Namespace, seed: int) -> list[object]:
+    return [
+        *("--base", args.base, "--train", args.train),
+        *("--train_rows", args.train_rows, "--seed", seed),
+    ]
+
+
+def guilomo_train(*arguments: object) -> None:
+    command = [sys.executable, "-m", "guilomo_train.cli", *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{done.stderr[-2000:]}\nfailed: {' '.join(command)}")
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
+    accuracy = [run["scores"]["accuracy"] for run in runs]
+    return {
+        "mean": round(statistics.mean(accuracy), 4),
+        "std": round(statistics.stdev(accuracy), 4) if len(accuracy) > 1 else 0.0,
+        "parameters": round(statistics.mean(run["parameters"] for run in runs)),
+    }
+
+
+if __name__ == "__main__":
+    main()
