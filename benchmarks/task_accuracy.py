@@ -81,10 +81,9 @@ def train_command(args: argparse.Namespace, output: Path) -> list[str]:
 
 async def exact_match(url: str, model: str, rows: list[dict[str, str]]) -> float:
     """Share of rows that a served model answers exactly."""
-    client = AsyncOpenAI(base_url=url, api_key="none", timeout=600)
     slots = asyncio.Semaphore(CONCURRENCY)
 
-    async def right(row: dict[str, str]) -> bool:
+    async def right(client: AsyncOpenAI, row: dict[str, str]) -> bool:
         async with slots:
             answer = await client.chat.completions.create(
                 model=model,
@@ -94,7 +93,8 @@ async def exact_match(url: str, model: str, rows: list[dict[str, str]]) -> float
             )
         return (answer.choices[0].message.content or "").strip() == row["answer"].strip()
 
-    hits = await tqdm_asyncio.gather(*(right(row) for row in rows), desc=f"ask {model}")
+    async with AsyncOpenAI(base_url=url, api_key="none", timeout=600) as client:
+        hits = await tqdm_asyncio.gather(*(right(client, r) for r in rows), desc=f"ask {model}")
     return sum(hits) / len(rows)
 
 
