@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 from common import report
-from guilomo_train.compare import spearman
 from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
+from guilomo_train.compare import spearman
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.controls import at_size, random_allocation, uniform
