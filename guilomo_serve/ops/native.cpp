@@ -1,7 +1,7 @@
 // The routed product of one layer, for all adapters of a batch, in one call on the CPU.
 //
 //   phase 1   h = A x and z = W_r x       work items: token block x rows
-//   gate      h *= w s                    work items: tokens
+//   gate      h * w s, the rows left      work items: tokens
 //   phase 2   y += B^T h                  work items: token block x columns
 //
 // Weights are stacked as in guilomo_serve/ops/layer.py. All sums are in float32. Written with GCC's
@@ -35,9 +35,12 @@ using bf16 = uint16_t;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef float Quad __attribute__((vector_size(16)));
+typedef int32_t Four __attribute__((vector_size(16)));
 
 // Sixteen accumulators: they fill half of the 32 vector registers, the operands the rest.
-constexpr int TILE = 4;
+constexpr int TILE = 4;              // tokens and rows of a product
+constexpr int VECTORS = 8;           // of columns in a sum of rows
 constexpr int BLOCK_TOKENS = 32;   // a block of inputs stays in the first-level cache
 constexpr int CHUNK_ROWS = 8;
 constexpr int CHUNK_COLUMNS = 128;
@@ -58,14 +61,22 @@ struct Layer {
     const float* row_scale;              // [rows]
     const int32_t* expert_of_row;        // [rows], -1 for a module with a single expert
     Slice slice[];
+
+    // Weighted rows of a token: each slice has room for one more, so that rows go in pairs.
+    int64_t places() const { return rows + slices; }
 };
 
+// Tokens of one adapter and what is known of them; X is the type of x, y, A and B.
+template <typename X>
 struct Block {
     const Layer* layer;
     const int32_t* tokens;               // rows of x and y
     int count;
-    float* h;                            // [count, rows]
-    float* z;                            // [count, experts]
+    float* h;                            // [count, rows] A x
+    float* z;                            // [count, experts] logits, then the experts' weights
+    X* weights;                          // [count, places] of the rows that are left, by slice
+    int32_t* rows;                       // [count, places] and which of B's rows they are
+    int32_t* counts;                     // [count, slices] how many are left
 };
 
 struct Item {
@@ -87,10 +98,14 @@ inline Floats load(const bf16* p) {
 
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
-inline void store(bf16* p, Floats v) {   // to nearest, ties to even
-    Words w = (Words)v;
-    w = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-    Halves h = __builtin_convertvector(w, Halves);
+// The nearest bfloat16, ties to even. A NaN keeps its upper half, so that it stays one.
+inline Words rounded(Floats v) {
+    const Words w = (Words)v;
+    return (v == v ? w + 0x7fff + ((w >> 16) & 1) : w | 0x400000) >> 16;
+}
+
+inline void store(bf16* p, Floats v) {
+    Halves h = __builtin_convertvector(rounded(v), Halves);
     std::memcpy(p, &h, sizeof h);
 }
 
@@ -108,18 +123,33 @@ inline void from_float(float* p, float v) { *p = v; }
 inline void from_float(bf16* p, float v) {
     uint32_t w;
     std::memcpy(&w, &v, sizeof w);
-    *p = (bf16)((w + 0x7fff + ((w >> 16) & 1)) >> 16);
+    *p = (bf16)((v == v ? w + 0x7fff + ((w >> 16) & 1) : w | 0x400000) >> 16);
 }
 
-inline float sum(Floats v) {
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half > 0; half /= 2) {
-        Words from;
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) from[i] = (i + half) % LANES;
-        v += __builtin_shuffle(v, from);
-    }
-    return v[0];
+inline Quad fold(Floats v) {
+    Quad part[LANES / 4];
+    std::memcpy(part, &v, sizeof v);
+    Quad total = part[0];
+    for (int i = 1; i < LANES / 4; i++) total += part[i];
+    return total;
+}
+
+// Lane i is the sum of the i-th argument.
+inline Quad sums(Quad a, Quad b, Quad c, Quad d) {
+    const Quad ab = __builtin_shuffle(a, b, Four{0, 4, 1, 5}) + __builtin_shuffle(a, b, Four{2, 6, 3, 7});
+    const Quad cd = __builtin_shuffle(c, d, Four{0, 4, 1, 5}) + __builtin_shuffle(c, d, Four{2, 6, 3, 7});
+    return __builtin_shuffle(ab, cd, Four{0, 1, 4, 5}) + __builtin_shuffle(ab, cd, Four{2, 3, 6, 7});
+}
+
+// out[r] = x . w_r: the vector sums of a tile's rows, and the last n - k elements.
+template <int R, typename X, typename W>
+void finish(const Floats* total, const X* x, const W* w, int64_t k, int64_t n, float* out) {
+    Quad rows[TILE] = {};
+    for (int r = 0; r < R; r++) rows[r] = fold(total[r]);
+    const Quad summed = sums(rows[0], rows[1], rows[2], rows[3]);
+    std::memcpy(out, &summed, R * sizeof(float));
+    for (; k < n; k++)
+        for (int r = 0; r < R; r++) out[r] += as_float(x[k]) * as_float(w[r * n + k]);
 }
 
 // out[t * stride + r] = x_t . w_r, for a tile of T tokens and R rows.
@@ -135,35 +165,24 @@ void dot_tile(const X* const* x, const W* w, int64_t n, float* out, int64_t stri
             for (int t = 0; t < T; t++) total[t][r] += xs[t] * ws;
         }
     }
-    for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) {
-            float s = sum(total[t][r]);
-            for (int64_t i = k; i < n; i++) s += as_float(x[t][i]) * as_float(w[r * n + i]);
-            out[t * stride + r] = s;
-        }
+    for (int t = 0; t < T; t++) finish<R>(total[t], x[t], w, k, n, out + t * stride);
 }
 
 #if defined(__AVX512BF16__)
 template <int T, int R>
 void dot_tile(const bf16* const* x, const bf16* w, int64_t n, float* out, int64_t stride) {
-    __m512 total[T][R];
-    for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) total[t][r] = _mm512_setzero_ps();
+    Floats total[T][R] = {};
     int64_t k = 0;
     for (; k + 32 <= n; k += 32) {
         __m512bh xs[T];
         for (int t = 0; t < T; t++) xs[t] = (__m512bh)_mm512_loadu_si512(x[t] + k);
         for (int r = 0; r < R; r++) {
             __m512bh ws = (__m512bh)_mm512_loadu_si512(w + r * n + k);
-            for (int t = 0; t < T; t++) total[t][r] = _mm512_dpbf16_ps(total[t][r], xs[t], ws);
+            for (int t = 0; t < T; t++)
+                total[t][r] = (Floats)_mm512_dpbf16_ps((__m512)total[t][r], xs[t], ws);
         }
     }
-    for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) {
-            float s = sum((Floats)total[t][r]);
-            for (int64_t i = k; i < n; i++) s += as_float(x[t][i]) * as_float(w[r * n + i]);
-            out[t * stride + r] = s;
-        }
+    for (int t = 0; t < T; t++) finish<R>(total[t], x[t], w, k, n, out + t * stride);
 }
 #endif
 
@@ -179,8 +198,8 @@ void dot_rows(const X* const* x, const W* w, int64_t rows, int64_t n, float* out
 }
 
 template <typename X, typename W>
-void shrink(const Block& block, const X* x, int64_t x_stride, const W* w, int64_t rows, float* out,
-            int64_t stride) {
+void shrink(const Block<X>& block, const X* x, int64_t x_stride, const W* w, int64_t rows,
+            float* out, int64_t stride) {
     const int64_t n = block.layer->in_features;
     for (int t = 0; t < block.count; t += TILE) {
         const X* tokens[TILE];
@@ -221,88 +240,104 @@ void route(float* z, int64_t experts, int64_t top_k) {
     for (int64_t e = 0; e < experts; e++) z[e] /= total;
 }
 
-void gate(const Layer& layer, float* h, float* z) {
+// Weighs a token's rows and keeps those that an expert of its choice has.
+template <typename X>
+void gate(const Block<X>& block, int t) {
+    const Layer& layer = *block.layer;
+    const float* h = block.h + t * layer.rows;
+    float* z = block.z + t * layer.experts;
+    X* weights = block.weights + t * layer.places();
+    int32_t* rows = block.rows + t * layer.places();
     for (int64_t s = 0; s < layer.slices; s++) {
         const Slice& slice = layer.slice[s];
-        if (slice.expert_end > slice.expert_begin)
+        const bool routed = slice.expert_end > slice.expert_begin;
+        if (routed)
             route(z + slice.expert_begin, slice.expert_end - slice.expert_begin, layer.top_k);
-    }
-    for (int64_t r = 0; r < layer.rows; r++) {
-        const int32_t e = layer.expert_of_row[r];
-        const float weight = e < 0 ? 1.0f : z[e];
-        // An assignment where the weight is 0: nothing is left of a row that overflowed.
-        h[r] = weight == 0 ? 0 : h[r] * weight * layer.row_scale[r];
+        const int64_t first = slice.row_begin + s;
+        int64_t last = first;
+        for (int64_t r = slice.row_begin; r < slice.row_end; r++) {
+            const float weight = routed ? z[layer.expert_of_row[r]] : 1.0f;
+            if (weight == 0) continue;   // left out, even where the row overflowed
+            from_float(weights + last, h[r] * weight * layer.row_scale[r]);
+            rows[last++] = (int32_t)(r - slice.row_begin);
+        }
+        block.counts[t * layer.slices + s] = (int32_t)(last - first);
+        if (last == first) continue;
+        weights[last] = 0;               // rows go in pairs: an odd one gets a partner
+        rows[last] = rows[last - 1];
     }
 }
 
-// y_t[columns] += sum over rows of h_t[row] b[row, columns], for T tokens and V vectors of columns.
-template <int T, int V, typename X>
-void expand_tile(X* const* y, const float* const* h, const X* b, int64_t stride, const int* rows,
+// y += sum over `count` rows of weight b[row], for V vectors of columns.
+template <int V, typename X>
+void expand_tile(X* y, const X* b, int64_t stride, const X* weights, const int32_t* rows,
                  int count) {
-    Floats total[T][V] = {};
+    Floats total[V];
+    for (int v = 0; v < V; v++) total[v] = load(y + v * LANES);
     for (int i = 0; i < count; i++) {
         const X* row = b + rows[i] * stride;
-        Floats bs[V];
-        for (int v = 0; v < V; v++) bs[v] = load(row + v * LANES);
-        for (int t = 0; t < T; t++) {
-            const float weight = h[t][rows[i]];
-            for (int v = 0; v < V; v++) total[t][v] += bs[v] * weight;
-        }
+        const float weight = as_float(weights[i]);
+        for (int v = 0; v < V; v++) total[v] += load(row + v * LANES) * weight;
     }
-    for (int t = 0; t < T; t++)
-        for (int v = 0; v < V; v++)
-            store(y[t] + v * LANES, load(y[t] + v * LANES) + total[t][v]);
+    for (int v = 0; v < V; v++) store(y + v * LANES, total[v]);
 }
 
-template <int T, typename X>
-void expand_tokens(const Block& block, int first, const Slice& slice, int64_t begin, int64_t end,
-                   X* y, int64_t y_stride, std::vector<int>& active) {
-    const int64_t stride = slice.column_end - slice.column_begin;
-    const float* h[T];
-    X* to[T];
-    for (int t = 0; t < T; t++) {
-        h[t] = block.h + (first + t) * block.layer->rows + slice.row_begin;
-        to[t] = y + block.tokens[first + t] * y_stride + slice.column_begin;
+#if defined(__AVX512BF16__)
+// Two rows at a time: interleaved, they are what the dot product takes. Interleaving is done within
+// 128 bits, so the totals hold columns 0-3 and 4-7 of each eight; y is taken apart in the same way.
+template <int V>
+void expand_tile(bf16* y, const bf16* b, int64_t stride, const bf16* weights, const int32_t* rows,
+                 int count) {
+    constexpr int PAIRS = V / 2;
+    static_assert(LANES == 16 && V % 2 == 0);
+    const __m512i zero = _mm512_setzero_si512();
+    __m512 low[PAIRS], high[PAIRS];
+    for (int v = 0; v < PAIRS; v++) {
+        const __m512i old = _mm512_loadu_si512(y + v * 32);
+        low[v] = (__m512)_mm512_unpacklo_epi16(zero, old);
+        high[v] = (__m512)_mm512_unpackhi_epi16(zero, old);
     }
-    active.clear();
-    for (int r = 0; r < slice.row_end - slice.row_begin; r++)
-        for (int t = 0; t < T; t++)
-            if (h[t][r] != 0) {          // true of NaN: it has to show
-                active.push_back(r);
-                break;
-            }
-    const int count = (int)active.size();
-    const X* b = (const X*)slice.b;
-    int64_t c = begin;
-    X* at[T];
-    auto move = [&] { for (int t = 0; t < T; t++) at[t] = to[t] + c; };
-    for (; c + TILE * LANES <= end; c += TILE * LANES) {
-        move();
-        expand_tile<T, TILE>(at, h, b + c, stride, active.data(), count);
-    }
-    for (; c + LANES <= end; c += LANES) {
-        move();
-        expand_tile<T, 1>(at, h, b + c, stride, active.data(), count);
-    }
-    for (; c < end; c++)
-        for (int t = 0; t < T; t++) {
-            float total = 0;
-            for (int i = 0; i < count; i++)
-                total += h[t][active[i]] * as_float(b[active[i] * stride + c]);
-            from_float(to[t] + c, as_float(to[t][c]) + total);
+    for (int i = 0; i < count; i += 2) {
+        const bf16 *first = b + rows[i] * stride, *second = b + rows[i + 1] * stride;
+        int32_t pair;
+        std::memcpy(&pair, weights + i, sizeof pair);
+        const __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
+        for (int v = 0; v < PAIRS; v++) {
+            const __m512i one = _mm512_loadu_si512(first + v * 32);
+            const __m512i two = _mm512_loadu_si512(second + v * 32);
+            low[v] = _mm512_dpbf16_ps(low[v], weight, (__m512bh)_mm512_unpacklo_epi16(one, two));
+            high[v] = _mm512_dpbf16_ps(high[v], weight, (__m512bh)_mm512_unpackhi_epi16(one, two));
         }
+    }
+    for (int v = 0; v < PAIRS; v++)
+        _mm512_storeu_si512(y + v * 32, _mm512_packus_epi32((__m512i)rounded((Floats)low[v]),
+                                                            (__m512i)rounded((Floats)high[v])));
 }
+#endif
 
 template <typename X>
-void expand(const Block& block, const Item& item, X* y, int64_t y_stride, std::vector<int>& active) {
-    const Slice& slice = block.layer->slice[item.slice];
-    int t = 0;
-    for (; t + TILE <= block.count; t += TILE)
-        expand_tokens<TILE>(block, t, slice, item.begin, item.end, y, y_stride, active);
-    switch (block.count - t) {
-        case 3: expand_tokens<3>(block, t, slice, item.begin, item.end, y, y_stride, active); break;
-        case 2: expand_tokens<2>(block, t, slice, item.begin, item.end, y, y_stride, active); break;
-        case 1: expand_tokens<1>(block, t, slice, item.begin, item.end, y, y_stride, active); break;
+void expand(const Block<X>& block, const Item& item, X* y, int64_t y_stride) {
+    const Layer& layer = *block.layer;
+    const Slice& slice = layer.slice[item.slice];
+    const int64_t stride = slice.column_end - slice.column_begin;
+    const X* b = (const X*)slice.b;
+    for (int t = 0; t < block.count; t++) {
+        X* to = y + block.tokens[t] * y_stride + slice.column_begin;
+        const int64_t first = t * layer.places() + slice.row_begin + item.slice;
+        const X* weights = block.weights + first;
+        const int32_t* rows = block.rows + first;
+        const int count = block.counts[t * layer.slices + item.slice];
+        int64_t c = item.begin;
+        for (; c + VECTORS * LANES <= item.end; c += VECTORS * LANES)
+            expand_tile<VECTORS>(to + c, b + c, stride, weights, rows, count);
+        for (; c + 2 * LANES <= item.end; c += 2 * LANES)
+            expand_tile<2>(to + c, b + c, stride, weights, rows, count);
+        for (; c < item.end; c++) {
+            float total = as_float(to[c]);
+            for (int i = 0; i < count; i++)
+                total += as_float(weights[i]) * as_float(b[rows[i] * stride + c]);
+            from_float(to + c, total);
+        }
     }
 }
 
@@ -315,7 +350,7 @@ template <typename X>
 void run(X* y, int64_t y_stride, const X* x, int64_t x_stride, const Layer* const* slots,
          const int32_t* segments, int64_t segment_count, const int32_t* order) {
     // Kept between calls: a layer's call must not wait for the allocator.
-    static thread_local std::vector<Block> blocks;
+    static thread_local std::vector<Block<X>> blocks;
     static thread_local std::vector<Item> shrinks, expands;
     static thread_local std::vector<float> scratch;
     blocks.clear();
@@ -329,8 +364,8 @@ void run(X* y, int64_t y_stride, const X* x, int64_t x_stride, const Layer* cons
         for (int32_t t = segment[1]; t < segment[2]; t += BLOCK_TOKENS) {
             const int count = std::min(BLOCK_TOKENS, segment[2] - t);
             const int index = (int)blocks.size();
-            blocks.push_back({layer, order + t, count, nullptr, nullptr});
-            needed += count * (layer->rows + layer->experts);
+            blocks.push_back({layer, order + t, count, {}, {}, {}, {}, {}});
+            needed += count * (layer->rows + layer->experts + 2 * layer->places() + layer->slices);
             chunks(shrinks, index, -1, layer->rows, CHUNK_ROWS);
             chunks(shrinks, index, -2, layer->experts, CHUNK_ROWS);
             for (int64_t i = 0; i < layer->slices; i++)
@@ -341,13 +376,17 @@ void run(X* y, int64_t y_stride, const X* x, int64_t x_stride, const Layer* cons
     if (blocks.empty()) return;
     if (scratch.size() < needed) scratch.resize(needed);
     float* next = scratch.data();
-    for (Block& block : blocks) {
-        block.h = next;
-        block.z = next + block.count * block.layer->rows;
-        next = block.z + block.count * block.layer->experts;
+    auto take = [&](int64_t words) { float* p = next; next += words; return p; };
+    for (Block<X>& block : blocks) {
+        const int64_t places = block.count * block.layer->places();
+        block.h = take(block.count * block.layer->rows);
+        block.z = take(block.count * block.layer->experts);
+        block.weights = (X*)take(places);
+        block.rows = (int32_t*)take(places);
+        block.counts = (int32_t*)take(block.count * block.layer->slices);
     }
     // Thread-local names mean another thread's own inside the parallel region.
-    const Block* const all = blocks.data();
+    const Block<X>* const all = blocks.data();
     const Item* const first = shrinks.data();
     const Item* const second = expands.data();
     const int block_count = (int)blocks.size();
@@ -355,10 +394,9 @@ void run(X* y, int64_t y_stride, const X* x, int64_t x_stride, const Layer* cons
 
 #pragma omp parallel
     {
-        std::vector<int> active;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static, 1)
         for (int i = 0; i < first_count; i++) {
-            const Block& block = all[first[i].block];
+            const Block<X>& block = all[first[i].block];
             const Layer& layer = *block.layer;
             const int64_t r = first[i].begin, rows = first[i].end - r, n = layer.in_features;
             if (first[i].slice == -1)
@@ -366,17 +404,13 @@ void run(X* y, int64_t y_stride, const X* x, int64_t x_stride, const Layer* cons
             else
                 shrink(block, x, x_stride, layer.router + r * n, rows, block.z + r, layer.experts);
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static, 1)
         for (int i = 0; i < block_count * BLOCK_TOKENS; i++) {
-            const Block& block = all[i / BLOCK_TOKENS];
-            const int t = i % BLOCK_TOKENS;
-            if (t < block.count)
-                gate(*block.layer, block.h + t * block.layer->rows,
-                     block.z + t * block.layer->experts);
+            const Block<X>& block = all[i / BLOCK_TOKENS];
+            if (i % BLOCK_TOKENS < block.count) gate(block, i % BLOCK_TOKENS);
         }
 #pragma omp for schedule(static)
-        for (int i = 0; i < second_count; i++)
-            expand(all[second[i].block], second[i], y, y_stride, active);
+        for (int i = 0; i < second_count; i++) expand(all[second[i].block], second[i], y, y_stride);
     }
 }
 
