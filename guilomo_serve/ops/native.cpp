@@ -98,10 +98,10 @@ inline Floats load(const bf16* p) {
 
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
-// The nearest bfloat16, ties to even. A NaN keeps its upper half, so that it stays one.
+// The nearest bfloat16, ties to even. A NaN stays one: those that arise here have no low bits set.
 inline Words rounded(Floats v) {
     const Words w = (Words)v;
-    return (v == v ? w + 0x7fff + ((w >> 16) & 1) : w | 0x400000) >> 16;
+    return (w + 0x7fff + ((w >> 16) & 1)) >> 16;
 }
 
 inline void store(bf16* p, Floats v) {
@@ -123,7 +123,7 @@ inline void from_float(float* p, float v) { *p = v; }
 inline void from_float(bf16* p, float v) {
     uint32_t w;
     std::memcpy(&w, &v, sizeof w);
-    *p = (bf16)((v == v ? w + 0x7fff + ((w >> 16) & 1) : w | 0x400000) >> 16);
+    *p = (bf16)((w + 0x7fff + ((w >> 16) & 1)) >> 16);
 }
 
 inline Quad fold(Floats v) {

@@ -24,7 +24,7 @@ import torch
 from guilomo_serve.ops.layer import Batch, LayerWeights, Slots
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_COMPILE = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
+_COMPILE = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-c")
 # Linked without -fopenmp: OpenMP's symbols are found in the runtime that torch has loaded, whose
 # threads and their bindings the op is to share. A second runtime would fight it for the cores.
 _LINK = ("-shared",)
@@ -39,13 +39,16 @@ class NativeUnavailableError(RuntimeError):
 
 
 @functools.cache
-def load() -> ctypes.CDLL:
+def load(architecture: str = "native") -> ctypes.CDLL:
     """Builds the library if it is not built yet, and loads it.
+
+    Args:
+        architecture: the compiler's `-march`; "native" is all that this machine can do.
 
     Raises:
         NativeUnavailableError: there is no compiler, or it fails.
     """
-    path = _build()
+    path = _build(f"-march={architecture}")
     try:
         for runtime in set(_OPENMP.findall(Path("/proc/self/maps").read_text(encoding="utf-8"))):
             ctypes.CDLL(runtime, mode=os.RTLD_GLOBAL)  # loaded already: makes its symbols visible
@@ -84,9 +87,10 @@ def is_available() -> bool:
 class NativeSlots(Slots):
     """The slots of one layer as the C++ op reads them: addresses of tensors it keeps alive."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, architecture: str = "native") -> None:
+        library = load(architecture)
         self._functions = {
-            d: getattr(load(), f"guilomo_routed_linear_{s}") for d, s in _SUFFIXES.items()
+            d: getattr(library, f"guilomo_routed_linear_{s}") for d, s in _SUFFIXES.items()
         }
         super().__init__(count)
         self._descriptors: list[np.ndarray | None] = [None] * count
@@ -128,19 +132,23 @@ def _descriptor(weights: LayerWeights) -> np.ndarray:
     return np.array(values, dtype=np.int64)
 
 
-def _build() -> Path:
+def _build(march: str) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise NativeUnavailableError("no C++ compiler was found (g++, or the one CXX names)")
     # The processor's own name is part of the key: a home folder may be shared by several machines.
     machine = subprocess.run(
-        [compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull],
+        [compiler, march, "-E", "-v", "-x", "c++", os.devnull],
         capture_output=True,
         text=True,
         check=False,
     )
     key = hashlib.sha256()
-    for part in (_SOURCE.read_text(encoding="utf-8"), " ".join(_COMPILE + _LINK), machine.stderr):
+    for part in (
+        _SOURCE.read_text(encoding="utf-8"),
+        " ".join((march, *_COMPILE, *_LINK)),
+        machine.stderr,
+    ):
         key.update(part.encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guilomo"
     target = cache / f"native-{key.hexdigest()[:16]}.so"
@@ -150,7 +158,7 @@ def _build() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             built, unlinked = Path(folder) / target.name, Path(folder) / "native.o"
-            _run(compiler, *_COMPILE, str(_SOURCE), "-o", str(unlinked))
+            _run(compiler, march, *_COMPILE, str(_SOURCE), "-o", str(unlinked))
             _run(compiler, *_LINK, str(unlinked), "-o", str(built))
             built.replace(target)  # atomic: several processes may build at once
     except OSError as e:
