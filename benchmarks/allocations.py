@@ -55,23 +55,28 @@ def main() -> None:
                 run = fine_tuned(args, seed, allocation, work / f"{name}-run")
                 runs.setdefault(name, []).append(run)
                 print(
-                    f"seed {seed} {name:>10}: accuracy {run['scores']['accuracy']:.3f}, "
-                    f"{run['parameters']:,} parameters",
+                    f"seed {seed} {name:>10}: loss {run['scores']['loss']:.4f}, "
+                    f"accuracy {run['scores']['accuracy']:.3f}, {run['parameters']:,} parameters",
                     flush=True,
                 )
             searched = json.loads((work / "search" / "run.json").read_text())["search"]
             runs["searched"][-1]["search_s"] = searched["seconds"]
 
-    result: dict[str, Any] = {name: summary(of_name) for name, of_name in runs.items()}
+    result: dict[str, Any] = {
+        name: summary(of_name, runs["searched"]) for name, of_name in runs.items()
+    }
     result["majority"] = runs["searched"][0]["scores"]["majority"]
     result["search_s"] = round(statistics.mean(r["search_s"] for r in runs["searched"]), 1)
     result["finetune_s"] = round(
         statistics.mean(r["finetune_seconds"] for of_name in runs.values() for r in of_name), 1
     )
-    print(f"\n{'':>10}     mean      std   parameters")
+    print(f"\n{'':>10}     loss  against searched  accuracy   parameters")
     for name in runs:
         row = result[name]
-        print(f"{name:>10} {row['mean']:>8.3f} {row['std']:>8.3f} {row['parameters']:>12,}")
+        print(
+            f"{name:>10} {row['loss']:>8.4f} {row['loss_difference']:>+9.4f} +- "
+            f"{row['loss_difference_std']:.4f} {row['accuracy']:>9.3f} {row['parameters']:>12,}"
+        )
     report(result, args, args.out)
 
 
@@ -120,11 +125,19 @@ def guilomo_train(*arguments: object) -> None:
         sys.exit(f"{done.stderr[-2000:]}\nfailed: {' '.join(command)}")
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
-    accuracy = [run["scores"]["accuracy"] for run in runs]
+def summary(runs: list[dict[str, Any]], searched: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over seeds, and the loss less that of the searched allocation of the same seed."""
+    losses, accuracy = ([run["scores"][key] for run in runs] for key in ("loss", "accuracy"))
+    theirs = [run["scores"]["loss"] for run in searched]
+    differences = [a - b for a, b in zip(losses, theirs, strict=True)]
+    spread = statistics.stdev if len(runs) > 1 else lambda _: 0.0
     return {
-        "mean": round(statistics.mean(accuracy), 4),
-        "std": round(statistics.stdev(accuracy), 4) if len(accuracy) > 1 else 0.0,
+        "loss": round(statistics.mean(losses), 4),
+        "loss_std": round(spread(losses), 4),
+        "loss_difference": round(statistics.mean(differences), 4),
+        "loss_difference_std": round(spread(differences), 4),
+        "accuracy": round(statistics.mean(accuracy), 4),
+        "accuracy_std": round(spread(accuracy), 4),
         "parameters": round(statistics.mean(run["parameters"] for run in runs)),
     }
 

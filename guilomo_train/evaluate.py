@@ -1,4 +1,4 @@
-"""Evaluation by greedy generation: does the model answer as the row does?"""
+"""Evaluation: does the model answer as the row does, and how likely is that answer to it?"""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from tqdm import tqdm
 from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from guilomo_train.config import EvalConfig
+from guilomo_train.trainer import completion_nll
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares of rows, 0 to 1.
+    """Shares of rows, 0 to 1, and a loss.
 
     Attributes:
         exact_match: the generated text is the completion.
         accuracy: the generated text ends with the answer (`answer`, where a row has one), so
             that reasoning before it, or case, does not count.
         majority: accuracy of always giving the most frequent answer.
+        loss: negative log-likelihood of the completions, per token, in nats. It tells models
+            apart that answer the same rows right.
         rows: how many were asked.
     """
 
     exact_match: float
     accuracy: float
     majority: float
+    loss: float
     rows: int
 
     def to_json(self) -> dict[str, Any]:
@@ -72,16 +76,52 @@ def evaluate(
         for i, text in zip(batch, decoded, strict=True):
             texts[i] = text.strip()
     completions = [completion_text(row["completion"]) for row in rows]
-    return score(texts, completions, rows["answer"]), texts
+    loss = completion_loss(model, tokenizer, rows, config.eval_batch_size)
+    return score(texts, completions, rows["answer"], loss), texts
 
 
-def score(texts: list[str], completions: list[str], answers: list[str]) -> Scores:
+@torch.inference_mode()
+def completion_loss(
+    model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int
+) -> float:
+    """Negative log-likelihood of the rows' completions per token, in nats."""
+    encoded = [_encode(tokenizer, row) for row in rows]
+    encoded.sort(key=lambda ids_labels: len(ids_labels[0]))
+    total, count = 0.0, 0
+    for start in tqdm(range(0, len(encoded), batch_size), desc="loss"):
+        batch = encoded[start : start + batch_size]
+        padded = tokenizer.pad(
+            {"input_ids": [ids for ids, _ in batch]}, padding_side="right", return_tensors="pt"
+        )
+        labels = torch.full_like(padded["input_ids"], -100)
+        for row, (_, of_row) in zip(labels, batch, strict=True):
+            row[: len(of_row)] = torch.tensor(of_row)
+        inputs = {**padded, "labels": labels}
+        total += completion_nll(
+            model, {k: v.to(model.device) for k, v in inputs.items()}, num_items=1
+        ).item()
+        count += int((labels[:, 1:] != -100).sum())
+    return total / count
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Token ids of a row and its labels: those after the prompt's."""
+    start = len(prompt_ids(tokenizer, row["prompt"]))
+    if isinstance(row["prompt"], str):
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+    else:
+        messages = row["prompt"] + row["completion"]
+        ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    return ids, [-100] * start + ids[start:]
+
+
+def score(texts: list[str], completions: list[str], answers: list[str], loss: float) -> Scores:
     """Compares generated texts with completions and answers; all lists are in the same order."""
     exact = sum(t.strip() == c.strip() for t, c in zip(texts, completions, strict=True))
     right = sum(ends_with_answer(t, a) for t, a in zip(texts, answers, strict=True))
     majority = max(answers.count(a) for a in set(answers))
     n = len(texts)
-    return Scores(exact / n, right / n, majority / n, n)
+    return Scores(exact / n, right / n, majority / n, loss, n)
 
 
 def ends_with_answer(text: str, answer: str) -> bool:

@@ -353,7 +353,8 @@ def less_memory(config: EvalConfig) -> str:
 def score_line(scores: Scores) -> str:
     return (
         f"{scores.rows} rows: exact match {scores.exact_match:.3f}, accuracy "
-        f"{scores.accuracy:.3f} (most frequent answer alone {scores.majority:.3f})"
+        f"{scores.accuracy:.3f} (most frequent answer alone {scores.majority:.3f}), loss "
+        f"{scores.loss:.3f}"
     )
 
 

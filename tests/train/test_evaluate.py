@@ -9,7 +9,13 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from guilomo_train.config import EvalConfig
-from guilomo_train.evaluate import ends_with_answer, evaluate, prompt_ids, score
+from guilomo_train.evaluate import (
+    completion_loss,
+    ends_with_answer,
+    evaluate,
+    prompt_ids,
+    score,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,8 +36,38 @@ def test_an_answer_is_right_if_the_text_ends_with_it(text: str, answer: str, rig
 
 
 def test_scores_are_shares_of_rows() -> None:
-    got = score(["yes", "so, no", "maybe"], ["yes", "no", "yes"], ["yes", "no", "yes"])
+    got = score(["yes", "so, no", "maybe"], ["yes", "no", "yes"], ["yes", "no", "yes"], 0.5)
     assert (got.exact_match, got.accuracy, got.majority, got.rows) == (1 / 3, 2 / 3, 2 / 3, 3)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_loss_is_that_of_the_completions_tokens(small_model: Path, chat: bool) -> None:
+    model = AutoModelForCausalLM.from_pretrained(small_model, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    pairs = [("Name a colour.", "red"), ("The capital of France is", " Paris, I am sure")]
+    rows, total, count = [], 0.0, 0
+    for prompt, completion in pairs:
+        if chat:
+            row = {
+                "prompt": [{"role": "user", "content": prompt}],
+                "completion": [{"role": "assistant", "content": completion}],
+            }
+            both = [*row["prompt"], *row["completion"]]
+            text = tokenizer.apply_chat_template(both, tokenize=False)
+            before = tokenizer.apply_chat_template(
+                row["prompt"], add_generation_prompt=True, tokenize=False
+            )
+        else:
+            row = {"prompt": prompt, "completion": completion}
+            text, before = prompt + completion + tokenizer.eos_token, prompt
+        rows.append(row)
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        start = len(tokenizer(before)["input_ids"])
+        logs = model(ids).logits.log_softmax(-1)[0]
+        total -= sum(logs[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1]))
+        count += ids.shape[1] - start
+    got = completion_loss(model, tokenizer, Dataset.from_list(rows), batch_size=2)
+    assert got == pytest.approx(total / count, rel=1e-4)
 
 
 def test_batched_generation_is_what_each_prompt_gives_alone(small_model: Path) -> None:
