@@ -6,7 +6,7 @@ demo: setup
 	.venv/bin/python -m demo
 
 test: setup
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: setup
 	.venv/bin/ruff check .

@@ -20,6 +20,7 @@ openai
 peft==0.21.2
 pytest
 pytest-timeout
+pytest-xdist
 ruff
 safetensors
 setuptools>=77

@@ -9,8 +9,17 @@ import pytest
 
 # Tests have all they need; a look-up of a name that does not exist would be retried for a minute.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# `make test` runs two processes: two threads in each would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares a fixture runs in one process: a file's tests, and all that ask the server."""
+    for item in items:
+        group = "serve" if item.path.parent.name == "serve" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
