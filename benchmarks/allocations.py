@@ -19,9 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import report
+from common import report, task_parser
 
-BASE = Path(".cache/smollm2-135m-instruct")
 CONTROLS: dict[str, list[str]] = {
     "lora": [],
     "uniform": ["--experts", "5"],
@@ -33,18 +32,10 @@ CONTROLS: dict[str, list[str]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--base", type=Path, default=BASE)
-    parser.add_argument("--train-rows", type=int, default=1500)
-    parser.add_argument("--test-rows", type=int, default=300)
-    parser.add_argument("--epochs", type=float, default=1.0, help="of each fine-tuning")
-    parser.add_argument("--search-epochs", type=float, default=0.5)
+    parser = task_parser(__doc__, epochs=1.0)
     parser.add_argument("--budget", help="as of guilomo-train search")
     parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=list(CONTROLS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
     runs: dict[str, list[dict[str, Any]]] = {}

@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-import guilomo_serve
 from guilomo_serve.adapter import BaseModel, read_adapter, write_adapter
 from guilomo_train.checkpoints import (
     Checkpointing,
@@ -53,12 +50,15 @@ from guilomo_train.page import HISTORY_FILE, RUN_FILE, read_json, write_page
 from guilomo_train.report import heat_map, model_card, table
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.search import SearchResult, search
+from guilomo_train.versions import versions
 
 ALLOCATION_FILE = "allocation.json"
 PICTURE_FILE = "allocation.png"
 SELECTION_FILE = "selection.safetensors"
 ADAPTER_FOLDER = "adapter"
 CHECKPOINT_FOLDER = "checkpoints"
+# Their versions decide what a run results in.
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
 class Run:
@@ -103,7 +103,7 @@ class Run:
                 "rows of --train": describe_rows(self.train),
                 "number of processes": processes().num_processes,
             },
-            "versions": versions(),
+            "versions": versions(*PACKAGES),
         }
 
     def search(self, config: SearchConfig) -> SearchResult:
@@ -355,16 +355,6 @@ def score_line(scores: Scores) -> str:
         f"{scores.rows} rows: exact match {scores.exact_match:.3f}, accuracy "
         f"{scores.accuracy:.3f} (most frequent answer alone {scores.majority:.3f})"
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-    return {
-        "guilomo": guilomo_serve.__version__,
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
