@@ -5,7 +5,7 @@
 Both files have a prompt, completion and answer a line. For each seed: `guilomo-train search`
 finds an allocation, `guilomo-train baseline` makes controls with as many parameters, and each of
 them is fine-tuned with the same rows, steps and seed, then scored on the test rows by generated
-answers. A seed draws the rows too.
+answers. A seed draws the rows too, so `ahead` is the mean of differences by seed.
 """
 
 from __future__ import annotations
@@ -54,15 +54,22 @@ def main() -> None:
             runs["searched"][-1]["search_s"] = searched["seconds"]
 
     result: dict[str, Any] = {name: summary(of_name) for name, of_name in runs.items()}
+    for name in args.controls:
+        result[name] |= ahead(runs["searched"], runs[name])
     result["majority"] = runs["searched"][0]["scores"]["majority"]
     result["search_s"] = round(statistics.mean(r["search_s"] for r in runs["searched"]), 1)
     result["finetune_s"] = round(
         statistics.mean(r["finetune_seconds"] for of_name in runs.values() for r in of_name), 1
     )
-    print(f"\n{'':>10}     mean      std   parameters")
+    print(f"\n{'':>10}     mean      std   parameters   searched is ahead by")
     for name in runs:
         row = result[name]
-        print(f"{name:>10} {row['mean']:>8.3f} {row['std']:>8.3f} {row['parameters']:>12,}")
+        line = f"{name:>10} {row['mean']:>8.3f} {row['std']:>8.3f} {row['parameters']:>12,}"
+        if "ahead" in row:
+            line += f"   {row['ahead']:+.3f}"
+        if "ahead_error" in row:
+            line += f" ± {row['ahead_error']:.3f}"
+        print(line)
     report(result, args, args.out)
 
 
@@ -109,6 +116,20 @@ def guilomo_train(*arguments: object) -> None:
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(f"{done.stderr[-2000:]}\nfailed: {' '.join(command)}")
+
+
+def ahead(searched: list[dict[str, Any]], control: list[dict[str, Any]]) -> dict[str, float]:
+    """By how much the search is ahead: the mean over seeds, and its standard error.
+
+    Both train on the rows that a seed draws, so what a seed makes easy or hard falls out of the
+    difference. One seed has no error.
+    """
+    pairs = zip(searched, control, strict=True)
+    gained = [a["scores"]["accuracy"] - b["scores"]["accuracy"] for a, b in pairs]
+    found = {"ahead": round(statistics.mean(gained), 4)}
+    if len(gained) > 1:
+        found["ahead_error"] = round(statistics.stdev(gained) / len(gained) ** 0.5, 4)
+    return found
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, float]:

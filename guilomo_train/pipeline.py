@@ -4,7 +4,8 @@
 <output>/allocation.png    its heat map
 <output>/selection.safetensors    the selection vectors it was read off
 <output>/adapter/          the adapter folder
-<output>/history.json      losses, router health and allocations over the steps
+<output>/history.json      losses, router health and allocations over the steps; which rows of an
+                           evaluation were answered right
 <output>/run.json          settings, seed, versions, times, scores; written when all is done
 <output>/report.md         the report page (page.py), made of all these, with its pictures
 <output>/checkpoints/      while it runs: see checkpoints.py
@@ -42,7 +43,7 @@ from guilomo_train.checkpoints import (
 from guilomo_train.config import CommonConfig, EvalConfig, FinetuneConfig, SearchConfig
 from guilomo_train.data import load_rows
 from guilomo_train.errors import ConfigError, ResumeError
-from guilomo_train.evaluate import Scores, evaluate
+from guilomo_train.evaluate import Scores, completion_text, evaluate, hits
 from guilomo_train.finetune import FinetuneResult, finetune
 from guilomo_train.limits import enough_memory, replace_file
 from guilomo_train.models import Base, load_base, processes
@@ -189,10 +190,12 @@ class Run:
             self._note("eval", {})
             return
         with enough_memory("the evaluation", less_memory(config)):
-            scores, _ = evaluate(result.model, self.base.tokenizer, rows, config)
+            scores, texts = evaluate(result.model, self.base.tokenizer, rows, config)
         self._write_adapter(result, scores)
         print(score_line(scores))
-        self._note("eval", {"scores": scores.to_json()})
+        completions = [completion_text(row["completion"]) for row in rows]
+        by_row = hits(texts, completions, rows["answer"])
+        self._note("eval", {"scores": scores.to_json()}, by_row)
 
     def finish(self) -> None:
         """Puts the record of the finished run in place, writes the report page of it, and deletes

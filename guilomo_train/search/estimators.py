@@ -63,7 +63,6 @@ class AdamSteps:
         self.selection.experts.grad = self._gradient(experts, draw.experts, draw.p_experts)
         self.selection.ranks.grad = self._gradient(ranks, draw.ranks, draw.p_ranks)
         self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def _gradient(self, by_mask: torch.Tensor, mask: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         """dL/dg of vectors `[..., n]`."""
