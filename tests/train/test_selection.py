@@ -133,6 +133,15 @@ def test_draws_and_allocation_keep_to_the_budget(initial: str, share: float) -> 
     assert all(2 <= len(r) <= 8 and 1 <= min(r) <= max(r) <= 8 for r in allocation.ranks.values())
 
 
+def test_what_is_left_of_the_budget_goes_to_the_vectors_that_tip_over_next() -> None:
+    space = SearchSpace({"decided": (4, 4), "open": (4, 4)}, max_experts=2, max_rank=4, top_k=2)
+    budget = 2 * (2 * 4) + (2 + 5) * 8  # routers, and rank rows: two and five
+    selection = SelectionVectors(space, budget=budget)
+    with torch.no_grad():
+        selection.ranks[0, :, 0] = 1000.0
+    assert selection.allocation().ranks == {"decided": (1, 1), "open": (4, 1)}
+
+
 def test_without_a_budget_size_has_no_price() -> None:
     selection = SelectionVectors(many_modules(), initial="full")
     assert selection.allocation().total_rank == 40 * 8 * 8
