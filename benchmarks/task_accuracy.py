@@ -18,27 +18,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import report
+from common import report, task_parser
 from openai import AsyncOpenAI
 from serving import serving
 from tqdm.asyncio import tqdm_asyncio
 
-BASE = Path(".cache/smollm2-135m-instruct")
 CONCURRENCY = 16
 MAX_TOKENS = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--base", type=Path, default=BASE)
-    parser.add_argument("--train-rows", type=int, default=1500)
-    parser.add_argument("--test-rows", type=int, default=300)
-    parser.add_argument("--epochs", type=float, default=2.0, help="of the fine-tuning")
-    parser.add_argument("--search-epochs", type=float, default=0.5)
+    parser = task_parser(__doc__, epochs=2.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
     lines = args.test.read_text().splitlines()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import report
+from common import BASE, report
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch.nn import functional as F
@@ -36,7 +36,6 @@ from guilomo_train.search.search import SearchTrainer
 from guilomo_train.search.selection import SearchSpace, SelectionVectors
 from guilomo_train.trainer import LoraMoeTrainer
 
-BASE = Path(".cache/smollm2-135m-instruct")
 EXPERTS, RANK, TOP_K = 8, 8, 2
 VARIANTS = ("lora", "fused", "loop", "search_first", "search_second")
 

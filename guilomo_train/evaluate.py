@@ -117,11 +117,21 @@ def _encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[li
 
 def score(texts: list[str], completions: list[str], answers: list[str], loss: float) -> Scores:
     """Compares generated texts with completions and answers; all lists are in the same order."""
-    exact = sum(t.strip() == c.strip() for t, c in zip(texts, completions, strict=True))
-    right = sum(ends_with_answer(t, a) for t, a in zip(texts, answers, strict=True))
+    right = hits(texts, completions, answers)
     majority = max(answers.count(a) for a in set(answers))
     n = len(texts)
-    return Scores(exact / n, right / n, majority / n, loss, n)
+    exact, accuracy = sum(right["exact_match"]), sum(right["accuracy"])
+    return Scores(exact / n, accuracy / n, majority / n, loss, n)
+
+
+def hits(texts: list[str], completions: list[str], answers: list[str]) -> dict[str, list[int]]:
+    """1 for each row that `exact_match` and `accuracy` count, 0 for the others."""
+    return {
+        "exact_match": [
+            int(t.strip() == c.strip()) for t, c in zip(texts, completions, strict=True)
+        ],
+        "accuracy": [int(ends_with_answer(t, a)) for t, a in zip(texts, answers, strict=True)],
+    }
 
 
 def ends_with_answer(text: str, answer: str) -> bool:

@@ -2,7 +2,8 @@
 
 run.json        settings, times, sizes, scores
 history.json    per stage the trainer's log; of a search the modules and its allocations over the
-                steps; of a fine-tuning the health of each router in its last steps
+                steps; of a fine-tuning the health of each router in its last steps; of an
+                evaluation 1 for each row that a score counts, 0 for the others
 allocation.json or adapter/adapter_config.json: the allocation
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,10 +165,14 @@ def _summary(run: Finished, other: Finished | None) -> str:
 def _control(run: Finished, other: Finished) -> str:
     rows = [f"| | {run.name} | {other.name} (control) | gained or lost |", "|---|---|---|---|"]
     scores = [r.record["scores"] for r in (run, other) if "scores" in r.record]
+    paired = _same_rows(run, other)
     if len(scores) == 2:
         for key, name in (("exact_match", "exact match"), ("accuracy", "accuracy")):
             a, b = (s[key] for s in scores)
-            error = math.hypot(*(_standard_error(s[key], s["rows"]) for s in scores))
+            if paired:
+                error = paired_error(*(r.history["eval"][key] for r in (run, other)))
+            else:
+                error = math.hypot(*(_standard_error(s[key], s["rows"]) for s in scores))
             rows.append(f"| {name} | {a:.3f} | {b:.3f} | {a - b:+.3f} ± {error:.3f} |")
     final = [nll for nll in (run.final_nll(), other.final_nll()) if nll is not None]
     if len(final) == 2:
@@ -182,8 +187,14 @@ def _control(run: Finished, other: Finished) -> str:
     notes = []
     if len(scores) == 2:
         notes.append(
-            "± is one standard error, from the number of rows asked; less than two of them is no "
-            "difference that this evaluation can see. Other seeds would spread further."
+            "± is one standard error, "
+            + (
+                "from the rows that one of the two answered right and the other wrong"
+                if paired
+                else "from the number of rows asked, which were not the same"
+            )
+            + "; less than two of them is no difference that this evaluation can see. Other seeds "
+            "would spread further."
         )
     else:
         notes.append("Scores cannot be compared: only runs with `--eval` have them.")
@@ -307,6 +318,27 @@ def _standard_error(share: float, rows: int) -> float:
     """Of a share of so many rows, smoothed (one more of each kind): 0 of 8 is not certain."""
     smooth = (share * rows + 1) / (rows + 2)
     return math.sqrt(smooth * (1 - smooth) / rows)
+
+
+def _same_rows(run: Finished, other: Finished) -> bool:
+    """Whether both were asked the same rows, and left what they made of each."""
+    asked = [r.record["inputs"].get("rows of --eval") for r in (run, other)]
+    return asked[0] == asked[1] and all("eval" in r.history for r in (run, other))
+
+
+def paired_error(mine: Sequence[int], theirs: Sequence[int]) -> float:
+    """The standard error of the difference of two shares of the same rows.
+
+    A row's difference is 1, 0 or -1, so that rows which both answer alike, however hard they are,
+    add nothing to the error. Smoothed as a single share's: one more row gained, and one lost.
+
+    Args:
+        mine, theirs: for each row 1 if it counts, else 0.
+    """
+    differences = [a - b for a, b in zip(mine, theirs, strict=True)] + [1, -1]
+    mean = sum(differences) / len(differences)
+    variance = sum(d * d for d in differences) / len(differences) - mean * mean
+    return math.sqrt(variance / len(mine))
 
 
 def _saved(parameters: int, whole: int) -> str:

@@ -4,7 +4,8 @@
 <output>/allocation.png    its heat map
 <output>/selection.safetensors    the selection vectors it was read off
 <output>/adapter/          the adapter folder
-<output>/history.json      losses, router health and allocations over the steps
+<output>/history.json      losses, router health and allocations over the steps; which rows of an
+                           evaluation were answered right
 <output>/run.json          settings, seed, versions, times, scores; written when all is done
 <output>/report.md         the report page (page.py), made of all these, with its pictures
 <output>/checkpoints/      while it runs: see checkpoints.py
@@ -16,12 +17,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-import guilomo_serve
 from guilomo_serve.adapter import BaseModel, read_adapter, write_adapter
 from guilomo_train.checkpoints import (
     Checkpointing,
@@ -45,7 +43,7 @@ from guilomo_train.checkpoints import (
 from guilomo_train.config import CommonConfig, EvalConfig, FinetuneConfig, SearchConfig
 from guilomo_train.data import load_rows
 from guilomo_train.errors import ConfigError, ResumeError
-from guilomo_train.evaluate import Scores, evaluate
+from guilomo_train.evaluate import Scores, completion_text, evaluate, hits
 from guilomo_train.finetune import FinetuneResult, finetune
 from guilomo_train.limits import enough_memory, replace_file
 from guilomo_train.models import Base, load_base, processes
@@ -53,12 +51,15 @@ from guilomo_train.page import HISTORY_FILE, RUN_FILE, read_json, write_page
 from guilomo_train.report import heat_map, model_card, table
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.search import SearchResult, search
+from guilomo_train.versions import versions
 
 ALLOCATION_FILE = "allocation.json"
 PICTURE_FILE = "allocation.png"
 SELECTION_FILE = "selection.safetensors"
 ADAPTER_FOLDER = "adapter"
 CHECKPOINT_FOLDER = "checkpoints"
+# Their versions decide what a run results in.
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
 class Run:
@@ -103,7 +104,7 @@ class Run:
                 "rows of --train": describe_rows(self.train),
                 "number of processes": processes().num_processes,
             },
-            "versions": versions(),
+            "versions": versions(*PACKAGES),
         }
 
     def search(self, config: SearchConfig) -> SearchResult:
@@ -189,10 +190,12 @@ class Run:
             self._note("eval", {})
             return
         with enough_memory("the evaluation", less_memory(config)):
-            scores, _ = evaluate(result.model, self.base.tokenizer, rows, config)
+            scores, texts = evaluate(result.model, self.base.tokenizer, rows, config)
         self._write_adapter(result, scores)
         print(score_line(scores))
-        self._note("eval", {"scores": scores.to_json()})
+        completions = [completion_text(row["completion"]) for row in rows]
+        by_row = hits(texts, completions, rows["answer"])
+        self._note("eval", {"scores": scores.to_json()}, by_row)
 
     def finish(self) -> None:
         """Puts the record of the finished run in place, writes the report page of it, and deletes
@@ -356,16 +359,6 @@ def score_line(scores: Scores) -> str:
         f"{scores.accuracy:.3f} (most frequent answer alone {scores.majority:.3f}), loss "
         f"{scores.loss:.3f}"
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-    return {
-        "guilomo": guilomo_serve.__version__,
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 
 from guilomo_train.errors import AllocationError, ConfigError
 from guilomo_train.search.allocation import Allocation
+from guilomo_train.search.selection import SearchSpace, SelectionVectors
 
 Linears = Mapping[str, tuple[int, int]]
 
@@ -128,59 +129,32 @@ def random_allocation(
 ) -> Allocation:
     """A random point of the search space at a number of parameters.
 
-    Counts of experts (`top_k` to `max_experts`) and ranks (1 to `max_rank`) are drawn uniformly,
-    tilted by exp(-t parameters) with t such that the expected number of parameters is the one
-    asked for: of all distributions with that expectation, the one nearest to uniform. Single rank
-    rows then make up for what the draw missed.
+    Counts of experts (`top_k` to `max_experts`) and ranks (1 to `max_rank`) are drawn as a search
+    with this budget draws them before it has learned anything: of all distributions that expect
+    this size, from the one nearest to uniform. Single rank rows then make up for what the draw
+    missed.
 
     Raises:
         AllocationError: the search space has no allocation of that size.
     """
     _enough(max_experts, top_k)
-    counts = list(range(top_k, max_experts + 1))
-    rank_values = list(range(1, max_rank + 1))
-    smallest, largest = (
-        Allocation(dict.fromkeys(linears, (r,) * n), top_k, max_rank).parameters(linears)
-        for r, n in ((1, top_k), (max_rank, max_experts))
-    )
+    space = SearchSpace(linears, max_experts, max_rank, top_k)
+    smallest, largest = space.parameters(top_k, 1), space.parameters(max_experts, max_rank)
     slack = TOLERANCE * parameters
     if not smallest - slack <= parameters <= largest + slack:
         raise AllocationError(
             f"{parameters:,} parameters cannot be reached: {top_k} to {max_experts} experts of "
             f"rank 1 to {max_rank} have {smallest:,} to {largest:,}"
         )
-    unit = max(sum(shape) for shape in linears.values())
-
-    def weights(module: str, tilt: float) -> tuple[list[float], list[float]]:
-        """Of each count of experts and of each rank, under a tilt per `unit` parameters."""
-        out_features, in_features = linears[module]
-        row = tilt * (out_features + in_features) / unit
-        of_rank = _softmax([-row * r for r in rank_values])
-        # The mean of exp(-row r) over ranks is what one more expert multiplies a draw's weight by.
-        expert = _log_mean_exp([-row * r for r in rank_values]) - tilt * in_features / unit
-        return _softmax([n * expert for n in counts]), of_rank
-
-    def expected(tilt: float) -> float:
-        total = 0.0
-        for module, (out_features, in_features) in linears.items():
-            of_count, of_rank = weights(module, tilt)
-            experts = _mean(of_count, counts)
-            routers = sum(p * n for p, n in zip(of_count, counts, strict=True) if n > 1)
-            total += experts * _mean(of_rank, rank_values) * (out_features + in_features)
-            total += routers * in_features
-        return total
-
-    low, high = -100.0, 100.0  # e^-100 of a rank: all ranks at their largest, or at 1
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if expected(middle) > parameters else (low, middle)
-
+    p_experts, p_ranks = SelectionVectors(space, budget=parameters).probabilities()
     generator = random.Random(seed)
     ranks: dict[str, list[int]] = {}
-    for module in linears:
-        of_count, of_rank = weights(module, low)
-        (count,) = generator.choices(counts, of_count)
-        ranks[module] = generator.choices(rank_values, of_rank, k=count)
+    # All experts of a module have the same p of their ranks.
+    for module, of_count, (of_rank, *_) in zip(
+        linears, p_experts.tolist(), p_ranks.tolist(), strict=True
+    ):
+        (count,) = generator.choices(range(1, max_experts + 1), of_count)
+        ranks[module] = generator.choices(range(1, max_rank + 1), of_rank, k=count)
     positions = [(m, e) for m, listed in ranks.items() for e in range(len(listed))]
     generator.shuffle(positions)
     _repair(ranks, positions, top_k, linears, parameters, max_rank)
@@ -273,21 +247,6 @@ def _layer(module: str) -> int:
 def _enough(experts: int, top_k: int) -> None:
     if experts < top_k:
         raise AllocationError(f"{experts} experts are fewer than top_k ({top_k})")
-
-
-def _softmax(logits: list[float]) -> list[float]:
-    largest = max(logits)
-    weights = [math.exp(x - largest) for x in logits]
-    return [w / sum(weights) for w in weights]
-
-
-def _log_mean_exp(logits: list[float]) -> float:
-    largest = max(logits)
-    return largest + math.log(sum(math.exp(x - largest) for x in logits) / len(logits))
-
-
-def _mean(probabilities: list[float], values: list[int]) -> float:
-    return sum(p * v for p, v in zip(probabilities, values, strict=True))
 
 
 def _read_counts(path: Path) -> dict[str, int]:

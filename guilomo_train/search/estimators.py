@@ -60,11 +60,9 @@ class AdamSteps:
 
     def step(self, draw: Draw, experts: torch.Tensor, ranks: torch.Tensor) -> None:
         """Moves the vectors by dL/dM, `experts [M, E]` and `ranks [M, E, r]`, of a draw."""
-        p_experts, p_ranks = self.selection.probabilities()
-        self.selection.experts.grad = self._gradient(experts, draw.experts, p_experts)
-        self.selection.ranks.grad = self._gradient(ranks, draw.ranks, p_ranks)
+        self.selection.experts.grad = self._gradient(experts, draw.experts, draw.p_experts)
+        self.selection.ranks.grad = self._gradient(ranks, draw.ranks, draw.p_ranks)
         self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def _gradient(self, by_mask: torch.Tensor, mask: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         """dL/dg of vectors `[..., n]`."""

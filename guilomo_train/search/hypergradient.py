@@ -49,7 +49,7 @@ class UnrolledStep:
     train_gradient: Sequence[torch.Tensor]
     scales: Callable[[], Iterable[torch.Tensor]] | None
 
-    def scaled(self, gradient: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    def scaled(self, gradient: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """D times a gradient, tensor by tensor."""
         if self.scales is None:
             yield from gradient
@@ -83,7 +83,7 @@ def hypergradient(
         One gradient a mask tensor, of this process's losses.
     """
     if unrolled is None:
-        return list(torch.autograd.grad(validation_loss(), list(masks)))
+        return _in_masks(validation_loss, masks, weights)
 
     before = [w.detach().clone() for w in weights]
     eta = unrolled.learning_rate
@@ -91,17 +91,17 @@ def hypergradient(
         _move(weights, before, unrolled.scaled(unrolled.train_gradient), -eta)
         gradients = torch.autograd.grad(validation_loss(), [*masks, *weights])
         direct, v = gradients[: len(masks)], gradients[len(masks) :]
-        # In place: a search holds no more copies of the weights than it must.
-        for by_weight, scaled in zip(v, unrolled.scaled([reduce(g) for g in v]), strict=True):
+        # In place and tensor by tensor: a search holds no more copies of the weights than it must.
+        for by_weight, scaled in zip(v, unrolled.scaled(reduce(g) for g in v), strict=True):
             by_weight.copy_(scaled)
         v_norm = _norm(v)
         if v_norm == 0:
             return list(direct)
         step = relative_step * _norm(before) / v_norm
         _move(weights, before, v, step)
-        plus = torch.autograd.grad(train_loss(), list(masks))
+        plus = _in_masks(train_loss, masks, weights)
         _move(weights, before, v, -step)
-        minus = torch.autograd.grad(train_loss(), list(masks))
+        minus = _in_masks(train_loss, masks, weights)
         return [d - eta * (p - m) / (2 * step) for d, p, m in zip(direct, plus, minus, strict=True)]
     finally:
         with torch.no_grad():
@@ -130,6 +130,24 @@ def adam_scales(
         steps = float(state.get("step", 0)) + 1
         scale = 1.0 / ((second / (1 - beta2**steps)).sqrt() + group["eps"])
         yield scale.masked_fill_(second == 0, 0.0)
+
+
+def _in_masks(
+    loss: Loss, masks: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The gradient of a loss in the masks alone.
+
+    The weights are constants meanwhile, so that the layers do not keep what only a gradient in
+    the weights would need: the inputs of each layer, more than the adapter itself.
+    """
+    learn = [w.requires_grad for w in weights]
+    for w in weights:
+        w.requires_grad_(False)
+    try:
+        return list(torch.autograd.grad(loss(), list(masks)))
+    finally:
+        for w, learns in zip(weights, learn, strict=True):
+            w.requires_grad_(learns)
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

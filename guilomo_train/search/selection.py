@@ -60,10 +60,15 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class Draw:
-    """The masks of one step, of all modules: `experts [M, E]` and `ranks [M, E, r]`."""
+    """The masks of one step, of all modules, and the distributions that they were drawn from.
+
+    `experts` and `p_experts` are `[M, E]`, `ranks` and `p_ranks` are `[M, E, r]`.
+    """
 
     experts: torch.Tensor
     ranks: torch.Tensor
+    p_experts: torch.Tensor
+    p_ranks: torch.Tensor
 
 
 class SelectionVectors(nn.Module):
@@ -108,23 +113,23 @@ class SelectionVectors(nn.Module):
     @torch.no_grad()
     def probabilities(self) -> tuple[torch.Tensor, torch.Tensor]:
         """p of all vectors at the budget: `[M, E]` and `[M, E, r]`."""
-        experts, ranks = self._priced(self._price(self._expected_parameters))
-        return experts.softmax(-1).to(self.experts), ranks.softmax(-1).to(self.ranks)
+        return self._probabilities(*self._at_budget())
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> Draw:
         """The masks of one step."""
+        priced = self._at_budget()
+        p = self._probabilities(*priced)
         if self.choice == "relaxed":
-            p_experts, p_ranks = self.probabilities()
-            return Draw(expected_mask(p_experts), expected_mask(p_ranks))
+            return Draw(expected_mask(p[0]), expected_mask(p[1]), *p)
         chosen = []
-        for logits in self._priced(self._price(self._expected_parameters)):
+        for logits in priced:
             if self.choice == "sample":
                 uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
                 logits = logits - (-uniform.clamp_min(1e-20).log()).log()
             last = logits.argmax(-1, keepdim=True)
             chosen.append((torch.arange(logits.shape[-1]) <= last).to(self.experts))
-        return Draw(*chosen)
+        return Draw(chosen[0], chosen[1], *p)
 
     @torch.no_grad()
     def allocation(self) -> Allocation:
@@ -168,6 +173,16 @@ class SelectionVectors(nn.Module):
             else:
                 high = middle
         return high
+
+    def _at_budget(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """g' at the price that the budget sets on p."""
+        return self._priced(self._price(self._expected_parameters))
+
+    def _probabilities(
+        self, experts: torch.Tensor, ranks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """p of g', in the vectors' precision."""
+        return experts.softmax(-1).to(self.experts), ranks.softmax(-1).to(self.ranks)
 
     def _priced(self, price: float) -> tuple[torch.Tensor, torch.Tensor]:
         """g' of the head of this file, float64; counts of experts below `top_k` are ruled out."""

@@ -28,7 +28,7 @@ def test_cumulative_gradient_is_that_of_the_expected_mask() -> None:
     by_hand = torch.softmax(selection.ranks, -1)
     (expected,) = torch.autograd.grad((expected_mask(by_hand) * upstream).sum(), selection.ranks)
     draw = selection.draw(torch.Generator().manual_seed(0))
-    gradient = learner._gradient(upstream, draw.ranks, selection.probabilities()[1])
+    gradient = learner._gradient(upstream, draw.ranks, draw.p_ranks)
     torch.testing.assert_close(gradient, expected)
 
 
@@ -37,10 +37,30 @@ def test_argmax_gradient_reaches_the_chosen_entry_alone() -> None:
     selection = SelectionVectors(SPACE, choice="argmax", initial="random")
     draw = selection.draw(torch.Generator())
     learner = AdamSteps(selection, "argmax", learning_rate=0.1)
-    gradient = learner._gradient(torch.ones(2, 4, 3), draw.ranks, selection.probabilities()[1])
+    gradient = learner._gradient(torch.ones(2, 4, 3), draw.ranks, draw.p_ranks)
     chosen = selection.ranks.argmax(-1, keepdim=True)
     assert (gradient.gather(-1, chosen).squeeze(-1) == chosen.squeeze(-1) + 1).all()
     assert gradient.count_nonzero() == chosen.numel()
+
+
+def test_adam_descends_what_the_expected_masks_give() -> None:
+    """Against autograd through the softmax of the counts that are allowed, and torch's Adam."""
+    torch.manual_seed(0)
+    selection = SelectionVectors(SPACE, initial="random")
+    learner = AdamSteps(selection, "cumulative", learning_rate=0.3)
+    experts, ranks = (v.detach().clone().requires_grad_() for v in selection.parameters())
+    adam = torch.optim.Adam([experts, ranks], lr=0.3, betas=(0.5, 0.999))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        by_experts, by_ranks = torch.randn(2, 4), torch.randn(2, 4, 3)
+        learner.step(selection.draw(generator), by_experts, by_ranks)
+        allowed = experts.masked_fill(torch.tensor([True, False, False, False]), -torch.inf)
+        masks = expected_mask(allowed.softmax(-1)), expected_mask(ranks.softmax(-1))
+        adam.zero_grad()
+        ((masks[0] * by_experts).sum() + (masks[1] * by_ranks).sum()).backward()
+        adam.step()
+    torch.testing.assert_close(selection.experts.detach(), experts.detach())
+    torch.testing.assert_close(selection.ranks.detach(), ranks.detach())
 
 
 class Quadratic:
@@ -88,6 +108,34 @@ def test_marginal_vectors_are_proportional_to_what_counts_are_worth() -> None:
     found = selection.ranks.detach() - selection.ranks.detach()[..., :1]
     wanted = -sharpness * (by_ranks - by_ranks[..., :1])
     torch.testing.assert_close(found, wanted)
+
+
+def test_marginal_worths_fade_over_a_fifth_of_the_search_and_are_sharp_at_its_end() -> None:
+    selection = SelectionVectors(SPACE)
+    learner = MarginalWorth(selection, steps=20)
+    three = torch.tensor([1.0, 1, 1, 0]).repeat(2, 1)
+    p = selection.probabilities()
+    draw = Draw(three, torch.tensor([1.0, 0, 0]).repeat(2, 4, 1), *p)
+
+    def step(third: float, fourth: float) -> None:
+        slopes = torch.tensor([5.0, 5, third, fourth]).repeat(2, 1)
+        learner.step(draw, slopes, torch.zeros(2, 4, 3))
+
+    step(0.0, 0.0)  # nothing is worth anything yet
+    assert selection.experts.abs().sum() == 0
+    weighted, weights = 0.0, 1.0
+    for number in range(1, 25):
+        step(number, 1.0)
+        weighted, weights = 0.75 * weighted + number, 0.75 * weights + 1
+    # The third is the last one on, the fourth the first one off.
+    steps = selection.experts.detach().diff(dim=-1)
+    constant = (weights - 0.75**24) / weights  # the step without slopes counts too
+    torch.testing.assert_close(
+        steps[:, 1] / steps[:, 2], torch.full((2,), weighted / weights / constant)
+    )
+    # More steps than were announced make nothing sharper.
+    vectors = selection.experts.detach()
+    assert (vectors.amax(-1) - vectors.amin(-1)).mean().item() == pytest.approx(20.0)
 
 
 def test_marginal_search_ends_at_the_best_counts() -> None:

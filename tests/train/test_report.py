@@ -150,6 +150,42 @@ def test_a_control_is_compared_in_what_both_have(
         assert line in (mine / "report.md").read_text()
 
 
+def test_the_error_against_a_control_is_paired_where_both_were_asked_the_same_rows(
+    run: Path, tmp_path: Path
+) -> None:
+    assert read(run / "run.json")["scores"]["exact_match"] == pytest.approx(
+        sum(read(run / "history.json")["eval"]["exact_match"]) / 8
+    )
+    # Three rows gained and one lost of eight; and a score in which no row differs.
+    by_row = {
+        "mine": {"exact_match": [1, 1, 1, 1, 0, 0, 0, 0], "accuracy": [1, 0, 1, 0, 1, 0, 0, 0]},
+        "other": {"exact_match": [1, 0, 0, 0, 1, 0, 0, 0], "accuracy": [1, 0, 1, 0, 1, 0, 0, 0]},
+    }
+    for name, hits in by_row.items():
+        shutil.copytree(run, tmp_path / name)
+        record, history = read(run / "run.json"), read(run / "history.json")
+        record["scores"] |= {key: sum(row) / 8 for key, row in hits.items()}
+        rewrite(tmp_path / name / "run.json", record)
+        rewrite(tmp_path / name / "history.json", history | {"eval": hits})
+
+    def page() -> str:
+        assert main(["report", str(tmp_path / "mine"), "--control", str(tmp_path / "other")]) == 0
+        return (tmp_path / "mine" / "report.md").read_text()
+
+    # With one more gained and one more lost, of ten: sqrt((6/10 - (2/10)^2) / 8), and
+    # sqrt(2/10 / 8). Unpaired it would be 0.240 and 0.245.
+    paired = page()
+    assert "| exact match | 0.500 | 0.250 | +0.250 ± 0.265 |" in paired
+    assert "| accuracy | 0.375 | 0.375 | +0.000 ± 0.158 |" in paired
+    assert "the rows that one of the two answered right and the other wrong" in paired
+
+    record["inputs"]["rows of --eval"] = "8 rows, sha256 of others"
+    rewrite(tmp_path / "other" / "run.json", record)
+    unpaired = page()
+    assert "| accuracy | 0.375 | 0.375 | +0.000 ± 0.245 |" in unpaired
+    assert "the number of rows asked, which were not the same" in unpaired
+
+
 def test_a_search_alone_has_a_page(run: Path, tmp_path: Path) -> None:
     for name in ("run.json", "history.json"):
         value = {k: v for k, v in read(run / name).items() if not k.startswith("finetune")}
