@@ -258,6 +258,9 @@ class Slots:
         """Puts an adapter's weights into a slot, or empties it."""
         self.weights[slot] = weights
 
+    def warm_up(self, max_tokens: int) -> None:
+        """Prepares for batches of up to so many tokens; nothing to do without kernels."""
+
     def apply_(self, y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
         """Adds the routed product of each token's adapter to `y`, in place.
 

@@ -91,11 +91,11 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
-        # One entry, the language model's: adapters of towers are refused at start.
         blocks = None
         if self.device.type == "cuda":
             slots = self.lora_config.max_loras
             blocks = TokenBlocks(max_num_batched_tokens, slots, self.device)
+        # One entry, the language model's: adapters of towers are refused at start.
         self.punica_wrapper_mapping = {
             key: TokenSlots(blocks) for key in self.punica_wrapper_mapping
         }
@@ -106,13 +106,10 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         heads = set(self.model.embedding_modules)
         self.supported_lora_modules = [m for m in self.supported_lora_modules if m not in heads]
         super()._create_lora_modules()
-        if self.device.type == "cuda":
-            # Or the first requests would wait for the compiler.
-            shapes = {
-                (layer.input_size, layer.output_slices): layer for layer in self.modules.values()
-            }
-            for layer in shapes.values():
-                layer.slots.warm_up(self.max_num_batched_tokens)
+        # Layers of one shape share their kernels; the first requests should not wait for them.
+        shapes = {(layer.input_size, layer.output_slices): layer for layer in self.modules.values()}
+        for layer in shapes.values():
+            layer.slots.warm_up(self.max_num_batched_tokens)
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         """Nothing to do: weights are stacked by layer when they are read."""
