@@ -309,9 +309,10 @@ def test_ops_have_fakes_and_compile_without_a_break() -> None:
     batch = Batch(np.array([0, 0, -1, 1, 0, 0]))
     blocks = batch.blocks(DEVICE)
     of_batch = (blocks.order, blocks.of_size[16], slots.table)
+    splits = tuning_module.tuning_for(DEVICE, 6).shrink.splits
 
     def layer(y, x):
-        h, z = torch.ops.guilomo.shrink(x, *of_batch, 3, SPLITS)
+        h, z = torch.ops.guilomo.shrink(x, *of_batch, 3, splits)
         torch.ops.guilomo.expand(y, h, z, *of_batch, WIDTHS)
         return y * 2
 
@@ -321,10 +322,7 @@ def test_ops_have_fakes_and_compile_without_a_break() -> None:
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     assert_near(compiled(y.clone(), x), want * 2, 1e-6)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.guilomo.shrink, (x, *of_batch, 3, SPLITS), test_utils=checks)
-
-
-SPLITS = 16 if GPU else 2  # of few tokens in tuning.py
+    torch.library.opcheck(torch.ops.guilomo.shrink, (x, *of_batch, 3, splits), test_utils=checks)
 
 
 def test_settings_are_kept_by_gpu(monkeypatch, tmp_path) -> None:
