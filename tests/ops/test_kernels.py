@@ -100,6 +100,7 @@ SLOTS = np.array([1] * 21 + [-1, 0, 2, 4, 4, 1, -1])
 
 
 @pytest.mark.skipif(GPU or kernels.INTERPRETED, reason="the kernels run in this process")
+@pytest.mark.timeout(900)  # half a minute where nothing else runs
 def test_kernels_in_the_interpreter() -> None:
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -115,14 +116,14 @@ def test_kernels_in_the_interpreter() -> None:
     assert "test_kernels_in_the_interpreter runs it" not in done.stdout  # that is, it was run
 
 
+FEW = (ShrinkTuning(16, 16, 32, 1, 1, 4, 2), ExpandTuning(64, 16, 32, 4, 2))
+MANY = (ShrinkTuning(64, 64, 64, 3, 4, 4, 2), ExpandTuning(16, 32, 64, 4, 2))
+
+
 @runs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("shrink", "expand"),
-    [
-        (ShrinkTuning(16, 16, 32, 1, 1, 4, 2), ExpandTuning(64, 16, 32, 4, 2)),
-        (ShrinkTuning(64, 64, 64, 3, 4, 4, 2), ExpandTuning(16, 32, 64, 4, 2)),
-    ],
+    ("dtype", "shrink", "expand"),
+    [(torch.float32, *FEW), (torch.bfloat16, *MANY), (torch.float16, *MANY)],
 )
 def test_kernels_equal_their_reference_at_any_settings(dtype, shrink, expand) -> None:
     weights = [a and random_layer(i, a, dtype) for i, a in enumerate(ADAPTERS)]
