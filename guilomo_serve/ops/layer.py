@@ -8,13 +8,14 @@ costs one product with A and one with the routers whatever it packs:
     z = W_r x      [T, E]   E: the experts of all slices that have a router, float32
     y[:, columns of slice] += (h * gate(z) * scale)[:, rows of slice] @ B_slice
 
-`Slots` has the op in torch, on any device; `native.py` the same for the CPU in C++.
+`Slots` has the op in torch, on any device; `native.py` the same for the CPU in C++, and
+`triton_slots.py` for a GPU in two kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -123,6 +124,19 @@ class LayerWeights:
             layout=tuple(layout),
         )
 
+    def to(self, device: torch.device) -> LayerWeights:
+        """The same on `device`; these themselves if they are there."""
+        if self.lora_a.device == device:
+            return self
+        return replace(
+            self,
+            lora_a=self.lora_a.to(device),
+            lora_b=tuple(b.to(device) for b in self.lora_b),
+            router=self.router.to(device),
+            row_scale=self.row_scale.to(device),
+            expert_of_row=self.expert_of_row.to(device),
+        )
+
 
 class Batch:
     """Which tokens of a batch use which slot.
@@ -152,6 +166,7 @@ class Batch:
             self.order.ctypes.data,
         )
         self._indices: dict[torch.device, list[torch.Tensor]] = {}
+        self._blocks: dict[torch.device, TokenBlocks] = {}
 
     def tokens(self, device: torch.device) -> list[torch.Tensor]:
         """The tokens of each segment as an index on `device`; made once a batch."""
@@ -159,6 +174,78 @@ class Batch:
             order = torch.from_numpy(self.order).to(device, torch.int64)
             self._indices[device] = [order[b:e] for _, b, e in self.segments.tolist()]
         return self._indices[device]
+
+    def blocks(self, device: torch.device) -> TokenBlocks:
+        """The segments in blocks on `device`: those that `TokenBlocks.update` has written, or new.
+
+        New ones are made once a batch; a CUDA graph needs the former, which keep their place.
+        """
+        if device not in self._blocks:
+            TokenBlocks(self.size, len(self.segments), device).update(self)
+        return self._blocks[device]
+
+
+class TokenBlocks:
+    """A batch's segments in blocks of few tokens, in device tensors that keep their place.
+
+    A kernel's program takes one block. How many there can be follows from the number of tokens
+    and slots, so a launch is the same whatever the batch holds; blocks that it has not are empty.
+
+    Attributes:
+        order: [max_tokens] int32, as `Batch.order`; what is behind the batch's tokens is old.
+        of_size: block size -> [blocks, 3] int32, rows (slot, begin, end) into `order`.
+    """
+
+    SIZES = (16, 64)  # for decode, where most segments are short, and for prefill
+
+    def __init__(self, max_tokens: int, slots: int, device: torch.device | str) -> None:
+        self.max_tokens, self.slots = max_tokens, slots
+        counts = [self.count(max_tokens, slots, size) for size in self.SIZES]
+        self._lengths = [max_tokens, *(3 * count for count in counts)]
+        # One tensor, so that a step costs one copy.
+        self._all = torch.zeros(sum(self._lengths), dtype=torch.int32, device=device)
+        self.order, *blocks = self._all.split(self._lengths)
+        self.of_size = {s: b.view(-1, 3) for s, b in zip(self.SIZES, blocks, strict=True)}
+
+    @staticmethod
+    def count(tokens: int, slots: int, size: int) -> int:
+        """The most blocks that so many tokens of so many slots can fill."""
+        return min(tokens, (tokens + slots * (size - 1)) // size)
+
+    def update(self, batch: Batch) -> None:
+        """Writes a batch; `batch.blocks` gives these from now on. Waits for no device.
+
+        Raises:
+            ValueError: the batch has more tokens or slots than there is room for.
+        """
+        if batch.size > self.max_tokens or len(batch.segments) > self.slots:
+            raise ValueError(
+                f"a batch of {batch.size} tokens of {len(batch.segments)} slots, expected at most "
+                f"{self.max_tokens} of {self.slots}"
+            )
+        everything = np.zeros(len(self._all), dtype=np.int32)
+        everything[: len(batch.order)] = batch.order
+        begin = self.max_tokens
+        for size, length in zip(self.SIZES, self._lengths[1:], strict=True):
+            blocks = _cut(batch.segments, size).reshape(-1)
+            everything[begin : begin + len(blocks)] = blocks
+            begin += length
+        host = torch.from_numpy(everything)
+        if self._all.is_cuda:
+            host = host.pin_memory()  # kept by torch until the copy is done
+        self._all.copy_(host, non_blocking=True)
+        batch._blocks[self._all.device] = self
+
+
+def _cut(segments: np.ndarray, size: int) -> np.ndarray:
+    """Segments (slot, begin, end) in pieces of at most `size`."""
+    slots, begins, ends = segments.T
+    pieces = -(-(ends - begins) // size)
+    of_segment = np.repeat(np.arange(len(segments)), pieces)
+    number = np.arange(len(of_segment)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    begin = begins[of_segment] + number * size
+    end = np.minimum(begin + size, ends[of_segment])
+    return np.stack([slots[of_segment], begin, end], axis=1).astype(np.int32)
 
 
 class Slots:
@@ -170,6 +257,9 @@ class Slots:
     def set(self, slot: int, weights: LayerWeights | None) -> None:
         """Puts an adapter's weights into a slot, or empties it."""
         self.weights[slot] = weights
+
+    def warm_up(self, max_tokens: int) -> None:
+        """Prepares for batches of up to so many tokens; nothing to do without kernels."""
 
     def apply_(self, y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
         """Adds the routed product of each token's adapter to `y`, in place.

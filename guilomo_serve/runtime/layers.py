@@ -2,7 +2,7 @@
 
 vLLM's classes know how a base layer packs modules and how its forward pass runs; they are kept,
 and only storage and the adapter's product are replaced. Storage is ragged: a slot of a layer holds
-exactly the tensors of the adapter that is in it, so neither memory nor time depends on
+exactly what the adapter in it weighs, so neither memory nor time depends on
 `max_lora_rank`.
 """
 
@@ -23,8 +23,8 @@ from vllm.lora.layers import (
 )
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from guilomo_serve.ops.layer import LayerWeights, Slots
-from guilomo_serve.ops.native import make_slots
+from guilomo_serve.ops.layer import LayerWeights
+from guilomo_serve.ops.slots import make_slots
 
 _layers: WeakValueDictionary[int, RoutedLayer] = WeakValueDictionary()
 _indices = itertools.count()
@@ -41,6 +41,7 @@ class RoutedLayer:
     # vLLM's half of the class sets these.
     device: torch.device
     n_slices: int
+    input_size: int
     output_size: int
     punica_wrapper: Any
 
@@ -52,11 +53,13 @@ class RoutedLayer:
             self.output_slices = (self.output_size,)
         self.layer_index = next(_indices)
         _layers[self.layer_index] = self
-        self.slots: Slots = make_slots(max_loras, self.device, lora_config.lora_dtype)
+        self.slots = make_slots(
+            max_loras, self.input_size, self.output_slices, lora_config.lora_dtype, self.device
+        )
 
     def set_lora(self, index: int, lora_a: LayerWeights, lora_b: None) -> None:
         """Puts an adapter into a slot; `lora_b` is vLLM's, `lora_a` holds both factors."""
-        self.slots.set(index, lora_a)
+        self.slots.set(index, lora_a.to(self.device))
 
     def reset_lora(self, index: int) -> None:
         self.slots.set(index, None)

@@ -23,6 +23,7 @@ from guilomo_serve.adapter import (
     read_spec,
 )
 from guilomo_serve.ops.layer import LayerWeights, SliceWeights
+from guilomo_serve.ops.two_steps import UnsupportedAdapterError, check_size
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ModelPlan:
         module_at: module name -> its layer and its place among the layer's slices.
         fingerprint: of the base model.
         dtype: of A and B in the layers.
-        device: of the layers.
+        device: where adapters that were read are kept; layers take them from there.
         rename: from a module's name in the trained model to vLLM's.
     """
 
@@ -97,6 +98,26 @@ def load_routed(folder: str | Path, plan: ModelPlan) -> dict[str, LayerWeights]:
             tuple(e.scaling for e in experts),
         )
     return plan.stack(modules, adapter.spec.top_k)
+
+
+def check_fits(layers: Mapping[str, LayerWeights], device: torch.device, where: str) -> None:
+    """Refuses an adapter that the layers' device has no kernels for.
+
+    Args:
+        layers: the adapter's weights.
+        device: of the served model's layers.
+        where: the adapter's folder, for messages.
+
+    Raises:
+        AdapterError: names the layer, and what there is too much of.
+    """
+    if device.type != "cuda":
+        return
+    for layer, weights in layers.items():
+        try:
+            check_size(weights)
+        except UnsupportedAdapterError as e:
+            raise AdapterError(f"{where}: {layer}: {e}") from None
 
 
 def check_plain_type(folder: str | Path) -> None:

@@ -14,10 +14,11 @@ from vllm.lora.utils import get_adapter_absolute_path, is_moe_model
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from guilomo_serve.adapter import BaseFingerprint, is_guilomo_adapter
-from guilomo_serve.ops.layer import Batch, LayerWeights
+from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
 from guilomo_serve.runtime.loading import (
     LayerPlan,
     ModelPlan,
+    check_fits,
     check_plain_type,
     convert_plain,
     load_routed,
@@ -35,7 +36,9 @@ class LayerEntry:
 class TokenSlots:
     """The slot of each token of the batch, set once a step; in the place of a punica wrapper."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: TokenBlocks | None) -> None:
+        """Args: blocks: where a GPU's kernels find the batch; None on a CPU."""
+        self.blocks = blocks
         self.batch = Batch(np.empty(0, dtype=np.int64))
 
     def update_metadata(
@@ -47,6 +50,8 @@ class TokenSlots:
         for adapter_id in np.unique(ids[ids > 0]).tolist():
             slots[ids == adapter_id] = lora_index_to_id.index(adapter_id)
         self.batch = Batch(slots)
+        if self.blocks is not None:
+            self.blocks.update(self.batch)
 
 
 class RoutedModelManager(LRUCacheLoRAModelManager):
@@ -70,7 +75,7 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
             module_at=module_at,
             fingerprint=BaseFingerprint.from_config(vllm_config.model_config.hf_config),
             dtype=self.lora_config.lora_dtype,
-            device=self.device,
+            device=torch.device("cpu"),  # slots on a GPU are the only copy there
             rename=lambda name: name if mapper is None else mapper._map_name(name) or name,
         )
 
@@ -86,8 +91,14 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
+        blocks = None
+        if self.device.type == "cuda":
+            slots = self.lora_config.max_loras
+            blocks = TokenBlocks(max_num_batched_tokens, slots, self.device)
         # One entry, the language model's: adapters of towers are refused at start.
-        self.punica_wrapper_mapping = {key: TokenSlots() for key in self.punica_wrapper_mapping}
+        self.punica_wrapper_mapping = {
+            key: TokenSlots(blocks) for key in self.punica_wrapper_mapping
+        }
 
     def _create_lora_modules(self) -> None:
         # vLLM would wrap the heads too, for adapters that may come; with a wrapped lm_head,
@@ -95,6 +106,10 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         heads = set(self.model.embedding_modules)
         self.supported_lora_modules = [m for m in self.supported_lora_modules if m not in heads]
         super()._create_lora_modules()
+        # Layers of one shape share their kernels; the first requests should not wait for them.
+        shapes = {(layer.input_size, layer.output_slices): layer for layer in self.modules.values()}
+        for layer in shapes.values():
+            layer.slots.warm_up(self.max_num_batched_tokens)
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         """Nothing to do: weights are stacked by layer when they are read."""
@@ -142,6 +157,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
             theirs = super()._load_adapter(lora_request)
             check_plain_type(folder)
             layers, rank = convert_plain(theirs.loras, plan, folder), theirs.rank
+        check_fits(layers, self._adapter_manager.device, folder)
         entries = {name: LayerEntry(weights) for name, weights in layers.items()}
         return LoRAModel(lora_request.lora_int_id, rank, entries)
 

@@ -1,4 +1,4 @@
-"""A layer's routed product for mixed batches, in torch and in C++, against the reference."""
+"""A layer's routed product for mixed batches: torch, C++ and kernels against the reference."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,10 @@ import torch
 
 from guilomo_serve.ops import native, reference
 from guilomo_serve.ops.layer import Batch, LayerWeights, SliceWeights, Slots
+from guilomo_serve.ops.triton_slots import TritonSlots
 
 TOP_K = 2
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def random_slice(generator, in_features, out_features, experts, max_rank):
@@ -44,14 +46,22 @@ def expected(y, x, slots, widths, slot_of_token):
     return result
 
 
-def in_torch(y, x, weights, batch):
+def in_torch(y, x, weights, batch, widths):
     apply(Slots(len(weights)), y, x, weights, batch)
 
 
-def in_cpp(y, x, weights, batch):
+def in_cpp(y, x, weights, batch, widths):
     if not native.is_available():
         pytest.skip("no C++ compiler on this machine")
     apply(native.NativeSlots(len(weights)), y, x, weights, batch)
+
+
+def in_kernels(y, x, weights, batch, widths):
+    """On a GPU or, under tests/ops/test_kernels.py, in Triton's interpreter; else in torch."""
+    on_device = y.to(DEVICE)
+    slots = TritonSlots(len(weights), x.shape[1], widths, x.dtype, DEVICE)
+    apply(slots, on_device, x.to(DEVICE), weights, batch)
+    y.copy_(on_device)
 
 
 def apply(slots, y, x, weights, batch):
@@ -60,7 +70,7 @@ def apply(slots, y, x, weights, batch):
     slots.apply_(y, x, batch)
 
 
-@pytest.mark.parametrize("implementation", [in_torch, in_cpp])
+@pytest.mark.parametrize("implementation", [in_torch, in_cpp, in_kernels])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 8, 75])
 @pytest.mark.parametrize(
@@ -77,6 +87,8 @@ def apply(slots, y, x, weights, batch):
 def test_mixed_batch_equals_the_reference(
     implementation, dtype, tokens, in_features, widths, experts, max_rank
 ):
+    if implementation is in_kernels and max(experts) > 16:
+        pytest.skip("more experts than the kernels take: test_kernels.py has the refusal")
     generator = torch.Generator().manual_seed(tokens + in_features)
     slots = [
         [random_slice(generator, in_features, w, e, max_rank) for w, e in zip(widths, experts)]  # noqa: B905
@@ -93,7 +105,7 @@ def test_mixed_batch_equals_the_reference(
     want = expected(y, x, slots, widths, slot_of_token)
 
     got = y.clone()
-    implementation(got, x, weights, Batch(slot_of_token))
+    implementation(got, x, weights, Batch(slot_of_token), widths)
 
     # Relative to the largest value, as the order of sums and the rounding of h make it.
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -102,7 +114,8 @@ def test_mixed_batch_equals_the_reference(
     assert torch.equal(got[untouched], y[untouched])
 
 
-def test_strided_rows_are_followed():
+@pytest.mark.parametrize("implementation", [in_cpp, in_kernels])
+def test_strided_rows_are_followed(implementation):
     generator = torch.Generator().manual_seed(0)
     weights = LayerWeights.stack(
         [random_slice(generator, 64, 48, 4, 4)], (48,), TOP_K, torch.float32
@@ -111,8 +124,8 @@ def test_strided_rows_are_followed():
     x, y = wide_x[:, 10:74], wide_y[:, 5:53]
     batch = Batch(np.zeros(9, dtype=np.int64))
     alone = torch.zeros(9, 48)
-    in_torch(alone, x.contiguous(), [weights], batch)
-    in_cpp(y, x, [weights], batch)
+    in_torch(alone, x.contiguous(), [weights], batch, (48,))
+    implementation(y, x, [weights], batch, (48,))
     torch.testing.assert_close(y, alone)
     assert wide_y[:, :5].eq(0).all()
     assert wide_y[:, 53:].eq(0).all()

@@ -1,0 +1,191 @@
+"""The routed product in two ops over blocks of tokens: what they compute, and how, in torch.
+
+    shrink   h = A x and router logits z = W_r x         for all slices of a layer
+    expand   y += B (h * gate(z) * scale)
+
+The kernels of `kernels.py` have the same signatures and results. Both read the weights through a
+table on the device with a row for each slot, whose values are addresses and ranges. So weights
+move, grow and change without a new launch or a new CUDA graph: only the table is written.
+Results between the two are by position in `order`, that is with a slot's tokens together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from guilomo_serve.ops.layer import LayerWeights
+from guilomo_serve.ops.torch_ops import route
+
+# What a kernel's shapes allow for, of one module.
+MAX_RANK = 512
+MAX_EXPERTS = 16
+
+# A slot's row in the table, int64: these values, then SLICE_FIELDS for each slice of the layer.
+# Addresses: A [rows, in] and routers [experts, in] of all slices one after another; gate rows
+# [rows, 2] float32, each row's scale and its expert (a row of the routers, -1 for none).
+LAYER_FIELDS = ("lora_a", "router", "gate_rows", "rows", "experts", "top_k")
+# Address of B transposed [its rows, its columns]; half-open ranges as in `SliceLayout`. All are 0
+# in a slice that the adapter leaves alone.
+SLICE_FIELDS = (
+    *("lora_b", "first_row", "end_row", "first_expert", "end_expert"),
+    *("first_column", "end_column"),
+)
+
+
+class UnsupportedAdapterError(ValueError):
+    """An adapter is larger than the kernels' shapes; the message has the limit."""
+
+
+def check_size(weights: LayerWeights) -> None:
+    """Refuses what the kernels' shapes do not allow for.
+
+    Raises:
+        UnsupportedAdapterError: names what there is too much of.
+    """
+    for layout in weights.layout:
+        for name, (first, end), most in (
+            ("total rank", layout.rows, MAX_RANK),
+            ("number of experts", layout.experts, MAX_EXPERTS),
+        ):
+            if end - first > most:
+                raise UnsupportedAdapterError(
+                    f"the {name} of a module is {end - first}, expected at most {most} on a GPU"
+                )
+
+
+def table_width(slices: int) -> int:
+    """Values of a table's row."""
+    return len(LAYER_FIELDS) + slices * len(SLICE_FIELDS)
+
+
+def shrink(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    blocks: torch.Tensor,
+    table: torch.Tensor,
+    slices: int,
+    splits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first product of each token's adapter, and its router logits.
+
+    Args:
+        x: [T, in], the layer's input.
+        order, blocks: of `TokenBlocks`; tokens in `order` are below T.
+        table: [slots, table_width(slices)] int64, on x's device.
+        slices: of the layer.
+        splits: parts in which a sum is handed over.
+
+    Returns:
+        h [splits, T, slices * MAX_RANK] and z [splits, T, slices * MAX_EXPERTS], float32, whose
+        sums over the first dimension are the results. What no block and no row of its slot
+        covers is not written.
+    """
+    h, z = empty_results(x, slices, splits)
+    for slot, begin, end in _filled(blocks):
+        weights = _Row.of(table, slot)
+        inputs = x[order[begin:end].long()]
+        lora_a = _at(weights.lora_a, (weights.rows, x.shape[1]), x.dtype)
+        router = _at(weights.router, (weights.experts, x.shape[1]), torch.float32)
+        h[:, begin:end, : weights.rows] = 0
+        z[:, begin:end, : weights.experts] = 0
+        h[0, begin:end, : weights.rows] = inputs.float() @ lora_a.float().t()
+        z[0, begin:end, : weights.experts] = inputs.float() @ router.t()
+    return h, z
+
+
+def expand(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    z: torch.Tensor,
+    order: torch.Tensor,
+    blocks: torch.Tensor,
+    table: torch.Tensor,
+    widths: Sequence[int],
+) -> None:
+    """Adds the gated second product to `y`, in place.
+
+    Args:
+        y: [T, out], the layer's output so far.
+        h, z: of `shrink`.
+        order, blocks, table: as there.
+        widths: the output columns of each slice; they sum to `out`.
+    """
+    for slot, begin, end in _filled(blocks):
+        weights = _Row.of(table, slot)
+        tokens = order[begin:end].long()
+        gate_rows = _at(weights.gate_rows, (weights.rows, 2), torch.float32)
+        for slice_ in weights.slices:
+            rows = slice(slice_.first_row, slice_.end_row)
+            columns = slice(slice_.first_column, slice_.end_column)
+            scale, expert = gate_rows[rows].unbind(1)
+            gated = h[:, begin:end, rows].sum(0) * scale
+            if slice_.end_expert > slice_.first_expert:
+                logits = z[:, begin:end, slice_.first_expert : slice_.end_expert].sum(0)
+                gates = route(logits, weights.top_k)
+                gated = gated * gates[:, expert.long() - slice_.first_expert]
+            lora_b = _at(
+                slice_.lora_b,
+                (slice_.end_row - slice_.first_row, slice_.end_column - slice_.first_column),
+                y.dtype,
+            )
+            added = gated.to(y.dtype).float() @ lora_b.float()
+            y[tokens, columns] = (y[tokens, columns].float() + added).to(y.dtype)
+
+
+def empty_results(x: torch.Tensor, slices: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for `shrink`'s results, of the largest size that an adapter may have."""
+    shape = (splits, x.shape[0])
+    return (
+        x.new_empty(*shape, slices * MAX_RANK, dtype=torch.float32),
+        x.new_empty(*shape, slices * MAX_EXPERTS, dtype=torch.float32),
+    )
+
+
+@dataclass(frozen=True)
+class _Slice:
+    lora_b: int
+    first_row: int
+    end_row: int
+    first_expert: int
+    end_expert: int
+    first_column: int
+    end_column: int
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A slot's row of the table, with the slices that its adapter adapts."""
+
+    lora_a: int
+    router: int
+    gate_rows: int
+    rows: int
+    experts: int
+    top_k: int
+    slices: tuple[_Slice, ...]
+
+    @classmethod
+    def of(cls, table: torch.Tensor, slot: int) -> _Row:
+        values = table[slot].tolist()
+        rest, width = values[len(LAYER_FIELDS) :], len(SLICE_FIELDS)
+        slices = [_Slice(*rest[i : i + width]) for i in range(0, len(rest), width)]
+        adapted = tuple(s for s in slices if s.end_row > s.first_row)
+        return cls(**dict(zip(LAYER_FIELDS, values, strict=False)), slices=adapted)
+
+
+def _filled(blocks: torch.Tensor) -> list[list[int]]:
+    return [[slot, begin, end] for slot, begin, end in blocks.tolist() if end > begin]
+
+
+def _at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in host memory at an address."""
+    if not prod(shape):
+        return torch.empty(shape, dtype=dtype)
+    size = prod(shape) * dtype.itemsize
+    buffer = (ctypes.c_byte * size).from_address(address)
+    return torch.frombuffer(buffer, dtype=dtype).view(shape)
