@@ -115,23 +115,39 @@ class Catalogue:
         return self._last
 
     def get(self, name: str) -> Entry | None:
-        return self.all().get(name)
+        return self._entries("WHERE name = ?", name).get(name)
 
     def all(self) -> dict[str, Entry]:
         """All names with their entries, in the order of the names."""
+        return self._entries("")
+
+    def _entries(self, where: str, *values: str) -> dict[str, Entry]:
         versions = {
             number: Version(number, name, digest, source, size, json.loads(about), created)
             for number, name, digest, source, size, about, created in self._db.execute(
-                "SELECT number, name, digest, source, size, about, created FROM version"
+                f"SELECT number, name, digest, source, size, about, created FROM version {where}",
+                values,
             )
         }
         rows = self._db.execute(
-            "SELECT name, current, previous, pinned FROM adapter ORDER BY name"
-        ).fetchall()
+            f"SELECT name, current, previous, pinned FROM adapter {where} ORDER BY name", values
+        )
         return {
             name: Entry(versions[current], versions.get(previous), bool(pinned))
             for name, current, previous, pinned in rows
         }
+
+    def sources(self) -> dict[str, str]:
+        """Name -> the folder that its current version was taken from."""
+        return dict(
+            self._db.execute(
+                "SELECT adapter.name, source FROM adapter JOIN version ON current = number"
+            )
+        )
+
+    def pinned(self) -> set[str]:
+        """The names that are pinned."""
+        return {name for (name,) in self._db.execute("SELECT name FROM adapter WHERE pinned")}
 
     def digests(self) -> set[str]:
         """The digests of all current and previous versions."""

@@ -218,10 +218,9 @@ class ManagedServingModels(VersionedServingModels):
 
     async def show_available_models(self) -> Any:
         models = await super().show_available_models()
-        entries = self.catalogue.all()
+        sources = self.catalogue.sources()
         for card in models.data:
-            if card.id in entries:
-                card.root = entries[card.id].current.source
+            card.root = sources.get(card.id, card.root)
         return models
 
     async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> Any:
@@ -251,7 +250,7 @@ class ManagedServingModels(VersionedServingModels):
             self._check_name(lora_name)
             self._find_unloaded(lora_name)
         except REFUSALS as e:
-            return error_response(e)
+            return create_error_response(str(e), status_code=status_of(e))
         async with self.lora_resolver_lock[lora_name]:
             loaded = self._served.get(lora_name)
             if loaded is not None:
@@ -343,10 +342,10 @@ class ManagedServingModels(VersionedServingModels):
     async def _evict_idle(self, after_s: float) -> None:
         while True:
             await asyncio.sleep(min(after_s / 2, 10.0))
-            entries = self.catalogue.all()
+            pinned = self.catalogue.pinned()
             for name in list(self._served.keys()):
                 idle = time.time() - self._served.last_used.get(name, 0.0)
-                if idle > after_s and not entries[name].pinned and not self.in_flight(name):
+                if idle > after_s and name not in pinned and not self.in_flight(name):
                     self._withdraw(name)
                     logger.info("Adapter '%s' was not used for %.0f s: evicted", name, idle)
 
@@ -381,11 +380,13 @@ def status_of(error: Exception) -> HTTPStatus:
 
 
 def error_response(error: Exception, prefix: str = "") -> ErrorResponse:
-    """A refusal in the form of vLLM's errors."""
+    """A refusal in the form of vLLM's errors, for an administrator: paths are in it as they are."""
     status = status_of(error)
     kinds = {HTTPStatus.NOT_FOUND: "NotFoundError", HTTPStatus.FORBIDDEN: "PermissionDeniedError"}
     kind = kinds.get(status, "BadRequestError" if status < 500 else "InternalServerError")
-    return create_error_response(f"{prefix}{error}", kind, status)
+    response = create_error_response(f"{prefix}{error}", kind, status)
+    response.error.message = f"{prefix}{error}"  # vLLM puts "<path>" for paths
+    return response
 
 
 def _not_allowed() -> ErrorResponse:
