@@ -293,7 +293,10 @@ class ManagedServingModels(VersionedServingModels):
     async def _make_current(self, version: Version) -> Version:
         version = replace(version, number=self.catalogue.next_number())
         loaded = self._request_of(version)
-        await self._add_to_engine(loaded)
+        try:
+            await self._add_to_engine(loaded)
+        except AdapterError as e:  # it names the copy
+            raise AdapterError(str(e).replace(loaded.lora_path, version.source)) from None
         try:
             self.catalogue.put(version)
         except BaseException:
