@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from guilomo_serve.adapter import AdapterError, BaseModel, is_guilomo_adapter, read_adapter
+from guilomo_serve.catalogue import Settings, check_name, command
+from guilomo_serve.catalogue.settings import ADMIN_KEY
 
 # Storage is ragged, so slots and ranks cost nothing until an adapter fills them. Twice the
 # adapters at start: while a name is swapped its old version still has requests.
 _MIN_SLOTS = 16
 _MAX_RANK = 512
+_LEAST_KEY = 16  # characters of an admin key
 _SPLITTING_FLAGS = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
 
 
@@ -34,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         2 if an adapter or an argument is refused; the message is on stderr.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["adapters"]:
+        return command.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="guilomo-serve",
         description="Serves a base model and its adapters with vLLM's OpenAI API.",
@@ -48,16 +54,64 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME=FOLDER",
         help="adapter to serve under NAME (LoRA-MoE, or a plain PEFT LoRA); may be repeated",
     )
-    args, flags = parser.parse_known_args(argv)
+    _add_catalogue_flags(parser)
+    args, flags = parser.parse_known_args(arguments)
     try:
-        command = vllm_command(args.base, args.adapter, flags)
+        settings = _settings(args)
+        vllm = vllm_command(args.base, args.adapter, flags)
     except (UsageError, AdapterError) as e:
         print(f"guilomo-serve: {e}", file=sys.stderr)
         return 2
+    settings.export(os.environ)
+    vllm += ["--middleware", "guilomo_serve.server.access.AdminGuard"]
     # Loading and unloading while serving; vLLM keeps the routes away without it.
     os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-    _run_vllm(command)
+    _run_vllm(vllm)
     return 0
+
+
+def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter-root",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="the only folder that adapters are taken from while serving; those in it are served "
+        "under their folders' names when first asked for; may be repeated",
+    )
+    parser.add_argument(
+        "--state",
+        metavar="FOLDER",
+        help="where names and versions are kept, so that a restarted server has them",
+    )
+    parser.add_argument(
+        "--admin-key",
+        metavar="KEY",
+        help=f"lets its holder change adapters; better in the environment, as {ADMIN_KEY}. "
+        "Without one only programs on this machine may",
+    )
+    parser.add_argument(
+        "--evict-idle",
+        type=float,
+        metavar="SECONDS",
+        help="free the weights of an adapter that nobody asked for as long; the next request "
+        "loads them again",
+    )
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    roots = []
+    for root in args.adapter_root:
+        if not Path(root).is_dir():
+            raise UsageError(f"--adapter-root {root}: there is no such folder")
+        roots.append(Path(root).resolve())
+    if args.evict_idle is not None and not args.evict_idle > 0:
+        raise UsageError(f"--evict-idle {args.evict_idle}: expected a number of seconds > 0")
+    key = args.admin_key if args.admin_key is not None else os.environ.get(ADMIN_KEY) or None
+    if key is not None and len(key) < _LEAST_KEY:
+        raise UsageError(f"the admin key is too short: expected at least {_LEAST_KEY} characters")
+    state = Path(args.state).resolve() if args.state else None
+    return Settings(tuple(roots), state, args.evict_idle, key)
 
 
 def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> list[str]:
@@ -132,6 +186,7 @@ def _parse_adapters(adapters: Sequence[str], taken: Sequence[str]) -> dict[str, 
             raise UsageError(f"--adapter {adapter}: the name {name!r} is given twice")
         if name in taken:
             raise UsageError(f"--adapter {adapter}: {name!r} is the name of the base model")
+        check_name(name)
         if not Path(folder).is_dir():
             raise UsageError(f"--adapter {adapter}: there is no folder {folder}")
         folders[name] = Path(folder).resolve()

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,6 +45,10 @@ _PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 # How files of torch.save begin (zip, and the older format). As a safetensors file's first bytes,
 # the header's size, they would stand for more than 64 MB.
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
+# An adapter's config and header are kilobytes; the largest we know of have some hundreds of them.
+# More is refused before it is read into memory.
+MAX_CONFIG_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 16 * 2**20
 _PICKLE_REFUSED = f"a pickle file can run code when it is read; save the adapter as {WEIGHTS_FILE}"
 
 Header = tuple[str, tuple[int, ...]]  # a tensor's dtype, by safetensors' name, and its shape
@@ -72,10 +77,52 @@ class Adapter:
 def is_guilomo_adapter(folder: str | Path) -> bool:
     """Whether the folder's config names itself a LoRA-MoE adapter (it may still be a bad one)."""
     try:
-        value = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = read_config(Path(folder) / CONFIG_FILE)
+    except (OSError, AdapterError):
         return False
     return isinstance(value, dict) and value.get("peft_type") == PEFT_TYPE
+
+
+def read_config(path: Path) -> Any:
+    """The JSON value of an `adapter_config.json`, of whichever kind of adapter.
+
+    Raises:
+        AdapterError: it is larger than `MAX_CONFIG_BYTES`, or no JSON.
+    """
+    size = path.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise AdapterError(f"{path}: has {size} bytes, expected at most {MAX_CONFIG_BYTES}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:  # the latter: nested thousands of levels deep
+        raise AdapterError(f"{path}: not a JSON file ({e})") from None
+
+
+def check_start(start: bytes, size: int, where: str) -> None:
+    """Checks how a weights file begins, before more of it is read.
+
+    A safetensors file is 8 bytes with the header's size (little-endian), the header, the tensors.
+
+    Args:
+        start: the file's first 8 bytes.
+        size: of the whole file.
+        where: the file's path, for messages.
+
+    Raises:
+        AdapterError: it is a pickle file, or its header would be too large or goes beyond its end.
+    """
+    if start[:4].startswith(_PICKLE_STARTS):
+        raise AdapterError(f"{where}: {_PICKLE_REFUSED}")
+    header = int.from_bytes(start, "little")
+    if len(start) < 8 or header > size - 8:
+        raise AdapterError(
+            f"{where}: not a complete safetensors file (it has {size} bytes); "
+            "copy the adapter again"
+        )
+    if header > MAX_HEADER_BYTES:
+        raise AdapterError(
+            f"{where}: has a header of {header} bytes, expected at most {MAX_HEADER_BYTES}"
+        )
 
 
 def read_spec(folder: str | Path) -> AdapterSpec:
@@ -85,11 +132,7 @@ def read_spec(folder: str | Path) -> AdapterSpec:
         AdapterError: the folder or its config is missing or wrong.
     """
     path = _file_in(Path(folder), CONFIG_FILE)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise AdapterError(f"{path}: not a JSON file ({e})") from None
-    return AdapterSpec.from_json(value, str(path))
+    return AdapterSpec.from_json(read_config(path), str(path))
 
 
 def read_adapter(folder: str | Path, base: BaseModel | None = None) -> Adapter:
@@ -109,8 +152,7 @@ def read_adapter(folder: str | Path, base: BaseModel | None = None) -> Adapter:
     if base is not None:
         _check_base(spec, base, str(folder / CONFIG_FILE))
     with path.open("rb") as file:
-        if file.read(4).startswith(_PICKLE_STARTS):
-            raise AdapterError(f"{path}: {_PICKLE_REFUSED}")
+        check_start(file.read(8), path.stat().st_size, str(path))
     try:
         with safe_open(path, framework="pt") as tensors:
             _check_headers(spec, base, _headers_of_file(tensors), str(path))

@@ -4,20 +4,52 @@ vLLM reloads an adapter in place: under one id, one name and one path. A stream 
 with the new weights, and prefix-cache blocks (vLLM hashes them with name and path) are reused
 across versions. Here each load is a version with an id and an inner name of its own, and the
 public name points to the latest: who has begun finishes with what he began with.
+
+    models.py      versions, for any server that has the plugin
+    managed.py     a catalogue of them, for servers that `guilomo-serve` starts
+    inspection.py  what an adapter folder is, without the engine
+    routes.py      /v1/adapters
+    access.py      who may administer
+
+The seam, for vLLM 0.32: the class `OpenAIServingModels` is replaced, of which the overridden
+methods and `lora_requests`, `lora_resolver_lock` have to stay; `vllm.plugins.load_endpoint_plugins`
+returns our routes too (vLLM loads endpoint plugins only where VLLM_PLUGINS names them, and who
+starts `guilomo-serve` has named it); `output_processor.request_states` says what runs.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 
 def install() -> None:
-    """Puts `VersionedServingModels` in the place of vLLM's class (see guilomo_serve.runtime)."""
+    """Puts our class in the place of vLLM's list of models (see guilomo_serve.runtime)."""
     from vllm.entrypoints.openai.models import serving
 
+    from guilomo_serve.catalogue.settings import Settings
     from guilomo_serve.server.models import VersionedServingModels
 
-    setattr(serving, "OpenAIServingModels", VersionedServingModels)  # noqa: B010
+    ours: type[VersionedServingModels] = VersionedServingModels
+    if Settings.from_environment() is not None:
+        from guilomo_serve.server.managed import ManagedServingModels
+
+        ours = ManagedServingModels
+        _add_routes()
+    setattr(serving, "OpenAIServingModels", ours)  # noqa: B010
     app_state = sys.modules.get("vllm.entrypoints.launchers.api_server.app_state")
     if app_state is not None:  # imported by now: it has a name of its own for the class
-        setattr(app_state, "OpenAIServingModels", VersionedServingModels)  # noqa: B010
+        setattr(app_state, "OpenAIServingModels", ours)  # noqa: B010
+
+
+def _add_routes() -> None:
+    from vllm import plugins
+
+    from guilomo_serve.server.routes import AdapterRoutes
+
+    theirs = plugins.load_endpoint_plugins
+
+    def with_ours(*args: Any, **kwargs: Any) -> list[Any]:
+        return [*theirs(*args, **kwargs), AdapterRoutes()]
+
+    plugins.load_endpoint_plugins = with_ours

@@ -14,6 +14,8 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from guilomo_serve.adapter import AdapterError
+
 logger = init_logger("vllm.guilomo")  # below vLLM's root logger, or nobody would see it
 
 # A request that has looked its adapter up may still be on its way to the engine.
@@ -71,23 +73,16 @@ class VersionedServingModels(OpenAIServingModels):
             if base_model_name is not None and self.is_base_model(base_model_name):
                 loaded.base_model_name = base_model_name
             try:
-                await self.engine_client.add_lora(loaded)
-            except EngineDeadError:
-                raise
-            except Exception as e:
-                missing = LoRAAdapterNotFoundError(loaded.lora_name, loaded.lora_path)
-                if str(missing) in str(e):
-                    return create_error_response(LoRAAdapterNotFoundError(name, request.lora_path))
+                await self._add_to_engine(loaded)
+            except LoRAAdapterNotFoundError:
+                return create_error_response(LoRAAdapterNotFoundError(name, request.lora_path))
+            except AdapterError as e:
                 return create_error_response(
-                    message=f"The adapter '{name}' is refused: {_reason(e)}",
+                    message=f"The adapter '{name}' is refused: {e}",
                     err_type="BadRequestError",
                     status_code=HTTPStatus.BAD_REQUEST,
                 )
-            self._names[version] = name
-            previous = self.lora_requests.get(name)
-            self.lora_requests[name] = loaded
-            if previous is not None:
-                self._retire(previous)
+            self._switch(name, loaded)
             logger.info("Adapter '%s': version %d from %s", name, version, request.lora_path)
             return f"Success: LoRA adapter '{name}' added successfully."
 
@@ -98,6 +93,38 @@ class VersionedServingModels(OpenAIServingModels):
             self._retire(previous)
         return response
 
+    async def _add_to_engine(self, version: LoRARequest) -> None:
+        """Loads a version's weights; requests do not get it yet.
+
+        Raises:
+            LoRAAdapterNotFoundError: there is none at its path.
+            AdapterError: the engine refuses it, with the reason.
+            EngineDeadError: the engine has ended.
+        """
+        try:
+            await self.engine_client.add_lora(version)
+        except EngineDeadError:
+            raise
+        except Exception as e:
+            missing = LoRAAdapterNotFoundError(version.lora_name, version.lora_path)
+            if str(missing) in str(e):
+                raise missing from None
+            raise AdapterError(_reason(e)) from None
+
+    def _switch(self, name: str, version: LoRARequest) -> None:
+        """Gives requests that come from now on a version that is loaded."""
+        self._names[version.lora_int_id] = name
+        previous = self.lora_requests.get(name)
+        self.lora_requests[name] = version
+        if previous is not None:
+            self._retire(previous)
+
+    def _in_flight(self, version: int) -> int:
+        """How many requests are running or waiting that use a version."""
+        states = list(self.engine_client.output_processor.request_states.values())
+        used = [state.lora_request for state in states if state.lora_request is not None]
+        return sum(request.lora_int_id == version for request in used)
+
     def _retire(self, version: LoRARequest) -> None:
         """Frees a version's weights once no request uses it."""
         task = asyncio.create_task(self._free_when_idle(version))
@@ -106,9 +133,10 @@ class VersionedServingModels(OpenAIServingModels):
 
     async def _free_when_idle(self, version: LoRARequest) -> None:
         await asyncio.sleep(_GRACE_S)
-        states = self.engine_client.output_processor.request_states
-        while any(state.lora_request == version for state in list(states.values())):
+        while self._in_flight(version.lora_int_id):
             await asyncio.sleep(_POLL_S)
+        if version in self.lora_requests.values():
+            return  # it is in use again
         await self.engine_client.remove_lora(version.lora_int_id)
         self._names.pop(version.lora_int_id, None)
         logger.info("Adapter '%s' is no longer in use and was freed", version.lora_name)

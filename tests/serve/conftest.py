@@ -6,13 +6,24 @@ can be compared to four digits.
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from tests.serve.helpers import byte_tokenizer, random_adapter, random_lora
+from tests.serve.helpers import (
+    Server,
+    byte_tokenizer,
+    guilomo_serve,
+    random_adapter,
+    random_lora,
+    serving,
+)
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +62,51 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         ),
         "plain": random_lora(tiny_model, folder / "plain", seed=3),
     }
+
+
+@pytest.fixture(scope="package")
+def root(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter root of `opened` and `restarted`, with the adapters of these tests."""
+    folder = tmp_path_factory.mktemp("root")
+    for name, adapter in adapters.items():
+        shutil.copytree(adapter, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="package")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
+def _command(tiny_model: Path, adapters: dict[str, Path], root: Path, state: Path) -> list[str]:
+    return guilomo_serve(
+        tiny_model,
+        {"given": adapters["plain"]},
+        *("--adapter-root", str(root), "--state", str(state)),
+        *("--enforce-eager", "--enable-prefix-caching"),
+        *("--dtype", "float32", "--served-model-name", "base"),
+    )
+
+
+@pytest.fixture(scope="package")
+def opened(tiny_model, adapters, root, state, tmp_path_factory) -> Iterator[Server]:
+    """A server with a root and a state, without keys, that listens on all addresses."""
+    log = tmp_path_factory.mktemp("log") / "opened.log"
+    with serving(_command(tiny_model, adapters, root, state), log, host="0.0.0.0") as server:
+        yield server
+
+
+@pytest.fixture(scope="package")
+def restarted(opened, tiny_model, adapters, root, state, tmp_path_factory) -> Iterator[Server]:
+    """`opened`, killed and started again on its state: with keys, and evicting what is idle."""
+    os.killpg(opened.process.pid, signal.SIGKILL)
+    opened.process.wait()
+    log = tmp_path_factory.mktemp("log") / "restarted.log"
+    command = [
+        *_command(tiny_model, adapters, root, state),
+        *("--api-key", "the-key-for-inference", "--evict-idle", "4"),
+    ]
+    environment = {"GUILOMO_ADMIN_KEY": "the-key-for-administration"}
+    with serving(command, log, environment) as server:
+        server.key, server.admin_key = "the-key-for-inference", "the-key-for-administration"
+        yield server

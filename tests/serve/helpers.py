@@ -35,10 +35,13 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 @dataclass
 class Server:
-    """A server in a process of its own."""
+    """A server in a process of its own; `key` is for inference, `admin_key` for adapters."""
 
     port: int
     log: Path
+    process: subprocess.Popen[bytes]
+    key: str = "none"
+    admin_key: str | None = None
 
     @property
     def url(self) -> str:
@@ -46,10 +49,23 @@ class Server:
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0)
 
     def post(self, path: str, **body: object) -> requests.Response:
         return requests.post(f"{self.url}{path}", json=body, timeout=120)
+
+    def admin(self, method: str, path: str = "", **body: object) -> requests.Response:
+        """Asks /v1/adapters and what lies below it."""
+        return requests.request(
+            method,
+            f"{self.url}/v1/adapters{path}",
+            json=body if method == "PUT" else None,
+            headers={"Authorization": f"Bearer {self.admin_key}"} if self.admin_key else {},
+            timeout=120,
+        )
+
+    def put(self, name: str, source: Path | str, **settings: object) -> requests.Response:
+        return self.admin("PUT", f"/{name}", source=str(source), **settings)
 
     def load(self, name: str, folder: Path, replace: bool = False) -> requests.Response:
         return self.post(
@@ -59,7 +75,10 @@ class Server:
 
 @contextmanager
 def serving(
-    command: Sequence[str], log: Path, environment: dict[str, str] | None = None
+    command: Sequence[str],
+    log: Path,
+    environment: dict[str, str] | None = None,
+    host: str = "127.0.0.1",
 ) -> Iterator[Server]:
     """Runs a server's command (without a port) and waits until it answers."""
     with socket.socket() as probe:
@@ -75,13 +94,13 @@ def serving(
     }
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            [*command, "--host", host, "--port", str(port)],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
         )
-    server = Server(port, log)
+    server = Server(port, log, process)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
@@ -112,6 +131,19 @@ def guilomo_serve(base: Path, adapters: dict[str, Path], *flags: str) -> list[st
         *(sys.executable, "-m", "guilomo_serve.cli", str(base), *named),
         *("--max-model-len", "512", "--max-num-seqs", "16", *flags),
     ]
+
+
+def text_of(server: Server, model: str, prompt: str, tokens: int = 12) -> str:
+    """A greedy completion."""
+    answer = server.client.completions.create(
+        model=model,
+        prompt=prompt,
+        max_tokens=tokens,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    assert answer.model == model
+    return answer.choices[0].text
 
 
 def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -16,7 +16,14 @@ import torch
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from tests.serve import hf_reference
-from tests.serve.helpers import Server, guilomo_serve, random_adapter, random_lora, serving
+from tests.serve.helpers import (
+    Server,
+    guilomo_serve,
+    random_adapter,
+    random_lora,
+    serving,
+    text_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -57,18 +64,6 @@ def complete(server: Server, model: str, prompt: str) -> tuple[list[int], torch.
     ]
     tokens = [*choice.prompt_token_ids, *choice.token_ids]
     return tokens, torch.tensor(of_prompt + choice.logprobs.token_logprobs)
-
-
-def text_of(server: Server, model: str, prompt: str, tokens: int = TOKENS) -> str:
-    answer = server.client.completions.create(
-        model=model,
-        prompt=prompt,
-        max_tokens=tokens,
-        temperature=0,
-        extra_body={"ignore_eos": True},
-    )
-    assert answer.model == model
-    return answer.choices[0].text
 
 
 def check_against_hf(server, base, adapters, tolerance):

@@ -1,0 +1,72 @@
+"""What `guilomo-serve` tells its server process, and which names adapters may have."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from guilomo_serve.adapter import AdapterError
+
+ADMIN_KEY = "GUILOMO_ADMIN_KEY"
+_SETTINGS = "GUILOMO_SERVE"
+# In URLs, logs and folders as they are; "@" parts a name from its version.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How adapters are administered.
+
+    Attributes:
+        roots: folders that adapters may be taken from; with none, every folder on the machine.
+        state: folder of the catalogue; None for one that is gone when the server ends.
+        evict_idle: seconds without a request after which a name's weights are freed; None: never.
+        admin_key: what an administrator has to present; None: only clients on this machine may.
+    """
+
+    roots: tuple[Path, ...] = ()
+    state: Path | None = None
+    evict_idle: float | None = None
+    admin_key: str | None = field(default=None, repr=False)
+
+    def export(self, environment: MutableMapping[str, str]) -> None:
+        """Leaves the settings for `from_environment` in this process and its children."""
+        environment[_SETTINGS] = json.dumps(
+            {
+                "roots": [str(root) for root in self.roots],
+                "state": str(self.state) if self.state else None,
+                "evict_idle": self.evict_idle,
+            }
+        )
+        if self.admin_key is not None:
+            environment[ADMIN_KEY] = self.admin_key
+
+    @classmethod
+    def from_environment(cls) -> Settings | None:
+        """The settings of this server; None where `guilomo-serve` did not start it."""
+        if _SETTINGS not in os.environ:
+            return None
+        value = json.loads(os.environ[_SETTINGS])
+        return cls(
+            roots=tuple(Path(root) for root in value["roots"]),
+            state=Path(value["state"]) if value["state"] else None,
+            evict_idle=value["evict_idle"],
+            admin_key=os.environ.get(ADMIN_KEY) or None,
+        )
+
+
+def check_name(name: str) -> None:
+    """Refuses a name that an adapter cannot have.
+
+    Raises:
+        AdapterError: it has other characters than the allowed ones, or too many.
+    """
+    if not _NAME.fullmatch(name):
+        raise AdapterError(
+            f"the name {name[:140]!a} cannot be served: expected 1 to 128 letters, digits and "
+            "._:- of ASCII, the first a letter or digit"
+        )

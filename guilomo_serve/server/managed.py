@@ -1,0 +1,398 @@
+"""Adapters of a server that `guilomo-serve` started: those of its catalogue, and of its roots.
+
+An adapter is copied into the store and checked there, then loaded into the engine, then written to
+the catalogue, and only then do requests get it: whatever fails before leaves the old version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import sqlite3
+import tempfile
+import time
+from dataclasses import replace
+from functools import cached_property
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+
+from guilomo_serve.adapter import AdapterError, BaseModel
+from guilomo_serve.catalogue import (
+    Catalogue,
+    CatalogueError,
+    Entry,
+    Forbidden,
+    Missing,
+    Settings,
+    Store,
+    Version,
+    check_name,
+    digest_of,
+)
+from guilomo_serve.server.access import administrating
+from guilomo_serve.server.inspection import inspect
+from guilomo_serve.server.models import VersionedServingModels
+
+logger = init_logger("vllm.guilomo")
+
+# A member of a root that was refused is not read again at each request for it.
+_REFUSED_FOR_S = 10.0
+REFUSALS = (AdapterError, CatalogueError, OSError, sqlite3.Error)
+
+
+class Unknown(CatalogueError):
+    """The catalogue has no adapter of that name."""
+
+
+class _Served(dict[str, LoRARequest]):
+    """Name -> current version; vLLM asks `name in served` when a request begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_used: dict[str, float] = {}  # seconds since 1970
+
+    def __contains__(self, name: object) -> bool:
+        found = super().__contains__(name)
+        if found:
+            self.last_used[str(name)] = time.time()
+        return found
+
+
+class ManagedServingModels(VersionedServingModels):
+    """vLLM's list of models, over a catalogue.
+
+    Attributes:
+        catalogue: names and versions.
+        failed: name -> why its version could not be loaded when the server started.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = Settings.from_environment()
+        assert settings is not None
+        self._settings = settings
+        state = settings.state
+        if state is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="guilomo-serve-")
+            state = Path(self._temporary.name)
+        self.catalogue = Catalogue(state / "catalogue.sqlite3")
+        self._store = Store(state / "adapters", settings.roots)
+        self._served = _Served()
+        self.lora_requests = self._served
+        self.failed: dict[str, str] = {}
+        self._retiring_digests: list[str] = []
+        self._putting = 0
+        self._refused: dict[str, tuple[float, str]] = {}  # name -> until when, and why
+
+    @cached_property
+    def _base(self) -> BaseModel | None:
+        try:
+            return BaseModel.from_config(self.model_config.hf_config)
+        except ValueError:
+            return None  # no plain causal LM to transformers; the engine checks shapes
+
+    def _inspect(self, folder: Path) -> dict[str, Any]:
+        return inspect(folder, self._base, self.engine_client.vllm_config.lora_config)
+
+    # What operators do.
+
+    def find(self, source: str) -> Path:
+        return self._store.find(source)
+
+    def entry(self, name: str) -> Entry:
+        entry = self.catalogue.get(name)
+        if entry is None:
+            raise Unknown(f"there is no adapter {name[:140]!a}")
+        return entry
+
+    async def put(
+        self, name: str, source: Path, dry_run: bool = False, digest: str | None = None
+    ) -> Version:
+        """Makes an adapter folder the current version of a name.
+
+        Args:
+            name: new, or in use.
+            source: the folder, of which it is known that adapters may be taken from it.
+            dry_run: check all that can be checked without the engine, change nothing.
+            digest: what the folder's digest has to be; None: anything.
+
+        Returns:
+            The version that is served now, or with `dry_run` would be (its number is 0).
+
+        Raises:
+            AdapterError: it is refused; OSError, sqlite3.Error: it cannot be stored. The name
+                stands for what it did.
+        """
+        self._check_name(name)
+        async with self.lora_resolver_lock[name]:
+            with _Counted(self):
+                return await self._put(name, source, dry_run, digest)
+
+    async def _put(
+        self, name: str, source: Path, dry_run: bool = False, digest: str | None = None
+    ) -> Version:
+        stored, about = await asyncio.to_thread(self._store.add, source, self._inspect)
+        if digest is not None and digest != stored.digest:
+            raise AdapterError(f"{source}: its digest is {stored.digest}, expected {digest}")
+        size, now = stored.size, time.time()
+        version = Version(0, name, stored.digest, str(source), size, about, now)
+        return version if dry_run else await self._make_current(version)
+
+    async def rollback(self, name: str) -> Version:
+        """Makes the version before the current one the current one, as a new version.
+
+        Raises:
+            Unknown: there is no such name; CatalogueError: it has had one version only.
+        """
+        async with self.lora_resolver_lock[name]:
+            previous = self.entry(name).previous
+            if previous is None:
+                raise CatalogueError(f"{name} has no previous version")
+            with _Counted(self):
+                await asyncio.to_thread(self._store.verify, previous.digest)
+                return await self._make_current(replace(previous, created=time.time()))
+
+    async def delete(self, name: str) -> None:
+        """Takes a name away; running requests finish.
+
+        Raises:
+            Unknown: there is no such name.
+        """
+        async with self.lora_resolver_lock[name]:
+            self.entry(name)
+            self.catalogue.delete(name)
+            self._withdraw(name)
+            self.failed.pop(name, None)
+            self._served.last_used.pop(name, None)
+        logger.info("Adapter '%s' was deleted", name)
+
+    def pin(self, name: str, pinned: bool) -> None:
+        """Keeps a name's weights in memory however long nobody asks for it, or no longer so."""
+        self.entry(name)
+        self.catalogue.pin(name, pinned)
+
+    def in_flight(self, name: str) -> int:
+        return sum(self._in_flight(v) for v, of in list(self._names.items()) if of == name)
+
+    def last_used(self, name: str) -> float | None:
+        return self._served.last_used.get(name)
+
+    async def resident(self) -> set[int]:
+        """Numbers of the versions whose weights the engine has."""
+        return set(await self.engine_client.list_loras())
+
+    # vLLM's interface.
+
+    async def init_static_loras(self) -> None:
+        """Restores the catalogue, then adds the command line's adapters.
+
+        Raises:
+            AdapterError: an adapter of the command line is refused.
+        """
+        self._prune()
+        for name, entry in self.catalogue.all().items():
+            try:
+                await asyncio.to_thread(self._store.verify, entry.current.digest)
+                await self._load(entry.current)
+            except (AdapterError, OSError) as e:
+                self.failed[name] = str(e)
+                logger.error("Adapter '%s' of the catalogue is not served: %s", name, e)
+        for module in self.static_lora_modules or ():
+            known = self.catalogue.get(module.name)
+            if known is None:
+                await self.put(module.name, Path(module.path))
+            elif known.current.digest != await asyncio.to_thread(digest_of, Path(module.path)):
+                logger.warning(
+                    "Adapter '%s' is version %d from %s, as the catalogue has it; the folder on "
+                    "the command line, %s, holds another one: put it to serve it",
+                    *(module.name, known.current.number, known.current.source, module.path),
+                )
+        if self._settings.evict_idle is not None:
+            self._evicting = asyncio.create_task(self._evict_idle(self._settings.evict_idle))
+
+    async def show_available_models(self) -> Any:
+        models = await super().show_available_models()
+        sources = self.catalogue.sources()
+        for card in models.data:
+            card.root = sources.get(card.id, card.root)
+        return models
+
+    async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> Any:
+        name = request.lora_name
+        if not administrating.get():
+            return _not_allowed()
+        if not request.load_inplace and self.catalogue.get(name) is not None:
+            return create_error_response(f"{name} is loaded; replace it with load_inplace: true")
+        try:
+            await self.put(name, self.find(request.lora_path))
+        except REFUSALS as e:
+            return error_response(e, f"The adapter {name[:140]!a} is refused: ")
+        return f"Success: LoRA adapter '{name}' added successfully."
+
+    async def unload_lora_adapter(self, request: Any) -> Any:
+        if not administrating.get():
+            return _not_allowed()
+        try:
+            await self.delete(request.lora_name)
+        except REFUSALS as e:
+            return error_response(e)
+        return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
+
+    async def resolve_lora(self, lora_name: str) -> LoRARequest | ErrorResponse:
+        """Loads a name that is not loaded: one that was evicted, or a member of a root."""
+        try:
+            self._check_name(lora_name)
+            self._find_unloaded(lora_name)
+        except REFUSALS as e:
+            return create_error_response(str(e), status_code=status_of(e))
+        async with self.lora_resolver_lock[lora_name]:
+            loaded = self._served.get(lora_name)
+            if loaded is not None:
+                return loaded
+            until, reason = self._refused.get(lora_name, (0.0, ""))
+            if time.monotonic() < until:
+                return create_error_response(reason)
+            try:
+                with _Counted(self):
+                    version = self._find_unloaded(lora_name)
+                    if isinstance(version, Version):
+                        await asyncio.to_thread(self._store.verify, version.digest)
+                        await self._load(version)
+                    else:
+                        await self._put(lora_name, version)
+            except REFUSALS as e:
+                reason = f"The adapter {lora_name!a} is refused: {e}"
+                logger.warning("%s", reason)
+                self._refused[lora_name] = (time.monotonic() + _REFUSED_FOR_S, reason)
+                return create_error_response(reason)
+            self._refused.pop(lora_name, None)
+            return self._served[lora_name]
+
+    # How it is done.
+
+    def _check_name(self, name: str) -> None:
+        check_name(name)
+        if self.is_base_model(name):
+            raise AdapterError(f"{name} is the name of the base model")
+
+    def _find_unloaded(self, name: str) -> Version | Path:
+        """The version that the catalogue has for a name, or else the folder of a root's member."""
+        entry = self.catalogue.get(name)
+        if entry is not None:
+            return entry.current
+        if not self._settings.roots:
+            raise Missing(f"there is no adapter {name!a}")
+        return self._store.find(name)
+
+    async def _make_current(self, version: Version) -> Version:
+        version = replace(version, number=self.catalogue.next_number())
+        loaded = self._request_of(version)
+        try:
+            await self._add_to_engine(loaded)
+        except AdapterError as e:  # it names the copy
+            raise AdapterError(str(e).replace(loaded.lora_path, version.source)) from None
+        try:
+            self.catalogue.put(version)
+        except BaseException:
+            await self.engine_client.remove_lora(loaded.lora_int_id)
+            raise
+        self._start_serving(version, loaded)
+        return version
+
+    async def _load(self, version: Version) -> None:
+        loaded = self._request_of(version)
+        await self._add_to_engine(loaded)
+        self._start_serving(version, loaded)
+
+    def _start_serving(self, version: Version, loaded: LoRARequest) -> None:
+        self._switch(version.name, loaded)
+        self._served.last_used.setdefault(version.name, time.time())
+        self.failed.pop(version.name, None)
+        logger.info("Adapter '%s': version %d, %s", version.name, version.number, version.digest)
+
+    def _request_of(self, version: Version) -> LoRARequest:
+        return LoRARequest(
+            lora_name=f"{version.name}@{version.number}",
+            lora_int_id=version.number,
+            lora_path=str(self._store.folder_of(version.digest)),
+        )
+
+    def _withdraw(self, name: str) -> None:
+        loaded = self._served.pop(name, None)
+        if loaded is not None:
+            self._retire(loaded)
+
+    async def _free_when_idle(self, version: LoRARequest) -> None:
+        # Its files stay as long: a request on its way may need them to be read once more.
+        digest = Path(version.lora_path).name
+        self._retiring_digests.append(digest)
+        try:
+            await super()._free_when_idle(version)
+        finally:
+            self._retiring_digests.remove(digest)
+            self._prune()
+
+    def _prune(self) -> None:
+        if self._putting == 0:  # or a copy that is not in the catalogue yet would be deleted
+            self._store.prune(self.catalogue.digests() | set(self._retiring_digests))
+
+    async def _evict_idle(self, after_s: float) -> None:
+        while True:
+            await asyncio.sleep(min(after_s / 2, 10.0))
+            pinned = self.catalogue.pinned()
+            for name in list(self._served.keys()):
+                idle = time.time() - self._served.last_used.get(name, 0.0)
+                if idle > after_s and name not in pinned and not self.in_flight(name):
+                    self._withdraw(name)
+                    logger.info("Adapter '%s' was not used for %.0f s: evicted", name, idle)
+
+
+class _Counted:
+    """Keeps copies from being pruned while one of them may be on its way into the catalogue."""
+
+    def __init__(self, models: ManagedServingModels) -> None:
+        self._models = models
+
+    def __enter__(self) -> None:
+        self._models._putting += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._models._putting -= 1
+        self._models._prune()
+
+
+def status_of(error: Exception) -> HTTPStatus:
+    """The HTTP status that says what a refusal means to a client."""
+    if isinstance(error, (Missing, Unknown)):
+        return HTTPStatus.NOT_FOUND
+    if isinstance(error, Forbidden):
+        return HTTPStatus.FORBIDDEN
+    if isinstance(error, CatalogueError):
+        return HTTPStatus.CONFLICT
+    if isinstance(error, AdapterError):
+        return HTTPStatus.BAD_REQUEST
+    if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+        return HTTPStatus.INTERNAL_SERVER_ERROR
+    return HTTPStatus.INSUFFICIENT_STORAGE
+
+
+def error_response(error: Exception, prefix: str = "") -> ErrorResponse:
+    """A refusal in the form of vLLM's errors, for an administrator: paths are in it as they are."""
+    status = status_of(error)
+    kinds = {HTTPStatus.NOT_FOUND: "NotFoundError", HTTPStatus.FORBIDDEN: "PermissionDeniedError"}
+    kind = kinds.get(status, "BadRequestError" if status < 500 else "InternalServerError")
+    response = create_error_response(f"{prefix}{error}", kind, status)
+    response.error.message = f"{prefix}{error}"  # vLLM puts "<path>" for paths
+    return response
+
+
+def _not_allowed() -> ErrorResponse:
+    return create_error_response(
+        "only an administrator may change adapters", "PermissionDeniedError", HTTPStatus.FORBIDDEN
+    )

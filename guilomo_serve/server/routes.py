@@ -1,0 +1,187 @@
+"""`/v1/adapters`: what is served, and changing it.
+
+GET    /v1/adapters                  all adapters
+GET    /v1/adapters/{name}           one, with its allocation and its versions
+PUT    /v1/adapters/{name}           {"source": folder, "digest": ..., "dry_run": false}
+DELETE /v1/adapters/{name}
+POST   /v1/adapters/{name}/rollback  the version before, as a new version
+POST   /v1/adapters/{name}/pin       keep its weights in memory; /unpin ends that
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from guilomo_serve.catalogue import Entry, Version
+from guilomo_serve.server.access import administrating
+from guilomo_serve.server.inspection import summary
+from guilomo_serve.server.managed import REFUSALS, ManagedServingModels, error_response
+
+
+class PutBody(BaseModel):
+    """The body of PUT: where the adapter is, and what it is expected to be."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    source: str = Field(min_length=1, max_length=4096)
+    digest: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    dry_run: bool = False
+
+
+class AdapterRoutes:
+    """The routes in the form of vLLM's endpoint plugins."""
+
+    name = "guilomo"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.include_router(router)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Nothing to do: the routes use vLLM's list of models, which is ours."""
+
+
+def _administrator() -> None:
+    if not administrating.get():
+        raise HTTPException(403, "only an administrator may see or change adapters")
+
+
+async def _models(request: Request) -> ManagedServingModels:
+    _administrator()
+    models = request.app.state.openai_serving_models
+    assert isinstance(models, ManagedServingModels)
+    return models
+
+
+Models = Annotated[ManagedServingModels, Depends(_models)]
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+
+
+@router.get("")
+async def list_adapters(models: Models) -> Any:
+    """All adapters, in the order of their names."""
+    resident = await models.resident()
+    entries = models.catalogue.all()
+    return {
+        "object": "list",
+        "data": [_shown(models, name, entry, resident) for name, entry in entries.items()],
+    }
+
+
+@router.get("/{name}")
+async def get_adapter(name: str, models: Models) -> Any:
+    """One adapter, with the ranks of each module's experts and the versions one can serve."""
+    try:
+        return await _detailed(models, name)
+    except REFUSALS as e:
+        return _failed(e)
+
+
+@router.put("/{name}")
+async def put_adapter(name: str, body: PutBody, models: Models) -> Any:
+    """Adds or replaces an adapter; answers once new requests get it."""
+    try:
+        source = models.find(body.source)
+        version = await models.put(name, source, body.dry_run, body.digest)
+        if body.dry_run:
+            return {**_described(version), "dry_run": True}
+        return {**await _detailed(models, name), "dry_run": False}
+    except REFUSALS as e:
+        return _failed(e)
+
+
+@router.delete("/{name}")
+async def delete_adapter(name: str, models: Models) -> Any:
+    """Takes an adapter away; its running requests finish."""
+    try:
+        await models.delete(name)
+    except REFUSALS as e:
+        return _failed(e)
+    return {"name": name, "deleted": True}
+
+
+@router.post("/{name}/rollback")
+async def roll_back(name: str, models: Models) -> Any:
+    """Serves what the name stood for before, as a new version."""
+    try:
+        await models.rollback(name)
+        return await _detailed(models, name)
+    except REFUSALS as e:
+        return _failed(e)
+
+
+@router.post("/{name}/pin")
+async def pin(name: str, models: Models) -> Any:
+    """Keeps an adapter's weights in memory while nobody asks for it."""
+    return await _pin(models, name, True)
+
+
+@router.post("/{name}/unpin")
+async def unpin(name: str, models: Models) -> Any:
+    """Lets an adapter that nobody asks for be evicted again."""
+    return await _pin(models, name, False)
+
+
+async def _pin(models: ManagedServingModels, name: str, pinned: bool) -> Any:
+    try:
+        models.pin(name, pinned)
+        return await _detailed(models, name)
+    except REFUSALS as e:
+        return _failed(e)
+
+
+async def _detailed(models: ManagedServingModels, name: str) -> dict[str, Any]:
+    resident = await models.resident()
+    entry = models.entry(name)
+    versions = [v for v in (entry.current, entry.previous) if v is not None]
+    return {
+        **_shown(models, name, entry, resident),
+        "allocation": entry.current.about["allocation"],
+        "versions": [_described(version) for version in versions],
+    }
+
+
+def _shown(
+    models: ManagedServingModels, name: str, entry: Entry, resident: set[int]
+) -> dict[str, Any]:
+    return {
+        **_described(entry.current),
+        "previous_version": entry.previous.number if entry.previous else None,
+        "pinned": entry.pinned,
+        "resident": entry.current.number in resident,
+        "in_flight": models.in_flight(name),
+        "last_used": _time(models.last_used(name)),
+        "error": models.failed.get(name),
+    }
+
+
+def _described(version: Version) -> dict[str, Any]:
+    return {
+        "name": version.name,
+        "version": version.number or None,
+        "digest": version.digest,
+        "kind": version.about["kind"],
+        "base": version.about["base"],
+        "task": version.about["task"],
+        **summary(version.about),
+        "bytes": version.size,
+        "source": version.source,
+        "created": _time(version.created),
+    }
+
+
+def _time(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def _failed(error: Exception) -> JSONResponse:
+    response = error_response(error)
+    return JSONResponse(response.model_dump(), status_code=response.error.code)

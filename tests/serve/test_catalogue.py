@@ -1,0 +1,244 @@
+"""/v1/adapters: what it says, swaps without a seam, and what a killed server still knows."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+import requests
+
+from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, read_spec
+from guilomo_serve.catalogue import Catalogue, CatalogueError, command, digest_of
+from tests.serve.helpers import random_adapter, text_of
+
+pytestmark = pytest.mark.slow
+
+PROMPT = 4 * "A customer writes: my card has not arrived, it has been two weeks now!"
+LENGTH = 220  # with the prompt nearly all that the server takes
+
+
+def listed(server) -> dict[str, dict]:
+    answer = server.admin("GET")
+    assert answer.status_code == 200, answer.text
+    return {entry["name"]: entry for entry in answer.json()["data"]}
+
+
+def test_an_adapter_is_put_listed_and_described(opened, root):
+    answer = opened.put("support", root / "first")
+    assert answer.status_code == 200, answer.text
+    spec = read_spec(root / "first")
+    found = listed(opened)["support"]
+    assert (found["experts"], found["rank"]) == (spec.total_experts, spec.total_rank)
+    assert found["modules"] == len(spec.experts)
+    assert found["per_module"]["rank"]["max"] == spec.max_total_rank
+    assert found["bytes"] == (root / "first" / WEIGHTS_FILE).stat().st_size
+    assert found["digest"] == digest_of(root / "first")
+    assert found["base"] == spec.base_model_name_or_path
+    assert found["task"] == "CAUSAL_LM"
+    assert (found["resident"], found["in_flight"], found["error"]) == (True, 0, None)
+    one = opened.admin("GET", "/support").json()
+    assert one["allocation"] == {m: [e.rank for e in of] for m, of in spec.experts.items()}
+    assert listed(opened)["given"]["kind"] == "lora"
+    assert opened.admin("GET", "/nobody").status_code == 404
+    before = found["last_used"]
+    text_of(opened, "support", PROMPT)
+    assert listed(opened)["support"]["last_used"] > before
+
+
+def test_a_dry_run_checks_and_changes_nothing(opened, root, tiny_model, tmp_path):
+    before = opened.admin("GET").json()
+    answer = opened.put("dry", root / "first", dry_run=True).json()
+    assert (answer["dry_run"], answer["version"]) == (True, None)
+    assert opened.put("given", root / "first", dry_run=True).status_code == 200
+    assert opened.admin("GET").json() == before
+    with pytest.raises(openai.NotFoundError):
+        text_of(opened, "dry", PROMPT)
+    bad = random_adapter(tiny_model, root / "dry-bad", 4)
+    (bad / WEIGHTS_FILE).write_bytes((bad / WEIGHTS_FILE).read_bytes()[:-1])
+    assert opened.put("dry", bad, dry_run=True).status_code == 400
+    wrong = opened.put("dry", root / "first", digest=digest_of(root / "second"))
+    assert wrong.status_code == 400
+    assert digest_of(root / "first") in wrong.json()["error"]["message"]
+
+
+def test_a_swap_under_load_mixes_nothing_and_rolls_back(opened, root, adapters):
+    """One name, one folder, other weights, and prompts whose blocks are all in the prefix cache."""
+    folder = root / "swapped"
+    shutil.copytree(adapters["first"], folder)
+    version = opened.put("swapped", folder).json()["version"]
+    # From the adapters under names of their own, with a cache of their own.
+    opened.put("a", root / "first")
+    opened.put("b", root / "second")
+    old, new = (text_of(opened, name, PROMPT, LENGTH) for name in ("a", "b"))
+    assert old != new
+    assert text_of(opened, "swapped", PROMPT, LENGTH) == old
+
+    client = opened.client
+    streams = [
+        client.completions.create(
+            model="swapped",
+            prompt=PROMPT,
+            max_tokens=LENGTH,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        for _ in range(3)
+    ]
+    assert listed(opened)["swapped"]["in_flight"] > 0
+    shutil.copytree(adapters["second"], folder, dirs_exist_ok=True)
+    answer = opened.put("swapped", folder).json()
+    after = text_of(opened, "swapped", PROMPT, LENGTH)
+    for stream in streams:
+        assert "".join(chunk.choices[0].text for chunk in stream if chunk.choices) == old
+    assert after == new
+    assert answer["version"] > version
+    assert answer["previous_version"] == version
+
+    # Its folder is the new version's by now: the old one comes from the catalogue's copy.
+    rolled = opened.admin("POST", "/swapped/rollback").json()
+    assert rolled["version"] > answer["version"]
+    assert rolled["digest"] == digest_of(adapters["first"])
+    assert text_of(opened, "swapped", PROMPT, LENGTH) == old
+    assert opened.admin("POST", "/given/rollback").status_code == 409
+
+
+def test_a_failed_swap_leaves_the_old_version(opened, root, tiny_model):
+    """One that is found bad before the engine sees it, and one that the engine refuses."""
+    old, before = text_of(opened, "given", PROMPT), listed(opened)["given"]
+    bad = random_adapter(tiny_model, root / "bad", 4)
+    (bad / CONFIG_FILE).write_text("{}")
+    plain = root / "bad-plain"
+    shutil.copytree(root / "plain", plain)
+    config = (plain / CONFIG_FILE).read_text()
+    (plain / CONFIG_FILE).write_text(config.replace('"r": 8', '"r": 4'))
+    for folder in (bad, plain):
+        answer = opened.put("given", folder)
+        assert answer.status_code == 400
+        assert str(folder) in answer.json()["error"]["message"]
+    assert listed(opened)["given"] | {"last_used": None} == before | {"last_used": None}
+    assert text_of(opened, "given", PROMPT) == old
+
+
+def test_a_member_of_the_root_is_served_when_asked_for(opened, root, tiny_model):
+    random_adapter(tiny_model, root / "member", 8)
+    assert "member" not in listed(opened)
+    with ThreadPoolExecutor(3) as pool:  # at once: it is loaded once
+        texts = set(pool.map(lambda _: text_of(opened, "member", PROMPT), range(3)))
+    assert len(texts) == 1
+    assert listed(opened)["member"]["resident"]
+    opened.put("the-same", root / "member")
+    assert texts == {text_of(opened, "the-same", PROMPT)}
+    shutil.copytree(root / "member", root / "member-bad")
+    (root / "member-bad" / WEIGHTS_FILE).unlink()
+    with pytest.raises(openai.BadRequestError, match="file is missing"):
+        text_of(opened, "member-bad", PROMPT)
+
+
+def test_the_command_does_what_the_routes_do(opened, root, capsys):
+    where = ("--url", opened.url)
+    assert command.main(["put", "by-command", str(root / "first"), *where]) == 0
+    assert command.main(["put", "by-command", str(root / "second"), *where]) == 0
+    assert listed(opened)["by-command"]["digest"] == digest_of(root / "second")
+    assert command.main(["rollback", "by-command", *where]) == 0
+    assert listed(opened)["by-command"]["digest"] == digest_of(root / "first")
+    capsys.readouterr()
+    assert command.main(["ls", *where]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("by-command ")]
+    assert digest_of(root / "first")[:12] in line
+    assert command.main(["rm", "by-command", *where]) == 0
+    assert "by-command" not in listed(opened)
+    with pytest.raises(openai.NotFoundError):
+        text_of(opened, "by-command", PROMPT)
+    assert command.main(["rm", "by-command", *where]) == 1
+    assert "by-command" in capsys.readouterr().err
+    assert command.main(["ls", "--url", "http://127.0.0.1:9"]) == 1
+
+
+def test_without_a_key_only_this_machine_administers(opened, root):
+    """The client's address, a proxy's word, and pages of other sites in this machine's browser."""
+    own = _own_address()
+    if own is not None:
+        url = f"http://{own}:{opened.port}/v1/adapters"
+        assert requests.get(url, timeout=10).status_code == 403
+        assert requests.get(url, headers={"X-Forwarded-For": "127.0.0.1"}).status_code == 403
+        loading = {"lora_name": "remote", "lora_path": str(root / "first")}
+        url = f"http://{own}:{opened.port}/v1/load_lora_adapter"
+        assert requests.post(url, json=loading, timeout=10).status_code == 403
+    url = f"{opened.url}/v1/adapters"
+    for name, value in (
+        ("X-Forwarded-For", "203.0.113.9"),
+        ("Forwarded", "for=127.0.0.1"),
+        ("Host", "attacker.example"),
+        ("Origin", "http://attacker.example"),
+    ):
+        assert requests.get(url, headers={name: value}, timeout=10).status_code == 403, name
+    assert requests.get(url, headers={"Origin": opened.url}, timeout=10).status_code == 200
+    assert "remote" not in listed(opened)
+
+
+def _own_address() -> str | None:
+    """An address of this machine that is no loopback one; None if it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            return None
+        address = probe.getsockname()[0]
+    return None if address.startswith("127.") else address
+
+
+def test_one_server_has_a_catalogue(opened, state, tmp_path):
+    with pytest.raises(CatalogueError, match="another server"):
+        Catalogue(state / "catalogue.sqlite3")
+    (tmp_path / "catalogue.sqlite3").write_bytes(b"no database" * 100)
+    with pytest.raises(CatalogueError, match="not a catalogue"):
+        Catalogue(tmp_path / "catalogue.sqlite3")
+
+
+def test_a_killed_server_has_its_names_and_versions_again(opened, root, state, request):
+    opened.put("kept", root / "first")
+    opened.put("kept", root / "second")
+    opened.put("pinned", root / "first")
+    assert opened.admin("POST", "/pinned/pin").json()["pinned"]
+    opened.put("damaged", random_adapter_of(root, request))
+    assert opened.admin("DELETE", "/member").status_code == 200
+    before = listed(opened)
+    texts = {name: text_of(opened, name, PROMPT) for name in ("kept", "pinned", "given")}
+    weights = state / "adapters" / before["damaged"]["digest"] / WEIGHTS_FILE
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    shutil.rmtree(root / "second")  # the catalogue has its own copy
+
+    restarted = request.getfixturevalue("restarted")
+    after = listed(restarted)
+    assert {n: (e["version"], e["digest"], e["pinned"]) for n, e in after.items()} == {
+        n: (e["version"], e["digest"], e["pinned"]) for n, e in before.items()
+    }
+    for name, text in texts.items():
+        assert text_of(restarted, name, PROMPT) == text
+    assert "has changed" in after["damaged"]["error"]
+    with pytest.raises(openai.BadRequestError, match="has changed"):
+        text_of(restarted, "damaged", PROMPT)
+    assert restarted.put("damaged", root / "first").status_code == 200  # and heals it
+    assert listed(restarted)["damaged"]["error"] is None
+    rolled = restarted.admin("POST", "/kept/rollback").json()
+    assert rolled["digest"] == digest_of(root / "first")
+
+    # What nobody asks for is evicted, and served again when asked for.
+    deadline = time.monotonic() + 40
+    while listed(restarted)["given"]["resident"]:
+        assert time.monotonic() < deadline, "an idle adapter was never evicted"
+        time.sleep(0.5)
+    assert listed(restarted)["pinned"]["resident"]
+    assert text_of(restarted, "given", PROMPT) == texts["given"]
+    assert listed(restarted)["given"]["version"] == before["given"]["version"]
+
+
+def random_adapter_of(root, request):
+    return random_adapter(request.getfixturevalue("tiny_model"), root / "to-damage", 9)
