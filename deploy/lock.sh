@@ -10,6 +10,7 @@ requirements() {
 torch==2.13.0
 $1==0.32.0
 accelerate
+bitsandbytes==0.50.2
 datasets==5.2.0
 gguf
 hypothesis
@@ -24,6 +25,7 @@ pytest-xdist
 ruff
 safetensors
 setuptools>=77
+tensorboard
 tqdm
 transformers==5.19.0
 trl==1.16.0

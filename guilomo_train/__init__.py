@@ -18,3 +18,8 @@ pictures.py what all pictures share, and those of the page
 pipeline.py the stages with their files
 cli.py      the command `guilomo-train`
 """
+
+import logging
+
+# It advises, whenever PEFT imports it on a CPU, to install a kernel for 4-bit bases.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

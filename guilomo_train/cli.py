@@ -12,15 +12,18 @@ inspect    the table and picture of an adapter or allocation
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from tqdm import tqdm
+from torch.distributed import TCPStore
 from transformers import HfArgumentParser
 
 import guilomo_serve
@@ -248,10 +251,34 @@ def main(argv: list[str] | None = None) -> int:
         if e.errno not in WRITE_ERRORS:
             raise
         message = f"{e.filename or 'a file'}: cannot be written ({e.strerror})"
-    for bar in list(tqdm._instances):
-        bar.close()  # ends its line
-    print(f"guilomo-train {arguments.command}: error: {message}", file=sys.stderr)
+    except RuntimeError:
+        if not _said_elsewhere(None):
+            raise
+        return 2  # another process ended with an error, and this one lost the connection to it
+    gc.collect()  # a progress bar that the error left open ends its line when it goes
+    if not _said_elsewhere(message):
+        print(f"guilomo-train {arguments.command}: error: {message}", file=sys.stderr)
     return 2
+
+
+def _said_elsewhere(message: str | None) -> bool:
+    """Whether another process of this run has said this error; or any, for None.
+
+    The processes that `torchrun` or `accelerate launch` started share a store, which outlives
+    them; there each counts what it is about to say.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    key = f"guilomo, errors of start {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    try:
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+        if message is None:
+            return store.add(key, 0) > 0
+        store.add(key, 1)
+        return store.add(f"{key}: {message}", 1) > 1
+    except RuntimeError:  # better said twice than not at all
+        return False
 
 
 def _parser() -> ArgumentParser:

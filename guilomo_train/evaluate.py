@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from guilomo_train.config import EvalConfig
+from guilomo_train.models import check_tokens
 from guilomo_train.trainer import completion_nll
 
 
@@ -56,9 +57,13 @@ def evaluate(
 
     Returns:
         The scores, and the generated texts in the rows' order.
+
+    Raises:
+        BaseError: a prompt has a token that the base has no embedding of.
     """
     model.eval()
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    check_tokens(model, tokenizer, prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
     for start in tqdm(range(0, len(order), config.eval_batch_size), desc="evaluate"):

@@ -19,7 +19,7 @@ from guilomo_train.checkpoints import KEPT, Checkpointing
 from guilomo_train.config import CommonConfig, FinetuneConfig
 from guilomo_train.errors import DivergedError
 from guilomo_train.lora_moe import LoraMoeConfig
-from guilomo_train.models import Base, with_adapter
+from guilomo_train.models import Base, unsharded_state, with_adapter
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.trainer import LoraMoeTrainer
 
@@ -130,7 +130,9 @@ def adapter_of(model: PeftModel) -> Adapter:
         task_type=config.task_type,
         search=config.search,
     )
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    state = get_peft_model_state_dict(
+        model, unsharded_state(model), adapter_name=name, save_embedding_layers=False
+    )
     dtype = model.dtype
 
     def tensor(module: str, kind: str) -> torch.Tensor:

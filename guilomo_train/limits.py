@@ -15,16 +15,11 @@ from guilomo_train.errors import OutOfMemoryError, OutputError
 # A disk, quota or file size limit that is reached; and places where nothing may be written.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
-# How torch, CUDA and the C library tell that an allocation failed where they have no type for it.
-_MEMORY_TEXTS = (
-    "can't allocate memory",
-    "not enough memory",
-    "Cannot allocate memory",
-    "out of memory",
-    "ALLOC_FAILED",
-)
+# How torch tells that an allocation failed where it has no type for it: its allocator on CPUs, a
+# CUDA error that is not its own allocator's, a CUDA library.
+_MEMORY_TEXTS = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "ALLOC_FAILED")
 
-# How torch's writer tells that a write fell short.
+# How torch's writer, which has no type for it, tells that a write fell short.
 _WRITE_TEXTS = ("PytorchStreamWriter failed", "iostream error", "unexpected pos")
 
 
@@ -41,9 +36,13 @@ def enough_memory(stage: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as e:
+    except (MemoryError, RuntimeError, OSError) as e:  # torch.OutOfMemoryError is a RuntimeError
         known = isinstance(e, torch.OutOfMemoryError | MemoryError)
-        if not known and not any(text in str(e) for text in _MEMORY_TEXTS):
+        if isinstance(e, OSError):
+            known = e.errno == errno.ENOMEM
+        elif isinstance(e, RuntimeError) and not known:
+            known = any(text in str(e) for text in _MEMORY_TEXTS)
+        if not known:
             raise
         raise OutOfMemoryError(f"out of memory in {stage}: {remedy}") from None
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 
 from guilomo_serve.adapter import BaseModel
 from guilomo_train.errors import BaseError, ConfigError
@@ -87,7 +91,9 @@ def with_adapter(model: PreTrainedModel, config: LoraMoeConfig) -> PeftModel:
         raise ConfigError(f"--allocation: {e}" if config.experts else f"--{e}") from None
 
 
-def load_base(name: str, dtype: str = "auto", quantize: str = "none") -> Base:
+def load_base(
+    name: str, dtype: str = "auto", quantize: str = "none", sharded: bool = False
+) -> Base:
     """Loads a causal language model from a folder or by its hub name, onto the GPU if there is one.
 
     Under `torchrun` or `accelerate launch` each process loads it onto its own GPU.
@@ -96,10 +102,14 @@ def load_base(name: str, dtype: str = "auto", quantize: str = "none") -> Base:
         name: folder or hub name.
         dtype: precision of what is not quantised; "auto" is the one it is stored in.
         quantize: "4bit" (NF4, as in QLoRA) or "8bit" loads the linear layers quantised.
+        sharded: each process keeps a part of every weight alone (PyTorch's FSDP2, by transformers'
+            own plan for the architecture) and gathers a layer while it computes. All processes
+            must call this, and every later forward pass. An adapter that is put on it afterwards
+            is whole in each process.
 
     Raises:
         BaseError: there is no such model, it is not a causal language model, it has no tokenizer,
-            or bitsandbytes is missing.
+            bitsandbytes is missing, or transformers has no plan to shard it.
         OutOfMemoryError: it does not fit.
     """
     device = processes().device  # quantised weights cannot be moved there later
@@ -110,8 +120,11 @@ def load_base(name: str, dtype: str = "auto", quantize: str = "none") -> Base:
                 dtype=dtype,
                 quantization_config=_quantization(quantize, dtype),
                 device_map=None if quantize == "none" else {"": device},
+                distributed_config=(
+                    DistributedConfig(fsdp_size=processes().num_processes) if sharded else None
+                ),
             )
-            if not getattr(model, "is_quantized", False):
+            if not sharded and not getattr(model, "is_quantized", False):
                 model.to(device)
     except (OSError, ValueError, ImportError) as e:
         raise _not_a_base(name, e) from None
@@ -132,12 +145,69 @@ def load_base(name: str, dtype: str = "auto", quantize: str = "none") -> Base:
     return Base(name, model, tokenizer)
 
 
+def check_tokens(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Iterable[list[int]]
+) -> None:
+    """Checks that the base has an embedding of all tokens; a tokenizer may know more of them.
+
+    Args:
+        model: the base, or a PEFT model of it.
+        tokenizer: what made the tokens.
+        texts: token ids.
+
+    Raises:
+        BaseError: it lacks a token's; the message names it.
+    """
+    most = max(max(ids, default=0) for ids in [*texts, [tokenizer.pad_token_id]])
+    embeddings = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if most >= embeddings:
+        raise BaseError(
+            f"--base: its tokenizer makes token {most} ({tokenizer.convert_ids_to_tokens(most)!r}) "
+            f"of the rows, but its embedding has {embeddings} tokens alone; put the tokenizer "
+            "beside the weights that they were trained with"
+        )
+
+
+def unsharded_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that are whole in each process, an adapter's among them, by name.
+
+    Given a sharded base PEFT would gather all of it only to leave it out of what is saved.
+    """
+    return {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor)}
+
+
 def processes() -> PartialState:
     """The processes that `torchrun` or `accelerate launch` started, or this one alone.
 
     On a machine without a GPU they speak through gloo.
     """
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+# Of `accelerate launch`'s FSDP settings those that would have to do more than shard.
+_FSDP_BEYOND = {
+    "FSDP_OFFLOAD_PARAMS": "the base stays on its device",
+    "FSDP_ACTIVATION_CHECKPOINTING": "give --gradient_checkpointing instead",
+}
+
+
+def take_fsdp_request() -> bool:
+    """Whether `accelerate launch --use_fsdp`, or ACCELERATE_USE_FSDP=true, asks to shard the base.
+
+    The request is taken out of the environment: accelerate, which acts on it on GPUs alone, would
+    shard once more what `load_base` has sharded.
+
+    Raises:
+        ConfigError: it asks for what is not done.
+    """
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    for name, remedy in _FSDP_BEYOND.items():
+        if os.environ.get(name, "false").lower() == "true":
+            raise ConfigError(
+                f"FSDP configuration: {name.lower()} is true, expected false: {remedy}"
+            )
+    return processes().num_processes > 1
 
 
 def _quantization(quantize: str, dtype: str) -> BitsAndBytesConfig | None:

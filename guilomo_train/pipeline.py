@@ -46,7 +46,7 @@ from guilomo_train.errors import ConfigError, ResumeError
 from guilomo_train.evaluate import Scores, completion_text, evaluate, hits
 from guilomo_train.finetune import FinetuneResult, finetune
 from guilomo_train.limits import enough_memory, replace_file
-from guilomo_train.models import Base, load_base, processes
+from guilomo_train.models import Base, load_base, processes, take_fsdp_request
 from guilomo_train.page import HISTORY_FILE, RUN_FILE, read_json, write_page
 from guilomo_train.report import heat_map, model_card, table
 from guilomo_train.search.allocation import Allocation
@@ -74,6 +74,9 @@ class Run:
         self.common = common
         self.output = Path(common.output)
         self.checkpoints = self.output / CHECKPOINT_FOLDER
+        self.sharded = take_fsdp_request()
+        if self.sharded:
+            _check_sharded(command, common)
         self.writes = processes().is_main_process
         if not self.writes:
             datasets.disable_progress_bars()
@@ -88,7 +91,7 @@ class Run:
             ) from None
         self.before = self._before(command)
         self.history: dict[str, Any] = read_json(self.output / HISTORY_FILE) if self.before else {}
-        self.base: Base = load_base(common.base, common.dtype, common.quantize)
+        self.base: Base = load_base(common.base, common.dtype, common.quantize, self.sharded)
         self.train: Dataset = load_rows(
             common.train, self.base.tokenizer, common.train_rows, common.seed
         )
@@ -161,7 +164,8 @@ class Run:
             model = PeftModel.from_pretrained(self.base.model, folder)
             seconds, loss = self.record["finetune_seconds"], self.record["training_loss"]
             return FinetuneResult(adapter, model, seconds, loss, self.history["finetune"])
-        say(f"fine-tuning: {len(self.train)} rows, {config.epochs:g} epochs")
+        where = f", base in {processes().num_processes} shards" if self.sharded else ""
+        say(f"fine-tuning: {len(self.train)} rows, {config.epochs:g} epochs{where}")
         work = self.checkpoints / "finetune"
         checkpointing = self._checkpointing(work)
         batch = f"--batch_size ({config.batch_size}; --gradient_accumulation_steps makes up for it)"
@@ -189,8 +193,12 @@ class Run:
             say("evaluation: finished before")
             self._note("eval", {})
             return
+        model = result.model
+        if self.sharded:  # it would need all processes in every step of every answer
+            whole = load_base(self.common.base, self.common.dtype).model
+            model = PeftModel.from_pretrained(whole, self.output / ADAPTER_FOLDER)
         with enough_memory("the evaluation", less_memory(config)):
-            scores, texts = evaluate(result.model, self.base.tokenizer, rows, config)
+            scores, texts = evaluate(model, self.base.tokenizer, rows, config)
         self._write_adapter(result, scores)
         print(score_line(scores))
         completions = [completion_text(row["completion"]) for row in rows]
@@ -200,6 +208,15 @@ class Run:
     def finish(self) -> None:
         """Puts the record of the finished run in place, writes the report page of it, and deletes
         what a resumption would need."""
+        if self.before is not None and "eval" in set(self.before["stages"]) - set(
+            self.record["stages"]
+        ):
+            # Resumed without --eval: the adapter is the one that was scored, so the scores stay,
+            # with what they are scores of.
+            self.record["config"]["eval"] = self.before["config"]["eval"]
+            rows = "rows of --eval"
+            self.record["inputs"][rows] = self.before["inputs"][rows]
+            self._note("eval", {})
         if self.writes:
             os.replace(self.checkpoints / RUN_FILE, self.output / RUN_FILE)
             say(f"report: {write_page(self.output)}")
@@ -306,6 +323,24 @@ class Run:
             self.checkpoints.mkdir(exist_ok=True)
             write_json(self.checkpoints / RUN_FILE, self.record)
             shutil.rmtree(self.checkpoints / stage, ignore_errors=True)
+
+
+def _check_sharded(command: str, common: CommonConfig) -> None:
+    """Refuses what does not run on a sharded base.
+
+    Raises:
+        ConfigError: fine-tuning is not all that is asked for, or the base is to be quantised.
+    """
+    if command != "finetune":
+        raise ConfigError(
+            f"FSDP is asked for, but `guilomo-train {command}` searches, for which each process "
+            "needs the whole base: search without FSDP, then shard `guilomo-train finetune`"
+        )
+    if common.quantize != "none":
+        raise ConfigError(
+            f"--quantize {common.quantize}: a quantised base cannot be sharded by FSDP; "
+            "give up one of the two"
+        )
 
 
 def settings_of(record: dict[str, Any], stage: str) -> dict[str, Any]:

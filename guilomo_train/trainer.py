@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from guilomo_train.batches import Batches, BatchLoader, with_blank
@@ -39,6 +40,7 @@ from guilomo_train.errors import ConfigError, DataError, DivergedError
 from guilomo_train.health import RouterFigures, RouterHealth
 from guilomo_train.lora_moe import LoraMoeLayer
 from guilomo_train.lora_moe.layer import Routing
+from guilomo_train.models import check_tokens, unsharded_state
 
 _logger = logging.getLogger(__name__)
 
@@ -57,18 +59,25 @@ class LoraMoeTrainer(SFTTrainer):
     Raises:
         ConfigError: gradient checkpointing is asked for in its reentrant form.
         DataError: no row of a data set has a token to learn from.
+        BaseError: a row has a token that the base has no embedding of.
     """
 
     learning_rate_option = "--learning_rate"
 
     def __init__(
         self,
-        *args: Any,
+        *,
+        model: PeftModel,
+        args: SFTConfig,
         balance_coefficient: float,
         checkpointing: Checkpointing | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        # On a base that is sharded as it is loaded transformers refuses checkpoints, for it cannot
+        # write sharded optimiser states; what is trained here is whole in each process.
+        strategy, args.save_strategy = args.save_strategy, SaveStrategy.NO
+        super().__init__(model, args, **kwargs)
+        self.args.save_strategy = strategy
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get(
             "use_reentrant"
         ):
@@ -76,6 +85,9 @@ class LoraMoeTrainer(SFTTrainer):
                 "gradient_checkpointing_kwargs has use_reentrant=True, expected False: reentrant "
                 "checkpointing loses the gradient of the load-balance loss and of a search"
             )
+        for rows in (self.train_dataset, self.eval_dataset):
+            if rows is not None:
+                check_tokens(self.model, self.processing_class, rows["input_ids"])
         self.balance_coefficient = balance_coefficient
         self.checkpointing = checkpointing or Checkpointing(0, {}, None)
         self.layers = [m for m in self.model.modules() if isinstance(m, LoraMoeLayer)]
@@ -291,7 +303,9 @@ class LoraMoeTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Writes the adapter alone; the trainer would add the tokenizer, megabytes each time."""
-        self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+        self.model.save_pretrained(
+            output_dir, state_dict=unsharded_state(self.model), save_embedding_layers=False
+        )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: a checkpoint is no model to pass on, and `report.py` writes the adapter's card."""

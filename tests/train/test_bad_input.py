@@ -140,6 +140,23 @@ def test_a_base_without_tokenizer(refused: Refused, tmp_path: Path) -> None:
     assert "bare: has no tokenizer that can be loaded" in line
 
 
+@pytest.mark.parametrize("command", ["search", "eval"])
+def test_a_tokenizer_of_another_base(
+    command: str, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "smaller"
+    tiny_llama(200).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(folder)
+    largest = max(tokenizer(CHAT_TEMPLATE + ROWS[1]["prompt"] + "<|im_start|>")["input_ids"])
+    given = ["--base", folder, "--train" if command == "search" else "--data", data]
+    given += ["--output", tmp_path / "out"]
+    assert main([command, *map(str, given)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"--base: its tokenizer makes token {largest} (" in line
+    assert "but its embedding has 200 tokens alone" in line
+
+
 def test_a_chat_template_that_rejects_a_row(refused: Refused, base: Path, data: Path) -> None:
     folder = data.parent / "strict"
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)

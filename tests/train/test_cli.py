@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from guilomo_serve.adapter import read_adapter
+from guilomo_train.cli import main
 
 ROWS = [{"prompt": f"number {i}", "completion": "odd" if i % 2 else "even"} for i in range(48)]
 
@@ -22,8 +24,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def guilomo_train(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own. It starts for longer than it runs: once is enough."""
     command = [sys.executable, "-m", "guilomo_train.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, env=env
+    )
+
+
+def call(*arguments: object) -> int:
+    return main([str(item) for item in arguments])
 
 
 def settings(base: Path, data: Path, output: Path) -> list[object]:
@@ -34,17 +44,26 @@ def settings(base: Path, data: Path, output: Path) -> list[object]:
 
 
 def test_run_makes_an_adapter_and_the_same_seed_makes_the_same(
-    tiny_base: Path, data: Path, tmp_path: Path
+    tiny_base: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
 ) -> None:
     outputs = [tmp_path / "one", tmp_path / "two"]
-    for output in outputs:
-        done = guilomo_train(
+    commands = [
+        [
             "run", *settings(tiny_base, data, output), "--order", "second", "--epochs", 1,
             "--eval", data, "--eval_rows", 8, "--max_new_tokens", 2,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        ]
+        for output in outputs
+    ]  # fmt: skip
+    # In another process: what was done before in one must not matter.
+    done = guilomo_train(*commands[0])
+    assert done.returncode == 0, done.stderr
     assert "exact match" in done.stdout
     assert "self_attn" not in done.stdout
+    assert call(*commands[1]) == 0
     one, two = ((o / "allocation.json").read_text() for o in outputs)
     assert one == two
     assert outputs[0].joinpath("allocation.png").read_bytes()[:4] == b"\x89PNG"
@@ -63,31 +82,39 @@ def test_run_makes_an_adapter_and_the_same_seed_makes_the_same(
     assert run["versions"]["torch"]
     assert run["scores"]["rows"] == 8
     assert "# LoRA-MoE adapter" in (outputs[0] / "adapter" / "README.md").read_text()
+
+    # Resumed without --eval the scores stay, with all that they are scores of.
+    assert call("run", *settings(tiny_base, data, outputs[0]), "--order", "second", "--epochs", 1,
+                "--resume") == 0  # fmt: skip
+    again = json.loads((outputs[0] / "run.json").read_text())
+    again["config"]["common"]["resume"] = False
+    for part in ("scores", "inputs", "config", "stages"):
+        assert again[part] == run[part], part
+    capsys.readouterr()
+
     # Another seed draws other counts.
     third = tmp_path / "three"
-    done = guilomo_train("search", *settings(tiny_base, data, third), "--seed", 1, "--budget", 5000)
-    assert done.returncode == 0, done.stderr
+    search = ["search", *settings(tiny_base, data, third), "--seed", 1, "--budget", 5000]
+    assert call(*search) == 0
     assert (third / "allocation.json").read_text() != one
     size = json.loads((third / "run.json").read_text())["parameters"]
     assert 0.95 * 5000 <= size <= 5000
 
     # The stages by hand, from the allocation that was found.
     tuned = tmp_path / "tuned"
-    done = guilomo_train(
+    assert call(
         "finetune", "--base", tiny_base, "--train", data, "--output", tuned,
         "--allocation", third / "allocation.json", "--epochs", 1,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ) == 0  # fmt: skip
     scores = tmp_path / "scores.json"
-    done = guilomo_train(
+    assert call(
         "eval", "--base", tiny_base, "--data", data, "--adapter", tuned / "adapter",
         "--eval_rows", 4, "--max_new_tokens", 2, "--output", scores,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ) == 0  # fmt: skip
     assert len(json.loads(scores.read_text())["answers"]) == 4
-    done = guilomo_train("inspect", "--path", tuned / "adapter", "--png", tmp_path / "map.png")
-    assert done.returncode == 0, done.stderr
-    assert "14 modules" in done.stdout
+    capsys.readouterr()
+    assert call("inspect", "--path", tuned / "adapter", "--png", tmp_path / "map.png") == 0
+    assert "14 modules" in capsys.readouterr().out
     assert (tmp_path / "map.png").stat().st_size > 1000
 
 
@@ -107,9 +134,13 @@ def test_run_makes_an_adapter_and_the_same_seed_makes_the_same(
     ],
 )
 def test_a_wrong_setting_is_one_line(
-    change: list[str], message: str, tiny_base: Path, data: Path, tmp_path: Path
+    change: list[str],
+    message: str,
+    tiny_base: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = guilomo_train("search", *settings(tiny_base, data, tmp_path / "out"), *change)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
+    assert call("search", *settings(tiny_base, data, tmp_path / "out"), *change) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list((tmp_path / "out").glob("*")), "nothing is written"

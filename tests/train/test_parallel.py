@@ -9,6 +9,7 @@ import sys
 import time
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -53,34 +54,54 @@ def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance)
 
 
+def launched(launcher: str, *arguments: object, **pipes: Any) -> subprocess.Popen[str]:
+    """The command in two processes, by `torchrun` or `accelerate launch`."""
+    any_port = ["--main_process_port", "0"]  # that is free
+    options = {
+        "torchrun": ["--standalone", "--nproc-per-node", "2"],
+        "accelerate": ["launch", "--num_processes", "2", "--num_machines", "1", *any_port],
+    }
+    return subprocess.Popen(
+        [Path(sys.executable).parent / launcher, *options[launcher], *map(str, arguments)],
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **pipes.pop("variables", {})},
+        **pipes,
+    )
+
+
+def kill_at(checkpoint: Path, launcher: subprocess.Popen[str], log: Path) -> None:
+    """Kills a launcher with its processes as soon as they begin to write a checkpoint."""
+    while not checkpoint.exists() and launcher.poll() is None:
+        time.sleep(0.01)
+    assert launcher.poll() is None, log.read_text()
+    for process in (launcher, *psutil.Process(launcher.pid).children(recursive=True)):
+        process.kill()
+    launcher.wait()
+
+
+@pytest.fixture
+def allocation(tmp_path: Path) -> Path:
+    kinds = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+    modules = {f"model.layers.{n}.{kind}": [2, 1, 2] for n in (0, 1) for kind in kinds}
+    path = tmp_path / "allocation.json"
+    path.write_text(json.dumps({"format_version": 1, "top_k": 2, "max_rank": 2, "ranks": modules}))
+    return path
+
+
 @pytest.mark.slow
 def test_two_processes_find_and_train_what_one_does_and_resume_what_they_began(
     tiny_base: Path, data: list[str], tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = ["-m", "guilomo_train.cli", *settings(tiny_base, data, two, 2)]
-    scripts, env = Path(sys.executable).parent, {**os.environ, "OMP_NUM_THREADS": "1"}
 
     # torchrun, killed with its processes in the search; one process meanwhile.
     log = tmp_path / "log"
     with log.open("w") as out:
-        killed = subprocess.Popen(
-            [scripts / "torchrun", "--standalone", "--nproc-per-node", "2", *arguments],
-            stdout=out, stderr=out, env=env,
-        )  # fmt: skip
-    while not (two / "checkpoints/search/checkpoint-6").exists() and killed.poll() is None:
-        time.sleep(0.01)
-    assert killed.poll() is None, log.read_text()
-    for process in (killed, *psutil.Process(killed.pid).children(recursive=True)):
-        process.kill()
-    killed.wait()
-
-    launch = ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--main_process_port", "0"]  # any that is free
-    resumed = subprocess.Popen(
-        [scripts / "accelerate", *launch, *arguments, "--resume"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
-    )  # fmt: skip
+        killed = launched("torchrun", *arguments, stdout=out, stderr=out)
+    kill_at(two / "checkpoints/search/checkpoint-6", killed, log)
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    resumed = launched("accelerate", "--multi_gpu", *arguments, "--resume", **both)
     assert main(settings(tiny_base, data, one, 4)) == 0
     printed, error = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, error
@@ -94,21 +115,126 @@ def test_two_processes_find_and_train_what_one_does_and_resume_what_they_began(
         assert a[name].abs().max() > 0.5
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-3)
     assert_same_weights(one, two, 1e-5)
+    assert_same_health(one, two, ("search", "finetune"))
     runs = [json.loads((o / "run.json").read_text()) for o in (one, two)]
     assert runs[0]["training_loss"] == pytest.approx(runs[1]["training_loss"], rel=1e-5)
     assert [run["inputs"]["number of processes"] for run in runs] == [1, 2]
 
 
-def test_accumulated_gradients_equal_those_of_the_large_batch(
+def assert_same_health(one: Path, other: Path, stages: tuple[str, ...]) -> None:
+    """Router health is that of all processes' tokens: in the log, and of each router at the end."""
+    names = ("router_entropy", "max_load", "dead_experts")
+    a, b = (json.loads((o / "history.json").read_text()) for o in (one, other))
+    for stage in stages:
+        logs = [[e for e in h[stage]["log"] if "max_load" in e] for h in (a, b)]
+        assert logs[0]
+        for first, second in zip(*logs, strict=True):
+            for name in names:
+                assert first[name] == pytest.approx(second[name], abs=2e-3), (stage, name)
+    routers = [h["finetune"]["routers"] for h in (a, b)]
+    assert routers[0].keys() == routers[1].keys()
+    for module, figures in routers[0].items():
+        assert routers[1][module]["load"] == pytest.approx(figures["load"], abs=2e-2)
+        assert routers[1][module]["entropy"] == pytest.approx(figures["entropy"], abs=1e-3)
+
+
+# The command, telling how much of the decoder layers' weights this process holds between passes.
+WATCHED = """
+import sys
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import LlamaForCausalLM
+from guilomo_train.cli import main
+
+def look(module, _):
+    if isinstance(module, LlamaForCausalLM):
+        frozen = [p for p in module.model.layers.parameters() if not p.requires_grad]
+        held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in frozen)
+        print("held:", held / sum(p.numel() for p in frozen))
+
+register_module_forward_pre_hook(look)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_base_sharded_by_fsdp_is_tuned_resumed_and_scored_like_a_whole_one(
+    tiny_base: Path, data: list[str], allocation: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = ["--base", tiny_base, *data[:2], "--allocation", allocation, "--save_steps", 2]
+    common += ["--balance_coefficient", 0.5, "--lora_dropout", 0, "--gradient_checkpointing"]
+    common += ["--eval", data[3], "--eval_rows", 4, "--max_new_tokens", 2]
+    script, log = tmp_path / "watched.py", tmp_path / "log"
+    script.write_text(WATCHED)
+    arguments = [script, "finetune", *common, "--output", two, "--batch_size", 2]
+
+    with log.open("w") as out:
+        killed = launched(
+            "torchrun", *arguments, stdout=out, stderr=out,
+            variables={"ACCELERATE_USE_FSDP": "true"},
+        )  # fmt: skip
+    kill_at(two / "checkpoints/finetune/checkpoint-6", killed, log)
+    assert "base in 2 shards" in log.read_text()
+    with log.open("w") as out:
+        fsdp = ["--use_fsdp", "--fsdp_version", 2]
+        resumed = launched("accelerate", *fsdp, *arguments, "--resume", stdout=out, stderr=out)
+    whole = ["finetune", *common, "--output", one, "--batch_size", 4]
+    assert main([str(item) for item in whole]) == 0
+    assert resumed.wait(timeout=240) == 0, log.read_text()
+
+    said = log.read_text()
+    assert "finetune/checkpoint-4" in said or "finetune/checkpoint-6" in said
+    held = [line.split()[1] for line in said.splitlines() if line.startswith("held:")]
+    assert held.count("0.5") > 20, "two processes, a half each, in the steps that were left"
+    assert set(held) == {"0.5", "1.0"}, "whole for the evaluation alone"
+    assert_same_weights(one, two, 1e-5)
+    assert_same_health(one, two, ("finetune",))
+    runs = [json.loads((o / "run.json").read_text()) for o in (one, two)]
+    assert runs[0]["training_loss"] == pytest.approx(runs[1]["training_loss"], rel=1e-5)
+    for name in ("scores", "parameters", "base_parameters"):
+        assert runs[0][name] == runs[1][name]
+
+
+# In the second of two processes memory does not suffice.
+ONE_FAILS = """
+import os, sys
+from guilomo_train.cli import main
+own = [] if os.environ["RANK"] == "0" else ["--max_rank", "1000000000000"]
+sys.exit(main([*sys.argv[1:], *own]))
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_several_processes_is_said_once_and_ends_all(
     tiny_base: Path, data: list[str], tmp_path: Path
 ) -> None:
-    """Those of the NLL; the load-balance loss of a step is the mean of its parts' own."""
-    kinds = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
-    modules = {f"model.layers.{n}.{kind}": [2, 1, 2] for n in (0, 1) for kind in kinds}
-    allocation = tmp_path / "allocation.json"
-    allocation.write_text(
-        json.dumps({"format_version": 1, "top_k": 2, "max_rank": 2, "ranks": modules})
+    script = tmp_path / "one_fails.py"
+    script.write_text(ONE_FAILS)
+    search = ["search", "--base", tiny_base, *data, "--output", tmp_path / "out"]
+    started = [
+        launched("torchrun", *how, *search, variables=variables, stderr=subprocess.PIPE)
+        for how, variables in (
+            (["-m", "guilomo_train.cli"], {"ACCELERATE_USE_FSDP": "true"}),
+            ([script], {}),
+        )
+    ]
+    expected = (
+        "error: FSDP is asked for, but `guilomo-train search` searches",
+        "error: out of memory in the search: lower --search_batch_size (8)",
     )
+    for process, message in zip(started, expected, strict=True):
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode != 0
+        assert said.count("guilomo-train search: error: ") == 1, said
+        assert message in said
+        # What torchrun itself has to say of a process that failed ends with its own traceback.
+        assert "guilomo_train/" not in said.split("torch/distributed/run.py")[0], said
+
+
+def test_accumulated_gradients_equal_those_of_the_large_batch(
+    tiny_base: Path, data: list[str], allocation: Path, tmp_path: Path
+) -> None:
+    """Those of the NLL; the load-balance loss of a step is the mean of its parts' own."""
     for name, batch_size, steps in (("large", 8, 1), ("parts", 4, 2)):
         done = main(
             [

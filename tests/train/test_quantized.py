@@ -1,15 +1,9 @@
-"""Bases whose linear layers are quantised: by bitsandbytes, and by a class of our own.
-
-bitsandbytes is no requirement; where it is missing its tests are skipped.
-"""
+"""Bases whose linear layers are quantised: by bitsandbytes, and by a class of our own."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,15 +15,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from trl import SFTConfig, SFTTrainer
 
 from guilomo_serve.adapter import BaseModel, read_adapter
+from guilomo_train.cli import main
 from guilomo_train.config import CommonConfig
 from guilomo_train.finetune import training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.trainer import LoraMoeTrainer
 from tests.train.tiny import tiny_llama, tiny_tokenizer
 
-needs_bitsandbytes = pytest.mark.skipif(
-    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
-)
 KINDS = ["4bit", "8bit"]
 ROWS = [{"prompt": f"number {i}", "completion": "odd" if i % 2 else "even"} for i in range(44)]
 
@@ -107,7 +99,6 @@ def test_layers_without_a_float_weight_are_adapted() -> None:
     learns(peft)
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bitsandbytes_base_learns_saves_and_loads(
@@ -132,7 +123,6 @@ def test_a_bitsandbytes_base_learns_saves_and_loads(
             assert torch.equal(again(ids).logits, peft.eval()(ids).logits)
 
 
-@needs_bitsandbytes
 def test_trl_on_a_quantised_base_saves_an_adapter_of_the_format(base: Path, tmp_path: Path) -> None:
     """TRL makes the whole adapter bfloat16 there, routers too; a saved router is float32."""
     trainer = SFTTrainer(
@@ -155,7 +145,6 @@ def test_trl_on_a_quantised_base_saves_an_adapter_of_the_format(base: Path, tmp_
     read_adapter(tmp_path / "adapter")
 
 
-@needs_bitsandbytes
 def test_our_trainer_keeps_the_adapter_in_float32(base: Path, tmp_path: Path) -> None:
     common = CommonConfig(base="", train="", output="")
     model = get_peft_model(quantized(base, "4bit"), LoraMoeConfig(task_type="CAUSAL_LM"))
@@ -169,33 +158,30 @@ def test_our_trainer_keeps_the_adapter_in_float32(base: Path, tmp_path: Path) ->
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
-def guilomo_train(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "guilomo_train.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-
-
-@needs_bitsandbytes
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_command_trains_on_a_quantised_base(
     kind: str, base: Path, rows: Path, tmp_path: Path
 ) -> None:
-    done = guilomo_train(
+    arguments = [
         "run", "--base", base, "--train", rows, "--output", tmp_path, "--quantize", kind,
         "--max_experts", 2, "--max_rank", 2, "--order", "second", "--gradient_checkpointing",
         "--epochs", 1, "--eval", rows, "--eval_rows", 4, "--max_new_tokens", 2,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ]  # fmt: skip
+    assert main([str(item) for item in arguments]) == 0
     plain = BaseModel.from_module(AutoModelForCausalLM.from_pretrained(base))
     adapter = read_adapter(tmp_path / "adapter", plain)
     assert all(w.lora_b.abs().max() > 0 for w in adapter.weights.values())
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_without_bitsandbytes_the_command_says_what_to_install(
-    base: Path, rows: Path, tmp_path: Path
+    base: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = guilomo_train(
-        "search", "--base", base, "--train", rows, "--output", tmp_path, "--quantize", "4bit"
-    )
-    assert done.returncode == 2
-    assert "--quantize 4bit: needs the package bitsandbytes" in done.stderr.splitlines()[-1]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
+    arguments = ["search", "--base", base, "--train", rows, "--output", tmp_path]
+    assert main([*map(str, arguments), "--quantize", "4bit"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--quantize 4bit: needs the package bitsandbytes" in said
