@@ -21,7 +21,6 @@ from guilomo_serve.adapter import AdapterError, BaseModel, is_guilomo_adapter, r
 # adapters at start: while a name is swapped its old version still has requests.
 _MIN_SLOTS = 16
 _MAX_RANK = 512
-_SPLITTING_FLAGS = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
 
 
 class UsageError(ValueError):
@@ -75,12 +74,6 @@ def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> li
     _check_plugin()
     if _value_of(flags, "--lora-modules"):
         raise UsageError("--lora-modules: use --adapter NAME=FOLDER, which checks the adapter")
-    for flag in _SPLITTING_FLAGS:
-        if _value_of(flags, flag) not in ([], ["1"]):
-            raise UsageError(
-                f"{flag}: adapters are not served on a model split over devices; use replicas "
-                "(--data-parallel-size)"
-            )
     folders = _parse_adapters(adapters, [base, *_value_of(flags, "--served-model-name")])
     if folders:
         config = _base_config(base, flags)

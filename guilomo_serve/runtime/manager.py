@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm import envs
 from vllm.config import CUDAGraphMode
+from vllm.distributed import get_pp_group
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import get_adapter_absolute_path, is_moe_model
@@ -68,6 +70,9 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         self.plan = ModelPlan(
             layers=layers,
             module_at=module_at,
+            shapes=shapes_of_all_stages(
+                {name: layers[layer].slices[i].shape for name, (layer, i) in module_at.items()}
+            ),
             fingerprint=BaseFingerprint.from_config(vllm_config.model_config.hf_config),
             dtype=self.lora_config.lora_dtype,
             device=self.device,
@@ -80,7 +85,7 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
             modules = self.packed_modules.get(name, [name])
             if len(modules) != layer.n_slices:
                 continue  # a layer that splits modules in a way of its own takes no adapters
-            layers[name] = LayerPlan(tuple((out, layer.input_size) for out in layer.output_slices))
+            layers[name] = LayerPlan(layer.parts())
             module_at.update({module: (name, i) for i, module in enumerate(modules)})
         return layers, module_at
 
@@ -137,7 +142,8 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         plan = self._adapter_manager.plan
         if is_guilomo_adapter(folder):
             layers = load_routed(folder, plan)
-            rank = max(len(weights.lora_a) for weights in layers.values())
+            # A pipeline stage may have none of the layers that the adapter adapts.
+            rank = max((len(weights.lora_a) for weights in layers.values()), default=1)
         else:
             theirs = super()._load_adapter(lora_request)
             check_plain_type(folder)
@@ -150,19 +156,28 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         return super().remove_adapter(adapter_id)
 
 
+def shapes_of_all_stages(shapes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The modules of every pipeline stage, from those of this one.
+
+    An adapter is checked against the whole model in each process, so that all of them take or
+    refuse it. Every stage has to call this.
+    """
+    stages = get_pp_group()
+    if stages.world_size == 1:
+        return shapes
+    gathered: list[Any] = [None] * stages.world_size
+    torch.distributed.all_gather_object(gathered, shapes, group=stages.cpu_group)
+    return {name: shape for of_stage in gathered for name, shape in of_stage.items()}
+
+
 def refuse_unsupported(vllm_config: Any) -> None:
     """Stops a start-up that would serve adapters wrongly.
 
     Raises:
         ValueError: names the setting and what to set it to.
     """
-    parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
+    lora = vllm_config.lora_config
     refused = []
-    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
-        refused.append(
-            "the model split over devices (use --tensor-parallel-size 1 and "
-            "--pipeline-parallel-size 1, or replicas with --data-parallel-size)"
-        )
     if lora.fully_sharded_loras:
         refused.append("--fully-sharded-loras")
     if lora.enable_tower_connector_lora:
@@ -171,5 +186,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
         refused.append(f"--lora-dtype other than the model's ({vllm_config.model_config.dtype})")
     if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
         refused.append("CUDA graphs (use --enforce-eager)")
+    if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
+        refused.append("VLLM_LORA_ENABLE_DUAL_STREAM")
     if refused:
         raise ValueError("guilomo does not support " + "; nor ".join(refused))
