@@ -82,6 +82,12 @@ def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> li
     _check_plugin()
     if _value_of(flags, "--lora-modules"):
         raise UsageError("--lora-modules: use --adapter NAME=FOLDER, which checks the adapter")
+    for flag in ("--pipeline-parallel-size", "-pp"):
+        if _value_of(flags, flag) not in ([], ["1"]):
+            raise UsageError(
+                f"{flag}: adapters are not served on a model split by layers; split it by columns "
+                "(--tensor-parallel-size)"
+            )
     folders = _parse_adapters(adapters, [base, *_value_of(flags, "--served-model-name")])
     if folders:
         config = _base_config(base, flags)

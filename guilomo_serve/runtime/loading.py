@@ -69,7 +69,6 @@ class ModelPlan:
     Attributes:
         layers: the adaptable layers of this process, by vLLM's name.
         module_at: module name -> its layer and its place among the layer's slices.
-        shapes: module name -> [out, in], for the modules of all pipeline stages.
         fingerprint: of the base model.
         dtype: of A and B in the layers.
         device: of the layers.
@@ -78,7 +77,6 @@ class ModelPlan:
 
     layers: Mapping[str, LayerPlan]
     module_at: Mapping[str, tuple[str, int]]
-    shapes: Mapping[str, tuple[int, int]]
     fingerprint: BaseFingerprint
     dtype: torch.dtype
     device: torch.device
@@ -86,16 +84,19 @@ class ModelPlan:
 
     def shape_of(self, module: str) -> tuple[int, int] | None:
         """[out, in] of a module by its name in the trained model, None if it has no place."""
-        return self.shapes.get(self.rename(module))
+        part = self.part_of(self.rename(module))
+        return None if part is None else part.shape
+
+    def part_of(self, name: str) -> ModulePart | None:
+        """A module's part by vLLM's name for it."""
+        place = self.module_at.get(name)
+        return None if place is None else self.layers[place[0]].slices[place[1]]
 
     def stack(self, modules: Mapping[str, SliceWeights], top_k: int) -> dict[str, LayerWeights]:
-        """Sorts an adapter's modules into layers; other pipeline stages have the others."""
+        """Sorts this process's part of an adapter's modules into layers. All have a place."""
         by_layer: dict[str, list[SliceWeights | None]] = {}
         for module, weights in modules.items():
-            place = self.module_at.get(self.rename(module))
-            if place is None:
-                continue
-            layer, index = place
+            layer, index = self.module_at[self.rename(module)]
             parts = self.layers[layer].slices
             by_layer.setdefault(layer, [None] * len(parts))[index] = parts[index].of(weights)
         return {
@@ -158,13 +159,13 @@ def convert_plain(loras: Mapping[str, Any], plan: ModelPlan, where: str) -> dict
     """
     modules = {}
     for module, lora in loras.items():
-        shape = plan.shapes.get(module)
-        if shape is None:
+        part = plan.part_of(module)
+        if part is None:
             raise AdapterError(
                 f"{where}: adapts {module!r}, no linear layer of the served model that takes "
                 "adapters"
             )
-        out_features, in_features = shape
+        out_features, in_features = part.shape
         for name, tensor, size, dim in (
             ("lora_A", lora.lora_a, in_features, 1),
             ("lora_B", lora.lora_b, out_features, 0),

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from vllm import envs
 from vllm.config import CUDAGraphMode
-from vllm.distributed import get_pp_group
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import get_adapter_absolute_path, is_moe_model
@@ -70,9 +69,6 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         self.plan = ModelPlan(
             layers=layers,
             module_at=module_at,
-            shapes=shapes_of_all_stages(
-                {name: layers[layer].slices[i].shape for name, (layer, i) in module_at.items()}
-            ),
             fingerprint=BaseFingerprint.from_config(vllm_config.model_config.hf_config),
             dtype=self.lora_config.lora_dtype,
             device=self.device,
@@ -142,8 +138,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         plan = self._adapter_manager.plan
         if is_guilomo_adapter(folder):
             layers = load_routed(folder, plan)
-            # A pipeline stage may have none of the layers that the adapter adapts.
-            rank = max((len(weights.lora_a) for weights in layers.values()), default=1)
+            rank = max(len(weights.lora_a) for weights in layers.values())
         else:
             theirs = super()._load_adapter(lora_request)
             check_plain_type(folder)
@@ -156,20 +151,6 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         return super().remove_adapter(adapter_id)
 
 
-def shapes_of_all_stages(shapes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """The modules of every pipeline stage, from those of this one.
-
-    An adapter is checked against the whole model in each process, so that all of them take or
-    refuse it. Every stage has to call this.
-    """
-    stages = get_pp_group()
-    if stages.world_size == 1:
-        return shapes
-    gathered: list[Any] = [None] * stages.world_size
-    torch.distributed.all_gather_object(gathered, shapes, group=stages.cpu_group)
-    return {name: shape for of_stage in gathered for name, shape in of_stage.items()}
-
-
 def refuse_unsupported(vllm_config: Any) -> None:
     """Stops a start-up that would serve adapters wrongly.
 
@@ -178,6 +159,8 @@ def refuse_unsupported(vllm_config: Any) -> None:
     """
     lora = vllm_config.lora_config
     refused = []
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        refused.append("--pipeline-parallel-size (use --tensor-parallel-size)")
     if lora.fully_sharded_loras:
         refused.append("--fully-sharded-loras")
     if lora.enable_tower_connector_lora:

@@ -1,9 +1,8 @@
 """An adapter that is refused leaves a server of several processes in step.
 
 vLLM's executor reads the replies of its workers in turn and stops at the first error; the other
-replies stay in their queues and are taken for those of the next call, under pipeline parallelism
-for those of a model step, which ends the engine. So a worker replies with the reason in place of
-an error, and the executor makes an error of it once it has all replies.
+replies stay in their queues and are taken for those of the next call. So a worker replies with the
+reason in place of an error, and the executor makes an error of it once it has all replies.
 """
 
 from __future__ import annotations

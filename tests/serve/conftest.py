@@ -6,13 +6,22 @@ can be compared to four digits.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from tests.serve.helpers import byte_tokenizer, random_adapter, random_lora
+from tests.serve.helpers import (
+    Server,
+    byte_tokenizer,
+    guilomo_serve,
+    random_adapter,
+    random_lora,
+    serving,
+)
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +60,26 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         ),
         "plain": random_lora(tiny_model, folder / "plain", seed=3),
     }
+
+
+@pytest.fixture(scope="session")
+def server_with_everything(
+    tiny_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Our server with the features that people switch on, and small enough that they act.
+
+    Cache blocks of 32 tokens, prompts prefilled in chunks of 64, drafts from n-grams of one token.
+    """
+    drafts = {
+        **{"method": "ngram", "num_speculative_tokens": 3},
+        **{"prompt_lookup_min": 1, "prompt_lookup_max": 3},
+    }
+    flags = (
+        *("--dtype", "float32", "--served-model-name", "base"),
+        *("--enable-prefix-caching", "--block-size", "32"),
+        *("--enable-chunked-prefill", "--max-num-batched-tokens", "64"),
+        *("--speculative-config", json.dumps(drafts)),
+    )
+    log = tmp_path_factory.mktemp("log") / "everything.log"
+    with serving(guilomo_serve(tiny_model, adapters, *flags), log) as server:
+        yield server

@@ -1,58 +1,34 @@
 """With vLLM's other features on, an adapter answers as it does in transformers.
 
 One server has them all: prefix caching over small blocks, prompts prefilled in chunks, drafts
-from n-grams, structured output and log-probabilities. The soak test asks the same server.
+from n-grams, structured output and log-probabilities.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
-import random
 import re
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import openai
 import pytest
 import requests
 import torch
 
 from tests.serve import hf_reference
-from tests.serve.helpers import Server, guilomo_serve, random_adapter, random_lora, serving
+from tests.serve.helpers import Server
 
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 2e-3  # nats, in float32: the same sums in another order, through a softmax
-BLOCK = 32
-CHUNK = 64
+BLOCK = 32  # tokens, as the server's fixture sets it
 PREFIX = 3 * "A customer writes: my card has not arrived, it has been two weeks now! "
 PROMPTS = tuple(PREFIX + end for end in ("What do we answer?", "Why?", "one two one two one two"))
 LENGTH = 24
-FLAGS = (
-    *("--dtype", "float32", "--served-model-name", "base", "--max-model-len", "512"),
-    *("--enable-prefix-caching", "--block-size", str(BLOCK)),
-    *("--enable-chunked-prefill", "--max-num-batched-tokens", str(CHUNK)),
-    "--speculative-config",
-    json.dumps(
-        {
-            "method": "ngram",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_min": 1,
-            "prompt_lookup_max": 3,
-        }
-    ),
-)
 
 
-@pytest.fixture(scope="module")
-def server(tiny_model, adapters, tmp_path_factory):
-    log = tmp_path_factory.mktemp("log") / "modes.log"
-    with serving(guilomo_serve(tiny_model, adapters, *FLAGS), log) as running:
-        yield running
+@pytest.fixture
+def server(server_with_everything: Server) -> Server:
+    return server_with_everything
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +58,59 @@ def ask(server: Server, model: str, prompt: str, tokens: int = LENGTH, **body: o
 
 def test_cached_chunked_and_drafted_answers_are_those_of_transformers(server, models):
     jobs = [(name, prompt) for prompt in PROMPTS for name in models]
-    expected = {
-        (name, prompt): hf_reference.greedy(models[name], list(prompt.encode()), LENGTH)
-        for name, prompt in jobs
-    }
     for _ in range(2):  # the second time from the cache
         with ThreadPoolExecutor(len(jobs)) as pool:
             answers = list(pool.map(lambda job: ask(server, *job), jobs))
-        for job, answer in zip(jobs, answers, strict=True):
-            ids = hf_ids(models, answer.prompt_token_ids, expected, job)
-            assert answer.token_ids == ids, job
+        for (name, prompt), answer in zip(jobs, answers, strict=True):
+            expected = hf_reference.greedy(models[name], answer.prompt_token_ids, LENGTH)
+            assert answer.token_ids == expected, (name, prompt)
     assert count(server, "prefix_cache_hits") >= len(jobs) * (len(PREFIX) // BLOCK) * BLOCK
     assert count(server, "spec_decode_num_draft_tokens") > 0
     assert count(server, "spec_decode_num_accepted_tokens") > 0
+
+
+def test_logprobs_of_drafted_tokens_are_those_of_transformers(server, models):
+    for name, model in models.items():
+        answer = ask(server, name, PROMPTS[2], logprobs=3)
+        tokens = answer.prompt_token_ids + answer.token_ids
+        expected = hf_reference.logprobs(model, tokens)[-LENGTH:]
+        assert (torch.tensor(answer.logprobs.token_logprobs) - expected).abs().max() < TOLERANCE
+        assert all(len(top) >= 3 for top in answer.logprobs.top_logprobs)
+
+
+def test_structured_output_is_the_adapters_own(server, models):
+    """Of words with different first letters the likeliest first letter decides."""
+    words = [letter + "_word" for letter in "abcdefghijklmnopqrst"]
+    schema = {
+        "type": "object",
+        "properties": {"word": {"enum": words}},
+        "required": ["word"],
+        "additionalProperties": False,
+    }
+    chosen = set()
+    for name, model in models.items():
+        answer = ask(
+            server, name, PROMPTS[0], structured_outputs={"choice": words}, ignore_eos=False
+        )
+        with torch.inference_mode():
+            logits = model(torch.tensor([answer.prompt_token_ids])).logits[0, -1]
+        letters = {word: server_token(server, word[0]) for word in words}
+        assert answer.text == max(words, key=lambda word: logits[letters[word]].item()), name
+        chosen.add(answer.text)
+        reply = server.client.chat.completions.create(
+            model=name,
+            messages=[{"role": "user", "content": PROMPTS[1]}],
+            max_tokens=60,
+            temperature=0,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "word", "schema": schema, "strict": True},
+            },
+        )
+        assert json.loads(reply.choices[0].message.content)["word"] in words
+    assert len(chosen) > 1
+
+
+def server_token(server: Server, letter: str) -> int:
+    (token,) = server.post("/tokenize", model="base", prompt=letter).json()["tokens"]
+    return token

@@ -1,4 +1,4 @@
-"""A model split over two processes, by columns or by layers, answers as the whole one does."""
+"""A model split over two processes answers as the whole one does."""
 
 from __future__ import annotations
 
@@ -36,11 +36,19 @@ def answer(server: Server, model: str, prompt: str) -> tuple[list[int], list[int
     return choice.prompt_token_ids, choice.token_ids, torch.tensor(choice.logprobs.token_logprobs)
 
 
-@pytest.mark.parametrize("split", ["--tensor-parallel-size", "--pipeline-parallel-size"])
 def test_two_processes_answer_as_one(
-    tiny_model: Path, adapters: dict[str, Path], tmp_path: Path, split: str
+    tiny_model: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    flags = (split, "2", "--enforce-eager", "--dtype", "float32", "--served-model-name", "base")
+    flags = (
+        "-tp",
+        "2",
+        "--async-scheduling",
+        "--enforce-eager",
+        "--dtype",
+        "float32",
+        "--served-model-name",
+        "base",
+    )
     command = guilomo_serve(tiny_model, adapters, *flags)
     jobs = [(name, prompt) for prompt in PROMPTS for name in ("base", *adapters)]
     with (
