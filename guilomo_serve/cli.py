@@ -1,7 +1,5 @@
 """`guilomo-serve BASE --adapter name=folder ...`: vLLM's OpenAI server with searched adapters.
 
-`guilomo-serve check BASE ADAPTER` compares vLLM with transformers (see check.py).
-
 Adapters are checked before vLLM starts, which takes half a minute or more. Every other flag is
 vLLM's (`vllm serve --help`).
 """
@@ -35,16 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         2 if an adapter or an argument is refused; the message is on stderr.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["check"]:
-        from guilomo_serve import check
-
-        return check.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="guilomo-serve",
         description="Serves a base model and its adapters with vLLM's OpenAI API.",
-        epilog="All further flags are passed to `vllm serve`. "
-        "`guilomo-serve check --help`: compare vLLM with transformers.",
+        epilog="All further flags are passed to `vllm serve`.",
         allow_abbrev=False,
     )
     parser.add_argument("base", help="base model: a folder or a name on the Hugging Face hub")
@@ -55,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME=FOLDER",
         help="adapter to serve under NAME (LoRA-MoE, or a plain PEFT LoRA); may be repeated",
     )
-    args, flags = parser.parse_known_args(arguments)
+    args, flags = parser.parse_known_args(argv)
     try:
         command = vllm_command(args.base, args.adapter, flags)
     except (UsageError, AdapterError) as e:

@@ -1,25 +1,22 @@
 """With vLLM's other features on, an adapter answers as it does in transformers.
 
-One server has them all: prefix caching over small blocks, prompts prefilled in chunks, drafts
-from n-grams, structured output and log-probabilities.
+One server has them all: prefix caching over small blocks, prompts prefilled in chunks, and drafts
+from n-grams.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-import torch
 
 from tests.serve import hf_reference
 from tests.serve.helpers import Server
 
 pytestmark = pytest.mark.slow
 
-TOLERANCE = 2e-3  # nats, in float32: the same sums in another order, through a softmax
 BLOCK = 32  # tokens, as the server's fixture sets it
 PREFIX = 3 * "A customer writes: my card has not arrived, it has been two weeks now! "
 PROMPTS = tuple(PREFIX + end for end in ("What do we answer?", "Why?", "one two one two one two"))
@@ -67,49 +64,3 @@ def test_cached_chunked_and_drafted_answers_are_those_of_transformers(server, mo
     assert count(server, "prefix_cache_hits") >= len(jobs) * (len(PREFIX) // BLOCK) * BLOCK
     assert count(server, "spec_decode_num_draft_tokens") > 0
     assert count(server, "spec_decode_num_accepted_tokens") > 0
-
-
-def test_logprobs_of_drafted_tokens_are_those_of_transformers(server, models):
-    for name, model in models.items():
-        answer = ask(server, name, PROMPTS[2], logprobs=0)
-        tokens = answer.prompt_token_ids + answer.token_ids
-        expected = hf_reference.logprobs(model, tokens)[-LENGTH:]
-        assert (torch.tensor(answer.logprobs.token_logprobs) - expected).abs().max() < TOLERANCE
-
-
-def test_structured_output_is_the_adapters_own(server, models):
-    """Of words with different first letters the likeliest first letter decides."""
-    words = [letter + "_word" for letter in "abcdefghijklmnopqrst"]
-    schema = {
-        "type": "object",
-        "properties": {"word": {"enum": words}},
-        "required": ["word"],
-        "additionalProperties": False,
-    }
-    chosen = set()
-    for name, model in models.items():
-        answer = ask(
-            server, name, PROMPTS[0], structured_outputs={"choice": words}, ignore_eos=False
-        )
-        with torch.inference_mode():
-            logits = model(torch.tensor([answer.prompt_token_ids])).logits[0, -1]
-        letters = {word: server_token(server, word[0]) for word in words}
-        assert answer.text == max(words, key=lambda word: logits[letters[word]].item()), name
-        chosen.add(answer.text)
-        reply = server.client.chat.completions.create(
-            model=name,
-            messages=[{"role": "user", "content": PROMPTS[1]}],
-            max_tokens=60,
-            temperature=0,
-            response_format={
-                "type": "json_schema",
-                "json_schema": {"name": "word", "schema": schema, "strict": True},
-            },
-        )
-        assert json.loads(reply.choices[0].message.content)["word"] in words
-    assert len(chosen) > 1
-
-
-def server_token(server: Server, letter: str) -> int:
-    (token,) = server.post("/tokenize", model="base", prompt=letter).json()["tokens"]
-    return token
