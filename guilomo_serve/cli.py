@@ -24,7 +24,6 @@ from guilomo_serve.catalogue.settings import ADMIN_KEY
 _MIN_SLOTS = 16
 _MAX_RANK = 512
 _LEAST_KEY = 16  # characters of an admin key
-_SPLITTING_FLAGS = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
 
 
 class UsageError(ValueError):
@@ -129,11 +128,11 @@ def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> li
     _check_plugin()
     if _value_of(flags, "--lora-modules"):
         raise UsageError("--lora-modules: use --adapter NAME=FOLDER, which checks the adapter")
-    for flag in _SPLITTING_FLAGS:
+    for flag in ("--pipeline-parallel-size", "-pp"):
         if _value_of(flags, flag) not in ([], ["1"]):
             raise UsageError(
-                f"{flag}: adapters are not served on a model split over devices; use replicas "
-                "(--data-parallel-size)"
+                f"{flag}: adapters are not served on a model split by layers; split it by columns "
+                "(--tensor-parallel-size)"
             )
     folders = _parse_adapters(adapters, [base, *_value_of(flags, "--served-model-name")])
     if folders:

@@ -274,15 +274,23 @@ class Slots:
         ):
             weights = self.weights[slot]
             if weights is not None:
-                _routed_linear_(y, x, tokens, weights)
+                add_routed_(y, x, tokens, weights, router_logits(x, tokens, weights))
 
 
-def _routed_linear_(
-    y: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, weights: LayerWeights
+def router_logits(x: torch.Tensor, tokens: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
+    """`z = W_r x` [n, E] in float32, for the n tokens of one segment."""
+    return torch.nn.functional.linear(x[tokens].float(), weights.router)
+
+
+def add_routed_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    tokens: torch.Tensor,
+    weights: LayerWeights,
+    logits: torch.Tensor,
 ) -> None:
-    inputs = x[tokens]
-    h = torch.nn.functional.linear(inputs, weights.lora_a).float() * weights.row_scale
-    logits = torch.nn.functional.linear(inputs.float(), weights.router)
+    """Adds the product of one adapter to its tokens' rows of `y`, in place; logits [n, E]."""
+    h = torch.nn.functional.linear(x[tokens], weights.lora_a).float() * weights.row_scale
     for slice_, lora_b in zip(weights.layout, weights.lora_b, strict=True):
         of_slice = h[:, slice(*slice_.rows)]
         first, last = slice_.experts

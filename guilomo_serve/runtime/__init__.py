@@ -7,6 +7,7 @@ the layers are ours.
     layers.py    vLLM's LoRA layers with our product in place of theirs
     loading.py   an adapter folder -> the weights of each layer of the served model
     manager.py   which adapter is in which slot, and which token of a batch uses which slot
+    refusal.py   an adapter that is refused, in a server of several processes
 
 The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 
@@ -18,7 +19,9 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
   `_load_adapter`, `remove_adapter`; of the model manager `_create_lora_modules`,
   `_init_punica_wrapper`, `_create_merged_loras_inplace`, `create_dummy_lora`,
   `_deactivate_adapter`; of layers `create_lora_weights`, `set_lora`, `reset_lora`,
-  `_apply_lora_to_output`; of `PunicaWrapperBase` only `update_metadata` is called, once a step.
+  `_apply_lora_to_output` (`slice_lora_b` is called as it is: it says how vLLM splits B under
+  tensor parallelism); of `PunicaWrapperBase` only `update_metadata` is called, once a step.
+- `add_lora` of `vllm.v1.executor.Executor` and of `LoRAModelRunnerMixin`: see refusal.py.
 - `vllm.entrypoints.openai.models.serving.OpenAIServingModels`: see guilomo_serve/server.
 """
 
@@ -45,9 +48,11 @@ def register() -> None:
     import vllm.v1.worker.lora_model_runner_mixin as mixin
 
     from guilomo_serve import server
+    from guilomo_serve.runtime import refusal
     from guilomo_serve.runtime.layers import LAYER_CLASSES
     from guilomo_serve.runtime.manager import RoutedWorkerManager
 
     vllm.lora.utils._all_lora_classes = LAYER_CLASSES
     mixin.LRUCacheWorkerLoRAManager = RoutedWorkerManager
+    refusal.install()
     server.install()

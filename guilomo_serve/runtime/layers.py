@@ -4,15 +4,23 @@ vLLM's classes know how a base layer packs modules and how its forward pass runs
 and only storage and the adapter's product are replaced. Storage is ragged: a slot of a layer holds
 exactly what the adapter in it weighs, so neither memory nor time depends on
 `max_lora_rank`.
+
+Under tensor parallelism a process has the outputs of some columns (column-parallel layers: its
+rows of B, all of A and of the router) or the inputs of some (row-parallel layers: its columns of
+A and of the router, all of B). In the second case its product is a part of a sum that vLLM takes
+over the processes anyway; only the router's logits have to be summed before, since the gate is not
+linear in them.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.lora.layers import (
     ColumnParallelLinearWithLoRA,
     MergedColumnParallelLinearWithLoRA,
@@ -21,10 +29,12 @@ from vllm.lora.layers import (
     ReplicatedLinearWithLoRA,
     RowParallelLinearWithLoRA,
 )
+from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from guilomo_serve.ops.layer import LayerWeights
+from guilomo_serve.ops.layer import Batch, LayerWeights, Slots, add_routed_, router_logits
 from guilomo_serve.ops.slots import make_slots
+from guilomo_serve.runtime.loading import ModulePart
 
 _layers: WeakValueDictionary[int, RoutedLayer] = WeakValueDictionary()
 _indices = itertools.count()
@@ -39,11 +49,15 @@ class RoutedLayer:
     """
 
     # vLLM's half of the class sets these.
+    base_layer: Any
     device: torch.device
     n_slices: int
     input_size: int
     output_size: int
     punica_wrapper: Any
+    slice_lora_b: Callable[[Any], Any]
+    tp_rank: int
+    tp_size: int
 
     def create_lora_weights(
         self, max_loras: int, lora_config: Any, model_config: Any = None
@@ -53,8 +67,44 @@ class RoutedLayer:
             self.output_slices = (self.output_size,)
         self.layer_index = next(_indices)
         _layers[self.layer_index] = self
-        self.slots = make_slots(
-            max_loras, self.input_size, self.output_slices, lora_config.lora_dtype, self.device
+        self.slots = (
+            SplitSlots(max_loras)
+            if self.splits_inputs
+            else make_slots(
+                max_loras, self.input_size, self.output_slices, lora_config.lora_dtype, self.device
+            )
+        )
+
+    @property
+    def splits_inputs(self) -> bool:
+        """Whether this process sees only some columns of the layer's input."""
+        return self.tp_size > 1 and isinstance(self, RowParallelLinearWithLoRA)
+
+    def parts(self) -> tuple[ModulePart, ...]:
+        """What this process has of each module that the layer packs."""
+        base = self.base_layer
+        if isinstance(base, QKVParallelLinear):
+            # Its own output_sizes count heads of k and v once for each process that has a copy.
+            kv = base.total_num_kv_heads * base.head_size
+            sizes = [base.total_num_heads * base.head_size, kv, kv]
+        elif self.n_slices > 1:
+            sizes = list(base.output_sizes)
+        else:
+            sizes = [base.output_size]
+        if self.n_slices == 1:
+            sizes = [sum(sizes)]
+        if self.tp_size == 1:
+            return tuple(ModulePart((size, base.input_size)) for size in sizes)
+        if self.splits_inputs:
+            width = base.input_size_per_partition
+            columns = torch.arange(self.tp_rank * width, (self.tp_rank + 1) * width)
+            return (ModulePart((sizes[0], base.input_size), inputs=columns),)
+        # vLLM knows how it splits B's rows; it is shown their numbers.
+        rows = [torch.arange(size)[:, None] for size in sizes]
+        taken = self.slice_lora_b(rows) if self.n_slices > 1 else [self.slice_lora_b(rows[0])]
+        return tuple(
+            ModulePart((size, base.input_size), outputs=of_module.flatten())
+            for size, of_module in zip(sizes, taken, strict=True)
         )
 
     def set_lora(self, index: int, lora_a: LayerWeights, lora_b: None) -> None:
@@ -72,6 +122,35 @@ class RoutedLayer:
         else:
             _routed_linear(flat_output, flat_x, self.layer_index)
         return output
+
+
+class SplitSlots(Slots):
+    """The slots of a layer whose input columns are spread over the processes."""
+
+    def apply_(self, y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
+        """As `Slots.apply_`, but what is added is this process's part of a sum.
+
+        One sum over the processes for all adapters of the batch; none where no adapter has a
+        router. All processes have the same adapters in the same slots, so all of them take it.
+        """
+        present = [
+            (tokens, weights)
+            for (slot, _, _), tokens in zip(
+                batch.segments.tolist(), batch.tokens(x.device), strict=True
+            )
+            if (weights := self.weights[slot]) is not None
+        ]
+        logits = [router_logits(x, tokens, weights) for tokens, weights in present]
+        if any(part.numel() for part in logits):
+            sizes = [part.numel() for part in logits]
+            summed = tensor_model_parallel_all_reduce(
+                torch.cat([part.flatten() for part in logits])
+            )
+            logits = [
+                part.view_as(own) for part, own in zip(summed.split(sizes), logits, strict=True)
+            ]
+        for (tokens, weights), of_tokens in zip(present, logits, strict=True):
+            add_routed_(y, x, tokens, weights, of_tokens)
 
 
 def _routed_linear(y: torch.Tensor, x: torch.Tensor, layer_index: int) -> None:

@@ -27,10 +27,40 @@ from guilomo_serve.ops.two_steps import UnsupportedAdapterError, check_size
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """A layer of the served model: `[out, in]` of each module that it packs."""
+class ModulePart:
+    """What of a module's matrices this process has; less than all under tensor parallelism.
 
-    slices: tuple[tuple[int, int], ...]
+    Attributes:
+        shape: (out, in) of the whole module.
+        outputs: the rows of B, None for all of them.
+        inputs: the columns of A and of the router, None for all of them.
+    """
+
+    shape: tuple[int, int]
+    outputs: torch.Tensor | None = None
+    inputs: torch.Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """The output columns of the layer that are this module's."""
+        return self.shape[0] if self.outputs is None else len(self.outputs)
+
+    def of(self, weights: SliceWeights) -> SliceWeights:
+        """Takes this process's part of a module's weights."""
+        lora_a, lora_b, router = weights.lora_a, weights.lora_b, weights.router
+        if self.inputs is not None:
+            lora_a = lora_a[:, self.inputs]
+            router = None if router is None else router[:, self.inputs]
+        if self.outputs is not None:
+            lora_b = lora_b[self.outputs]
+        return SliceWeights(lora_a, lora_b, router, weights.ranks, weights.scalings)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer of the served model: the modules that it packs, in its order."""
+
+    slices: tuple[ModulePart, ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +68,7 @@ class ModelPlan:
     """Where adapters go in the served model.
 
     Attributes:
-        layers: the adaptable layers, by vLLM's name.
+        layers: the adaptable layers of this process, by vLLM's name.
         module_at: module name -> its layer and its place among the layer's slices.
         fingerprint: of the base model.
         dtype: of A and B in the layers.
@@ -55,20 +85,25 @@ class ModelPlan:
 
     def shape_of(self, module: str) -> tuple[int, int] | None:
         """[out, in] of a module by its name in the trained model, None if it has no place."""
-        place = self.module_at.get(self.rename(module))
+        part = self.part_of(self.rename(module))
+        return None if part is None else part.shape
+
+    def part_of(self, name: str) -> ModulePart | None:
+        """A module's part by vLLM's name for it."""
+        place = self.module_at.get(name)
         return None if place is None else self.layers[place[0]].slices[place[1]]
 
     def stack(self, modules: Mapping[str, SliceWeights], top_k: int) -> dict[str, LayerWeights]:
-        """Sorts an adapter's modules into layers. All of them have a place."""
+        """Sorts this process's part of an adapter's modules into layers. All have a place."""
         by_layer: dict[str, list[SliceWeights | None]] = {}
         for module, weights in modules.items():
             layer, index = self.module_at[self.rename(module)]
-            slices = by_layer.setdefault(layer, [None] * len(self.layers[layer].slices))
-            slices[index] = weights
+            parts = self.layers[layer].slices
+            by_layer.setdefault(layer, [None] * len(parts))[index] = parts[index].of(weights)
         return {
             layer: LayerWeights.stack(
                 slices,
-                [out for out, _ in self.layers[layer].slices],
+                [part.width for part in self.layers[layer].slices],
                 top_k,
                 self.dtype,
                 self.device,
@@ -145,13 +180,13 @@ def convert_plain(loras: Mapping[str, Any], plan: ModelPlan, where: str) -> dict
     """
     modules = {}
     for module, lora in loras.items():
-        place = plan.module_at.get(module)
-        if place is None:
+        part = plan.part_of(module)
+        if part is None:
             raise AdapterError(
                 f"{where}: adapts {module!r}, no linear layer of the served model that takes "
                 "adapters"
             )
-        out_features, in_features = plan.layers[place[0]].slices[place[1]]
+        out_features, in_features = part.shape
         for name, tensor, size, dim in (
             ("lora_A", lora.lora_a, in_features, 1),
             ("lora_B", lora.lora_b, out_features, 0),

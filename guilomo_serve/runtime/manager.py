@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm import envs
 from vllm.config import CUDAGraphMode
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
@@ -85,7 +86,7 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
             modules = self.packed_modules.get(name, [name])
             if len(modules) != layer.n_slices:
                 continue  # a layer that splits modules in a way of its own takes no adapters
-            layers[name] = LayerPlan(tuple((out, layer.input_size) for out in layer.output_slices))
+            layers[name] = LayerPlan(layer.parts())
             module_at.update({module: (name, i) for i, module in enumerate(modules)})
         return layers, module_at
 
@@ -172,13 +173,10 @@ def refuse_unsupported(vllm_config: Any) -> None:
     Raises:
         ValueError: names the setting and what to set it to.
     """
-    parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
+    lora = vllm_config.lora_config
     refused = []
-    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
-        refused.append(
-            "the model split over devices (use --tensor-parallel-size 1 and "
-            "--pipeline-parallel-size 1, or replicas with --data-parallel-size)"
-        )
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        refused.append("--pipeline-parallel-size (use --tensor-parallel-size)")
     if lora.fully_sharded_loras:
         refused.append("--fully-sharded-loras")
     if lora.enable_tower_connector_lora:
@@ -187,5 +185,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
         refused.append(f"--lora-dtype other than the model's ({vllm_config.model_config.dtype})")
     if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
         refused.append("CUDA graphs (use --enforce-eager)")
+    if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
+        refused.append("VLLM_LORA_ENABLE_DUAL_STREAM")
     if refused:
         raise ValueError("guilomo does not support " + "; nor ".join(refused))

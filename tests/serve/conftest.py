@@ -6,6 +6,7 @@ can be compared to four digits.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -109,4 +110,27 @@ def restarted(opened, tiny_model, adapters, root, state, tmp_path_factory) -> It
     environment = {"GUILOMO_ADMIN_KEY": "the-key-for-administration"}
     with serving(command, log, environment) as server:
         server.key, server.admin_key = "the-key-for-inference", "the-key-for-administration"
+        yield server
+
+
+@pytest.fixture(scope="session")
+def server_with_everything(
+    tiny_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Our server with the features that people switch on, and small enough that they act.
+
+    Cache blocks of 32 tokens, prompts prefilled in chunks of 64, drafts from n-grams of one token.
+    """
+    drafts = {
+        **{"method": "ngram", "num_speculative_tokens": 3},
+        **{"prompt_lookup_min": 1, "prompt_lookup_max": 3},
+    }
+    flags = (
+        *("--dtype", "float32", "--served-model-name", "base"),
+        *("--enable-prefix-caching", "--block-size", "32"),
+        *("--enable-chunked-prefill", "--max-num-batched-tokens", "64"),
+        *("--speculative-config", json.dumps(drafts)),
+    )
+    log = tmp_path_factory.mktemp("log") / "everything.log"
+    with serving(guilomo_serve(tiny_model, adapters, *flags), log) as server:
         yield server

@@ -34,6 +34,18 @@ def logprobs(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
     return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
 
 
+def greedy(model: torch.nn.Module, prompt: list[int], length: int) -> list[int]:
+    """The tokens of a greedy answer, whatever ends the text."""
+    answer: list[int] = []
+    given, cache = torch.tensor([prompt]), None
+    with torch.inference_mode():
+        for _ in range(length):
+            step = model(given, past_key_values=cache, use_cache=True)
+            given, cache = step.logits[:, -1:].argmax(-1), step.past_key_values
+            answer.append(int(given))
+    return answer
+
+
 def _add_routed(weights, experts, top_k):
     scaling = torch.tensor([e.scaling for e in experts])
     expert_of_row = torch.repeat_interleave(torch.tensor([e.rank for e in experts]))

@@ -40,9 +40,9 @@ def test_adapters_are_checked_against_the_base(tiny_model, adapters, capsys, tmp
     assert "no-model" in missing
 
 
-def test_a_model_split_over_devices_is_refused(tiny_model, capsys):
-    assert "split over devices" in refused(capsys, str(tiny_model), "--tensor-parallel-size", "2")
-    assert "split over devices" in refused(capsys, str(tiny_model), "-tp=2")
+def test_a_model_split_by_layers_is_refused(tiny_model, capsys):
+    assert "split by layers" in refused(capsys, str(tiny_model), "--pipeline-parallel-size", "2")
+    assert "split by layers" in refused(capsys, str(tiny_model), "-pp=2")
 
 
 def test_flags_are_passed_on_and_ours_give_way(tiny_model, adapters):
