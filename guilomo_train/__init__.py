@@ -16,6 +16,8 @@ report.py   tables, heat map, model card
 page.py     the report page of a run, from the files it leaves
 pictures.py what all pictures share, and those of the page
 pipeline.py the stages with their files
+limits.py   memory or disk that runs out, as an error to act on
+versions.py versions of the packages that a result depends on
 cli.py      the command `guilomo-train`
 """
 
