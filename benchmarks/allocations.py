@@ -52,18 +52,32 @@ def main() -> None:
                 )
             searched = json.loads((work / "search" / "run.json").read_text())["search"]
             runs["searched"][-1]["search_s"] = searched["seconds"]
+            # After each seed, so that a run that is stopped keeps the seeds it has.
+            result = compared(runs)
+            print_table(result, list(runs))
+            report(result, args, args.out)
 
+
+def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The benchmark's result from the run.json of each allocation's seeds."""
     result: dict[str, Any] = {name: summary(of_name) for name, of_name in runs.items()}
-    for name in args.controls:
+    for name in runs.keys() - {"searched"}:
         result[name] |= behind(runs["searched"], runs[name], "loss")
         result[name] |= behind(runs["searched"], runs[name], "accuracy")
-    result["majority"] = runs["searched"][0]["scores"]["majority"]
+    result["seeds"] = len(runs["searched"])
+    result["majority"] = round(
+        statistics.mean(run["scores"]["majority"] for run in runs["searched"]), 4
+    )
     result["search_s"] = round(statistics.mean(r["search_s"] for r in runs["searched"]), 1)
     result["finetune_s"] = round(
         statistics.mean(r["finetune_seconds"] for of_name in runs.values() for r in of_name), 1
     )
+    return result
+
+
+def print_table(result: dict[str, Any], names: list[str]) -> None:
     print(f"\n{'':>10} {'loss':>8} {'accuracy':>9} {'parameters':>12}   less the searched one's")
-    for name in runs:
+    for name in names:
         row = result[name]
         line = f"{name:>10} {row['loss']:>8.4f} {row['accuracy']:>9.3f} {row['parameters']:>12,}  "
         for key in ("loss", "accuracy"):
@@ -72,7 +86,6 @@ def main() -> None:
             if f"{key}_less_searched_error" in row:
                 line += f" ± {row[f'{key}_less_searched_error']:.4f}"
         print(line)
-    report(result, args, args.out)
 
 
 def allocations(args: argparse.Namespace, seed: int, work: Path) -> dict[str, Path]:
