@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -211,14 +211,20 @@ def write_adapter(adapter: Adapter, folder: str | Path, card: str) -> None:
 def replace_folder(target: Path) -> Iterator[Path]:
     """Yields an empty folder that takes the name `target` when the block ends without an error.
 
-    What had that name stays untouched until then, and for good if the block fails.
+    What had that name stays untouched until then, and for good if the block fails. The folder's
+    files may be read by whom the umask lets: safetensors writes its own for their owner alone,
+    and who serves an adapter may be another user, in a container for instance.
     """
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    partial.mkdir()
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes it private
+        readable = partial.stat().st_mode & 0o666  # as the umask made it
+        for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(readable)
         if target.exists():
             retired = partial.with_suffix(".retired")
             os.replace(target, retired)

@@ -101,6 +101,22 @@ def test_what_is_written_is_read_back(tmp_path: Path, dtype: torch.dtype) -> Non
     ]
 
 
+@pytest.mark.parametrize(
+    ("umask", "folder", "file"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)]
+)
+def test_another_user_may_read_what_the_umask_lets_him(
+    tmp_path: Path, umask: int, folder: int, file: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        write_adapter(make_adapter(), tmp_path / "a", card="card")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == folder
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()}
+    assert modes == dict.fromkeys(("adapter_config.json", files.WEIGHTS_FILE, "README.md"), file)
+
+
 def test_slices_of_one_parameter_are_written(tmp_path: Path) -> None:
     adapter = make_adapter(dtype=torch.float32)
     weights = dict(adapter.weights)
