@@ -154,7 +154,7 @@ class FinetuneConfig:
 class EvalConfig:
     """Evaluation by greedy generation."""
 
-    eval_rows: int | None = option(None, "Evaluate on this many rows, from the start of the file.")
+    eval_rows: int | None = option(None, "Evaluate on this many rows, the same ones each time.")
     eval_batch_size: int = option(16, "Rows generated at once.")
     max_new_tokens: int = option(128, "Tokens an answer may have.")
 

@@ -30,7 +30,7 @@ def load_rows(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None = None,
-    seed: int | None = None,
+    seed: int = 0,
 ) -> Dataset:
     """Loads a data set in one form.
 
@@ -38,8 +38,8 @@ def load_rows(
         source: a .jsonl file, or NAME, NAME:SPLIT or NAME:CONFIG:SPLIT of a data set that the
             `datasets` library can load.
         tokenizer: its chat template decides whether rows become messages.
-        limit: rows to keep.
-        seed: draw the kept rows at random; None keeps the first ones.
+        limit: rows to keep, drawn at random: files are often sorted by their answers.
+        seed: of that draw.
 
     Returns:
         Columns `prompt`, `completion`, `answer` (text) and `where` (the row's file and line).
@@ -59,9 +59,7 @@ def load_rows(
             _check_template(row, tokenizer)
     dataset = Dataset.from_list(rows)
     if limit is not None and limit < len(dataset):
-        if seed is not None:
-            dataset = dataset.shuffle(seed=seed)
-        dataset = dataset.select(range(limit))
+        dataset = dataset.shuffle(seed=seed).select(range(limit))
     return dataset
 
 

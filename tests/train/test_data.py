@@ -75,14 +75,17 @@ def test_a_data_set_is_loaded_by_name_and_split(
     assert load_rows(f"{folder}:test", tokenizer)[0]["prompt"] == PROMPT
 
 
-def test_a_limit_keeps_the_first_rows_or_draws_by_the_seed(
+def test_a_limit_draws_rows_by_the_seed(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     rows = [{"prompt": "p", "completion": str(i)} for i in range(50)]
     source = write(tmp_path / "rows.jsonl", rows)
-    assert load_rows(source, tokenizer, 3)["answer"] == ["0", "1", "2"]
-    drawn = load_rows(source, tokenizer, 3, seed=1)["answer"]
-    assert drawn == load_rows(source, tokenizer, 3, seed=1)["answer"] != ["0", "1", "2"]
+    drawn = [load_rows(source, tokenizer, 3, seed)["answer"] for seed in (0, 1, 1)]
+    assert load_rows(source, tokenizer, 3)["answer"] == drawn[0]
+    assert drawn[1] == drawn[2] != drawn[0]
+    # A file sorted by its answers would give one of them alone.
+    assert ["0", "1", "2"] not in drawn
+    assert len(set(drawn[0])) == 3
 
 
 @pytest.mark.parametrize(
