@@ -75,9 +75,7 @@ def test_a_data_set_is_loaded_by_name_and_split(
     assert load_rows(f"{folder}:test", tokenizer)[0]["prompt"] == PROMPT
 
 
-def test_a_limit_draws_rows_by_the_seed(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_a_limit_draws_rows_by_the_seed(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{"prompt": "p", "completion": str(i)} for i in range(50)]
     source = write(tmp_path / "rows.jsonl", rows)
     drawn = [load_rows(source, tokenizer, 3, seed)["answer"] for seed in (0, 1, 1)]
