@@ -140,7 +140,7 @@ def assert_same_health(one: Path, other: Path, stages: tuple[str, ...]) -> None:
 
 # The command, telling how much of the decoder layers' weights this process holds between passes.
 WATCHED = """
-import sys
+import os, sys
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import LlamaForCausalLM
 from guilomo_train.cli import main
@@ -149,7 +149,8 @@ def look(module, _):
     if isinstance(module, LlamaForCausalLM):
         frozen = [p for p in module.model.layers.parameters() if not p.requires_grad]
         held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in frozen)
-        print("held:", held / sum(p.numel() for p in frozen))
+        # One write a line: two processes share the log.
+        os.write(1, f"held: {held / sum(p.numel() for p in frozen)}\\n".encode())
 
 register_module_forward_pre_hook(look)
 sys.exit(main(sys.argv[1:]))
