@@ -65,9 +65,7 @@ def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         result[name] |= behind(runs["searched"], runs[name], "loss")
         result[name] |= behind(runs["searched"], runs[name], "accuracy")
     result["seeds"] = len(runs["searched"])
-    result["majority"] = round(
-        statistics.mean(run["scores"]["majority"] for run in runs["searched"]), 4
-    )
+    result["majority"] = runs["searched"][0]["scores"]["majority"]
     result["search_s"] = round(statistics.mean(r["search_s"] for r in runs["searched"]), 1)
     result["finetune_s"] = round(
         statistics.mean(r["finetune_seconds"] for of_name in runs.values() for r in of_name), 1

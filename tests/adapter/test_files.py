@@ -104,7 +104,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize(
     ("umask", "folder", "file"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)]
 )
-def test_another_user_may_read_what_the_umask_lets_him(
+def test_others_may_read_what_the_umask_lets_them(
     tmp_path: Path, umask: int, folder: int, file: int
 ) -> None:
     before = os.umask(umask)
