@@ -39,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["adapters"]:
         return command.main(arguments[1:])
+    if arguments[:1] == ["check"]:
+        from guilomo_serve.check import command as check
+
+        return check.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="guilomo-serve",
         description="Serves a base model and its adapters with vLLM's OpenAI API.",
