@@ -33,8 +33,8 @@ class Product:
     Attributes:
         x: [T, in], the layer's input.
         added: [T, out], what its op adds for the adapter.
-        unsummed: how far the layer's output is from the base's product and `added`, in units of
-            the rounding that a sum of the two may have; the largest of the layer.
+        unsummed: how far the layer's output is from the sum of the base's product and `added`, in
+            units of the dtype's rounding (eps times the norms of both); the largest of a token.
     """
 
     x: torch.Tensor

@@ -90,8 +90,7 @@ def test_structured_output_is_the_adapters_own(server, models):
         "additionalProperties": False,
     }
     letters = [
-        server.post("/tokenize", model="base", prompt=word[0]).json()["tokens"][0]
-        for word in words
+        server.post("/tokenize", model="base", prompt=word[0]).json()["tokens"][0] for word in words
     ]
 
     def choose(name: str) -> str:
