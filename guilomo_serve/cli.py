@@ -39,10 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["adapters"]:
         return command.main(arguments[1:])
+    if arguments[:1] == ["check"]:
+        from guilomo_serve.check import command as check
+
+        return check.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="guilomo-serve",
         description="Serves a base model and its adapters with vLLM's OpenAI API.",
-        epilog="All further flags are passed to `vllm serve`.",
+        epilog="All further flags are passed to `vllm serve`. `guilomo-serve adapters --help`: "
+        "a running server's adapters; `guilomo-serve check --help`: vLLM against transformers.",
         allow_abbrev=False,
     )
     parser.add_argument("base", help="base model: a folder or a name on the Hugging Face hub")
@@ -134,6 +139,12 @@ def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> li
                 f"{flag}: adapters are not served on a model split by layers; split it by columns "
                 "(--tensor-parallel-size)"
             )
+    for flag in ("--data-parallel-size", "-dp", "--api-server-count", "-asc"):
+        if _value_of(flags, flag) not in ([], ["1"]):
+            raise UsageError(
+                f"{flag}: the names and versions of adapters are kept by one server process with "
+                "one engine; start several servers and spread the requests over them"
+            )
     folders = _parse_adapters(adapters, [base, *_value_of(flags, "--served-model-name")])
     if folders:
         config = _base_config(base, flags)
@@ -144,6 +155,8 @@ def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> li
                 read_adapter(folder, described)
             else:
                 _check_plain(name, folder)
+    else:
+        _check_base(base, flags)
     command = ["serve", base, *flags, "--enable-lora"]
     if not _value_of(flags, "--max-loras"):
         command += ["--max-loras", str(max(_MIN_SLOTS, 2 * len(folders)))]
@@ -221,6 +234,33 @@ def _base_config(base: str, flags: Sequence[str]) -> Any:
         )
     except (OSError, ValueError) as e:
         raise UsageError(f"{base}: no model can be read there: {e}") from None
+
+
+def _check_base(base: str, flags: Sequence[str]) -> None:
+    """Refuses a base that vLLM would not find; it says so itself, below a traceback.
+
+    vLLM is asked, as it may serve what transformers does not know while no adapter is given.
+    """
+    from vllm.transformers_utils.config import get_config
+    from vllm.transformers_utils.utils import is_cloud_storage
+
+    def given(flag: str, default: str | None = None) -> str | None:
+        return next(iter(_value_of(flags, flag)), default)
+
+    if is_cloud_storage(base):  # vLLM fetches the config from there first
+        return
+    try:
+        get_config(
+            given("--hf-config-path", base),
+            "--trust-remote-code" in flags,
+            given("--revision"),
+            given("--code-revision"),
+            given("--config-format", "auto"),
+            token=given("--hf-token"),
+        )
+    except Exception as e:  # of several libraries
+        reason = " ".join(str(e).split())
+        raise UsageError(f"{base}: no model can be read there: {reason}") from None
 
 
 def _check_plain(name: str, folder: Path) -> None:

@@ -130,6 +130,9 @@ def server_with_everything(
         *("--enable-prefix-caching", "--block-size", "32"),
         *("--enable-chunked-prefill", "--max-num-batched-tokens", "64"),
         *("--speculative-config", json.dumps(drafts)),
+        # A random model would fill its answer with the spaces that JSON allows anywhere.
+        *("--structured-outputs-config.backend", "xgrammar"),
+        "--structured-outputs-config.disable_any_whitespace=true",
     )
     log = tmp_path_factory.mktemp("log") / "everything.log"
     with serving(guilomo_serve(tiny_model, adapters, *flags), log) as server:

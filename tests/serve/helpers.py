@@ -8,10 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -133,17 +134,30 @@ def guilomo_serve(base: Path, adapters: dict[str, Path], *flags: str) -> list[st
     ]
 
 
-def text_of(server: Server, model: str, prompt: str, tokens: int = 12) -> str:
-    """A greedy completion."""
-    answer = server.client.completions.create(
-        model=model,
-        prompt=prompt,
-        max_tokens=tokens,
-        temperature=0,
-        extra_body={"ignore_eos": True},
-    )
+def ask(server: Server, model: str, prompt: str, tokens: int, **body: object) -> Any:
+    """The choice of a completion, greedy unless `body` says otherwise, with its `token_ids`."""
+    answer = server.client.completions.create(**_asked(model, prompt, tokens, body))
     assert answer.model == model
-    return answer.choices[0].text
+    return answer.choices[0]
+
+
+def stream(server: Server, model: str, prompt: str, tokens: int) -> openai.Stream[Any]:
+    """The same in chunks."""
+    return server.client.completions.create(**_asked(model, prompt, tokens, {}), stream=True)
+
+
+def text_of(server: Server, model: str, prompt: str, tokens: int = 12) -> str:
+    """The text of a greedy completion."""
+    return ask(server, model, prompt, tokens).text
+
+
+def text_of_stream(chunks: Iterable[Any]) -> str:
+    return "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+
+
+def _asked(model: str, prompt: str, tokens: int, body: dict[str, object]) -> dict[str, Any]:
+    extra = {"temperature": 0, "ignore_eos": True, "return_token_ids": True, **body}
+    return {"model": model, "prompt": prompt, "max_tokens": tokens, "extra_body": extra}
 
 
 def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -13,7 +13,7 @@ import requests
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, read_spec
 from guilomo_serve.catalogue import Catalogue, CatalogueError, command, digest_of
-from tests.serve.helpers import random_adapter, text_of
+from tests.serve.helpers import random_adapter, stream, text_of, text_of_stream
 
 pytestmark = pytest.mark.slow
 
@@ -78,24 +78,13 @@ def test_a_swap_under_load_mixes_nothing_and_rolls_back(opened, root, adapters):
     assert text_of(opened, "swapped", PROMPT, LENGTH) == old
 
     # More than run at once: whatever the machine does first, some have not begun at the swap.
-    client = opened.client
-    streams = [
-        client.completions.create(
-            model="swapped",
-            prompt=PROMPT,
-            max_tokens=LENGTH,
-            temperature=0,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
-        for _ in range(20)
-    ]
+    streams = [stream(opened, "swapped", PROMPT, LENGTH) for _ in range(20)]
     assert listed(opened)["swapped"]["in_flight"] > 0
     shutil.copytree(adapters["second"], folder, dirs_exist_ok=True)
     answer = opened.put("swapped", folder).json()
     after = text_of(opened, "swapped", PROMPT, LENGTH)
-    for stream in streams:
-        assert "".join(chunk.choices[0].text for chunk in stream if chunk.choices) == old
+    for chunks in streams:
+        assert text_of_stream(chunks) == old
     assert after == new
     assert answer["version"] > version
     assert answer["previous_version"] == version

@@ -45,6 +45,21 @@ def test_a_model_split_by_layers_is_refused(tiny_model, capsys):
     assert "split by layers" in refused(capsys, str(tiny_model), "-pp=2")
 
 
+def test_several_server_processes_are_refused(tiny_model, capsys):
+    for flags in (("--data-parallel-size", "2"), ("-dp=2",), ("--api-server-count=4",)):
+        message = refused(capsys, str(tiny_model), *flags)
+        assert message.startswith(f"guilomo-serve: {flags[0].partition('=')[0]}: ")
+        assert "one server process" in message
+    cli.vllm_command(str(tiny_model), [], ["--data-parallel-size", "1", "-asc", "1"])
+
+
+def test_a_base_that_is_not_there_is_one_error(capsys, tmp_path):
+    """Without adapters too; a folder, and a name on the hub that is not in the cache."""
+    for base in (str(tmp_path / "nowhere"), str(tmp_path), "nobody/has-no-such-model"):
+        (line,) = refused(capsys, base).strip().splitlines()
+        assert line.startswith(f"guilomo-serve: {base}: no model can be read there: ")
+
+
 def test_flags_are_passed_on_and_ours_give_way(tiny_model, adapters):
     command = cli.vllm_command(
         str(tiny_model), [f"a={adapters['first']}"], ["--port", "9", "--max-loras=3"]

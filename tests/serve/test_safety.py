@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import openai
@@ -22,6 +23,8 @@ from tests.serve.helpers import Server, random_adapter, text_of
 pytestmark = pytest.mark.slow
 
 PROMPT = "My card has not arrived."
+# Prepares a bad adapter (base, root, a folder outside of it): its source, and why it is refused.
+Attack = Callable[[Path, Path, Path], tuple[str, str]]
 INFERENCE, ADMIN = "the-key-for-inference", "the-key-for-administration"
 
 
@@ -137,22 +140,19 @@ def ranks_beyond_the_file(base: Path, root: Path, outside: Path) -> tuple[str, s
     return str(root / "ranks"), str(10**15)
 
 
-def not_finite(base: Path, root: Path, outside: Path) -> tuple[str, str]:
-    folder = root / "nan"
-    shutil.copytree(root / "first", folder)
-    tensors = load_file(folder / WEIGHTS_FILE)
-    next(iter(tensors.values()))[0, 0] = torch.nan
-    save_file(tensors, folder / WEIGHTS_FILE)
-    return str(folder), "not finite"
+def not_finite(kind: str, value: float) -> Attack:
+    """An adapter of one kind with one value that is no number."""
 
+    def attack(base: Path, root: Path, outside: Path) -> tuple[str, str]:
+        folder = root / f"{kind}-with-{value}"
+        shutil.copytree(root / kind, folder)
+        tensors = load_file(folder / WEIGHTS_FILE)
+        next(iter(tensors.values()))[0, 0] = value
+        save_file(tensors, folder / WEIGHTS_FILE)
+        return str(folder), "not finite"
 
-def plain_not_finite(base: Path, root: Path, outside: Path) -> tuple[str, str]:
-    folder = root / "plain-nan"
-    shutil.copytree(root / "plain", folder)
-    tensors = load_file(folder / WEIGHTS_FILE)
-    next(iter(tensors.values()))[0, 0] = torch.inf
-    save_file(tensors, folder / WEIGHTS_FILE)
-    return str(folder), "not finite"
+    attack.__name__ = f"{kind}_with_{value}"
+    return attack
 
 
 def wrong_base(base: Path, root: Path, outside: Path) -> tuple[str, str]:
@@ -190,7 +190,8 @@ def pickle_in_disguise(base: Path, root: Path, outside: Path) -> tuple[str, str]
     [
         *(traversal, relative_traversal, absolute, linked_folder, linked_file, pipe),
         *(huge_header, huge_config, deep_config, sparse_weights, shapes_beyond_the_file),
-        *(shapes_that_overflow, ranks_beyond_the_file, not_finite, plain_not_finite),
+        *(shapes_that_overflow, ranks_beyond_the_file),
+        *(not_finite("first", torch.nan), not_finite("plain", torch.inf)),
         *(wrong_base, pickled, pickle_in_disguise),
     ],
 )

@@ -18,11 +18,14 @@ from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from tests.serve import hf_reference
 from tests.serve.helpers import (
     Server,
+    ask,
     guilomo_serve,
     random_adapter,
     random_lora,
     serving,
+    stream,
     text_of,
+    text_of_stream,
 )
 
 pytestmark = pytest.mark.slow
@@ -49,14 +52,7 @@ def server(tiny_model, adapters, tmp_path_factory):
 
 def complete(server: Server, model: str, prompt: str) -> tuple[list[int], torch.Tensor]:
     """Tokens of prompt and greedy completion, and the log-probability of all but the first."""
-    choice = server.client.completions.create(
-        model=model,
-        prompt=prompt,
-        max_tokens=TOKENS,
-        temperature=0,
-        logprobs=0,
-        extra_body={"prompt_logprobs": 0, "ignore_eos": True, "return_token_ids": True},
-    ).choices[0]
+    choice = ask(server, model, prompt, TOKENS, logprobs=0, prompt_logprobs=0)
     scored = choice.prompt_logprobs[1:]
     of_prompt = [
         next(v["logprob"] for k, v in entry.items() if int(k) == token)
@@ -122,23 +118,14 @@ def test_a_stream_finishes_with_the_version_it_began_with(server, adapters, tmp_
     prompt, length = 4 * PROMPTS[1], 200  # a prompt of two cache blocks: they could be stale
     old, new = (text_of(server, name, prompt, length) for name in ("first", "second"))
 
-    stream = server.client.completions.create(
-        model="swapped",
-        prompt=prompt,
-        max_tokens=length,
-        temperature=0,
-        stream=True,
-        extra_body={"ignore_eos": True},
-    )
-    pieces = [next(stream).choices[0].text]
+    chunks = stream(server, "swapped", prompt, length)
+    begun = text_of_stream([next(chunks)])
     # The very same folder with other contents: nothing but the version tells them apart.
     shutil.copytree(adapters["second"], folder, dirs_exist_ok=True)
     assert server.load("swapped", folder, replace=True).ok
     after = text_of(server, "swapped", prompt, length)
-    pieces += [chunk.choices[0].text for chunk in stream]
-
+    assert begun + text_of_stream(chunks) == old
     assert after == new
-    assert "".join(pieces) == old
     assert server.post("/v1/unload_lora_adapter", lora_name="swapped").ok
     with pytest.raises(openai.NotFoundError):
         text_of(server, "swapped", PROMPTS[0])
