@@ -98,6 +98,12 @@ def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
         "loads them again",
     )
     parser.add_argument(
+        "--check-adapters",
+        action="store_true",
+        help="compare what an adapter adds in each layer with the formula in float64 as it is "
+        "loaded, on random inputs, and refuse it if they differ",
+    )
+    parser.add_argument(
         "--adapter-memory",
         type=float,
         metavar="GIB",
@@ -122,7 +128,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise UsageError(f"the admin key is too short: expected at least {_LEAST_KEY} characters")
     state = Path(args.state).resolve() if args.state else None
     budget = None if memory is None else int(memory * 2**30)
-    return Settings(tuple(roots), state, args.evict_idle, budget, key)
+    return Settings(tuple(roots), state, args.evict_idle, budget, args.check_adapters, key)
 
 
 def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> list[str]:
