@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -101,6 +102,19 @@ def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
         help="free the weights of an adapter that nobody asked for as long; the next request "
         "loads them again",
     )
+    parser.add_argument(
+        "--check-adapters",
+        action="store_true",
+        help="compare what an adapter adds in each layer with the formula in float64 as it is "
+        "loaded, on random inputs, and refuse it if they differ",
+    )
+    parser.add_argument(
+        "--adapter-memory",
+        type=float,
+        metavar="GIB",
+        help="the most that the weights of loaded adapters may take, by the size of their files; "
+        "for one more those go that were not used for longest",
+    )
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -111,11 +125,15 @@ def _settings(args: argparse.Namespace) -> Settings:
         roots.append(Path(root).resolve())
     if args.evict_idle is not None and not args.evict_idle > 0:
         raise UsageError(f"--evict-idle {args.evict_idle}: expected a number of seconds > 0")
+    memory = args.adapter_memory
+    if memory is not None and not 0 < memory < math.inf:
+        raise UsageError(f"--adapter-memory {memory}: expected a number of GiB > 0")
     key = args.admin_key if args.admin_key is not None else os.environ.get(ADMIN_KEY) or None
     if key is not None and len(key) < _LEAST_KEY:
         raise UsageError(f"the admin key is too short: expected at least {_LEAST_KEY} characters")
     state = Path(args.state).resolve() if args.state else None
-    return Settings(tuple(roots), state, args.evict_idle, key)
+    budget = None if memory is None else int(memory * 2**30)
+    return Settings(tuple(roots), state, args.evict_idle, budget, args.check_adapters, key)
 
 
 def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> list[str]:

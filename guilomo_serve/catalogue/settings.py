@@ -25,12 +25,16 @@ class Settings:
         roots: folders that adapters may be taken from; with none, every folder on the machine.
         state: folder of the catalogue; None for one that is gone when the server ends.
         evict_idle: seconds without a request after which a name's weights are freed; None: never.
+        memory: bytes that the weights of loaded adapters may take; None: no bound.
+        check_adapters: compare each adapter's products with the formula as it is loaded.
         admin_key: what an administrator has to present; None: only clients on this machine may.
     """
 
     roots: tuple[Path, ...] = ()
     state: Path | None = None
     evict_idle: float | None = None
+    memory: int | None = None
+    check_adapters: bool = False
     admin_key: str | None = field(default=None, repr=False)
 
     def export(self, environment: MutableMapping[str, str]) -> None:
@@ -40,6 +44,8 @@ class Settings:
                 "roots": [str(root) for root in self.roots],
                 "state": str(self.state) if self.state else None,
                 "evict_idle": self.evict_idle,
+                "memory": self.memory,
+                "check_adapters": self.check_adapters,
             }
         )
         if self.admin_key is not None:
@@ -55,6 +61,8 @@ class Settings:
             roots=tuple(Path(root) for root in value["roots"]),
             state=Path(value["state"]) if value["state"] else None,
             evict_idle=value["evict_idle"],
+            memory=value["memory"],
+            check_adapters=value["check_adapters"],
             admin_key=os.environ.get(ADMIN_KEY) or None,
         )
 

@@ -14,8 +14,10 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import get_adapter_absolute_path, is_moe_model
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from guilomo_serve.adapter import BaseFingerprint, is_guilomo_adapter
+from guilomo_serve.adapter import AdapterError, BaseFingerprint, is_guilomo_adapter
+from guilomo_serve.catalogue import Settings
 from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
+from guilomo_serve.ops.selfcheck import product_error
 from guilomo_serve.runtime.loading import (
     LayerPlan,
     ModelPlan,
@@ -24,6 +26,9 @@ from guilomo_serve.runtime.loading import (
     convert_plain,
     load_routed,
 )
+
+# As a share of a product's norm. Rounding to bfloat16 comes to less than half a percent.
+PRODUCT_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.01}
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,28 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         """vLLM's warm-up adapter: without weights, as storage does not depend on it."""
         return LoRAModel(lora_id, rank, {})
 
+    def check_products(self, lora_id: int) -> None:
+        """Compares what an active adapter adds in each layer with the formula.
+
+        A row-parallel layer under tensor parallelism has a part of the product alone and is
+        left out.
+
+        Raises:
+            AdapterError: names the first layer that differs.
+        """
+        slot = self.lora_index_to_id.index(lora_id)
+        for name, entry in self.get_adapter(lora_id).loras.items():
+            layer = self.modules[name]
+            if layer.splits_inputs:
+                continue
+            weights = entry.lora_a.to(self.device)
+            error = product_error(layer.slots, slot, weights, sum(layer.output_slices))
+            if not error <= PRODUCT_TOLERANCE[weights.lora_a.dtype]:
+                raise AdapterError(
+                    f"{name}: this server's product differs from the formula by {error:.2%}; "
+                    "guilomo-serve check tells more"
+                )
+
     def _deactivate_adapter(self, lora_id: int) -> None:
         if lora_id in self.lora_index_to_id:
             slot = self.lora_index_to_id.index(lora_id)
@@ -142,6 +169,19 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         refuse_unsupported(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
         self._read: dict[int, LoRAModel] = {}
+        settings = Settings.from_environment()
+        self._checks = settings is not None and settings.check_adapters
+
+    def add_adapter(self, lora_request: Any) -> bool:
+        is_new = self._checks and lora_request.lora_int_id not in self.list_adapters()
+        loaded = super().add_adapter(lora_request)
+        if is_new:
+            try:
+                self._adapter_manager.check_products(lora_request.lora_int_id)
+            except AdapterError as e:
+                self.remove_adapter(lora_request.lora_int_id)
+                raise AdapterError(f"{lora_request.lora_path}: {e}") from None
+        return loaded
 
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
         if lora_request.lora_int_id not in self._read or lora_request.load_inplace:

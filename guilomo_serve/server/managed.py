@@ -50,6 +50,10 @@ class Unknown(CatalogueError):
     """The catalogue has no adapter of that name."""
 
 
+class NoRoom(AdapterError):
+    """All that is loaded is in use or pinned, and one adapter more would exceed the memory."""
+
+
 class _Served(dict[str, LoRARequest]):
     """Name -> current version; vLLM asks `name in served` when a request begins."""
 
@@ -88,6 +92,8 @@ class ManagedServingModels(VersionedServingModels):
         self.failed: dict[str, str] = {}
         self._retiring_digests: list[str] = []
         self._putting = 0
+        self._held: dict[int, int] = {}  # version -> bytes that its weights take, or will take
+        self._making_room = asyncio.Lock()
         self._refused: dict[str, tuple[float, str]] = {}  # name -> until when, and why
 
     @cached_property
@@ -196,7 +202,11 @@ class ManagedServingModels(VersionedServingModels):
             AdapterError: an adapter of the command line is refused.
         """
         self._prune()
-        for name, entry in self.catalogue.all().items():
+        entries = self.catalogue.all()
+        for name in sorted(entries, key=lambda name: not entries[name].pinned):
+            entry = entries[name]
+            if self._excess(entry.current.size) > 0:
+                continue  # loaded when it is asked for
             try:
                 await asyncio.to_thread(self._store.verify, entry.current.digest)
                 await self._load(entry.current)
@@ -294,21 +304,77 @@ class ManagedServingModels(VersionedServingModels):
         version = replace(version, number=self.catalogue.next_number())
         loaded = self._request_of(version)
         try:
-            await self._add_to_engine(loaded)
+            await self._add_in_room(loaded, version.size)
+        except NoRoom:
+            raise
         except AdapterError as e:  # it names the copy
             raise AdapterError(str(e).replace(loaded.lora_path, version.source)) from None
         try:
             self.catalogue.put(version)
         except BaseException:
-            await self.engine_client.remove_lora(loaded.lora_int_id)
+            await self._remove(loaded)
             raise
         self._start_serving(version, loaded)
         return version
 
     async def _load(self, version: Version) -> None:
         loaded = self._request_of(version)
-        await self._add_to_engine(loaded)
+        await self._add_in_room(loaded, version.size)
         self._start_serving(version, loaded)
+
+    async def _add_in_room(self, loaded: LoRARequest, size: int) -> None:
+        """Loads weights of `size` bytes; adapters that were not used for longest go for them.
+
+        Raises:
+            NoRoom: all that could go is in use or pinned.
+            AdapterError: the engine refuses it, or it is larger than all the room.
+        """
+        async with self._making_room:
+            if loaded.lora_int_id not in self._held:  # else it is still on its way out
+                await self._make_room(size)
+            self._held[loaded.lora_int_id] = size
+        try:
+            await self._add_to_engine(loaded)
+        except BaseException:
+            self._held.pop(loaded.lora_int_id, None)
+            raise
+
+    async def _make_room(self, size: int) -> None:
+        if self._settings.memory is not None and size > self._settings.memory:
+            raise AdapterError(
+                f"its weights have {size} bytes, expected at most {self._settings.memory} "
+                "(--adapter-memory)"
+            )
+        while (excess := self._excess(size)) > 0:
+            retiring = self._retiring.values()
+            going = sum(self._held.get(v, 0) for v in retiring if not self._in_flight(v))
+            if excess > going:
+                name = self._least_recently_used()
+                if name is not None:
+                    self._withdraw(name)
+                    logger.info("Adapter '%s' makes room for another one: evicted", name)
+                    continue
+                if not self._retiring:
+                    raise NoRoom(
+                        f"there is no room for {size} bytes of weights: all that is loaded is in "
+                        "use or pinned (--adapter-memory)"
+                    )
+            await asyncio.wait(self._retiring, return_when=asyncio.FIRST_COMPLETED)
+
+    def _excess(self, size: int) -> int:
+        """By how many bytes the weights would exceed the memory with `size` more."""
+        if self._settings.memory is None:
+            return 0
+        return sum(self._held.values()) + size - self._settings.memory
+
+    def _least_recently_used(self) -> str | None:
+        pinned = self.catalogue.pinned()
+        idle = [name for name in self._served if name not in pinned and not self.in_flight(name)]
+        return min(idle, key=lambda name: self._served.last_used.get(name, 0.0), default=None)
+
+    async def _remove(self, version: LoRARequest) -> None:
+        await super()._remove(version)
+        self._held.pop(version.lora_int_id, None)
 
     def _start_serving(self, version: Version, loaded: LoRARequest) -> None:
         self._switch(version.name, loaded)
@@ -373,6 +439,8 @@ def status_of(error: Exception) -> HTTPStatus:
         return HTTPStatus.NOT_FOUND
     if isinstance(error, Forbidden):
         return HTTPStatus.FORBIDDEN
+    if isinstance(error, NoRoom):
+        return HTTPStatus.SERVICE_UNAVAILABLE
     if isinstance(error, CatalogueError):
         return HTTPStatus.CONFLICT
     if isinstance(error, AdapterError):

@@ -37,7 +37,7 @@ class VersionedServingModels(OpenAIServingModels):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._names: dict[int, str] = {}  # version -> public name
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._retiring: dict[asyncio.Task[None], int] = {}  # what frees a version -> the version
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         if lora_request is None:
@@ -111,6 +111,10 @@ class VersionedServingModels(OpenAIServingModels):
                 raise missing from None
             raise AdapterError(_reason(e)) from None
 
+    async def _remove(self, version: LoRARequest) -> None:
+        """Takes a version's weights out of the engine."""
+        await self.engine_client.remove_lora(version.lora_int_id)
+
     def _switch(self, name: str, version: LoRARequest) -> None:
         """Gives requests that come from now on a version that is loaded."""
         self._names[version.lora_int_id] = name
@@ -128,8 +132,8 @@ class VersionedServingModels(OpenAIServingModels):
     def _retire(self, version: LoRARequest) -> None:
         """Frees a version's weights once no request uses it."""
         task = asyncio.create_task(self._free_when_idle(version))
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+        self._retiring[task] = version.lora_int_id
+        task.add_done_callback(self._retiring.pop)
 
     async def _free_when_idle(self, version: LoRARequest) -> None:
         await asyncio.sleep(_GRACE_S)
@@ -137,7 +141,7 @@ class VersionedServingModels(OpenAIServingModels):
             await asyncio.sleep(_POLL_S)
         if version in self.lora_requests.values():
             return  # it is in use again
-        await self.engine_client.remove_lora(version.lora_int_id)
+        await self._remove(version)
         self._names.pop(version.lora_int_id, None)
         logger.info("Adapter '%s' is no longer in use and was freed", version.lora_name)
 

@@ -83,7 +83,7 @@ def _command(tiny_model: Path, adapters: dict[str, Path], root: Path, state: Pat
     return guilomo_serve(
         tiny_model,
         {"given": adapters["plain"]},
-        *("--adapter-root", str(root), "--state", str(state)),
+        *("--adapter-root", str(root), "--state", str(state), "--check-adapters"),
         *("--enforce-eager", "--enable-prefix-caching"),
         *("--dtype", "float32", "--served-model-name", "base"),
     )
