@@ -27,7 +27,7 @@ ANSWER_S = 10.0
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._:=+-]*"
 _ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _TAG = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-_HUB = re.compile(rf"({_ID})(?:/({_ID})(?:@({_TAG}))?((?:/{_PART})*))?/?")
+_HUB = re.compile(rf"({_ID})(?:/({_ID})(?:@(?!refs/)({_TAG}))?((?:/{_PART})*))?/?")
 _S3 = re.compile(rf"([A-Za-z0-9][A-Za-z0-9.-]{{1,62}})((?:/{_PART})*)(?:@({_TAG}\+{_TAG}))?/?")
 _MAX_LENGTH = 1024
 
