@@ -19,7 +19,7 @@ from guilomo_serve.adapter import AdapterError, BaseModel, is_guilomo_adapter, r
 from guilomo_serve.catalogue import Settings, check_name, command
 from guilomo_serve.catalogue.remote import Address, is_address
 from guilomo_serve.catalogue.settings import ADMIN_KEY
-from guilomo_serve.catalogue.sources import load_storage
+from guilomo_serve.catalogue.sources import storage_class
 
 # Storage is ragged, so slots and ranks cost nothing until an adapter fills them. Twice the
 # adapters at start: while a name is swapped its old version still has requests.
@@ -122,7 +122,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _remote_root(root: str) -> Address:
     try:
         address = Address.parse(root)
-        load_storage(address.scheme)
+        storage_class(address.scheme)
     except AdapterError as e:
         raise UsageError(f"--adapter-root: {e}") from None
     if address.revision is not None:

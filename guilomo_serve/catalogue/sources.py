@@ -52,7 +52,7 @@ class Sources:
         self._store = store
         self._roots = tuple(roots)
         schemes = {root.scheme for root in roots}
-        self._storages = {scheme: load_storage(scheme) for scheme in schemes}
+        self._storages = {scheme: storage_class(scheme)() for scheme in schemes}
         self._threads = {
             scheme: ThreadPoolExecutor(_THREADS, f"guilomo-{scheme}") for scheme in schemes
         }
@@ -140,7 +140,7 @@ class Sources:
             self._storages[root.scheme].look(address)
         except Missing:
             return False
-        except Denied:  # which says nothing of other names
+        except (Denied, Forbidden):  # which say nothing of other names
             raise
         except Unavailable as e:
             self._down[root] = (time.monotonic() + DOWN_FOR_S, e.reason)
@@ -151,8 +151,8 @@ class Sources:
         return True
 
 
-def load_storage(scheme: str) -> Storage:
-    """Makes the client of a storage.
+def storage_class(scheme: str) -> type[Storage]:
+    """The storage that addresses of a scheme are in.
 
     Raises:
         AdapterError: the packages that it needs are not installed.
@@ -161,10 +161,10 @@ def load_storage(scheme: str) -> Storage:
         if scheme == "hf":
             from guilomo_serve.catalogue.hub import Hub
 
-            return Hub()
+            return Hub
         from guilomo_serve.catalogue.s3 import S3
 
-        return S3()
+        return S3
     except ImportError as e:
         extra = {"hf": "serve", "s3": "s3"}[scheme]
         raise AdapterError(

@@ -93,6 +93,7 @@ class ManagedServingModels(VersionedServingModels):
         self.lora_requests = self._served
         self.failed: dict[str, str] = {}
         self._retiring_digests: list[str] = []
+        self._resolving: set[asyncio.Task[LoRARequest | ErrorResponse]] = set()
         self._putting = 0
         # Name -> until when, and why.
         self._refused: dict[str, tuple[float, str | Unavailable]] = {}
@@ -252,6 +253,17 @@ class ManagedServingModels(VersionedServingModels):
         return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
     async def resolve_lora(self, lora_name: str) -> LoRARequest | ErrorResponse:
+        """Loads a name that is not loaded, to the end even if the client does not wait for it.
+
+        Raises:
+            GracefulHTTPError: 502, its storage cannot be asked.
+        """
+        resolving = asyncio.create_task(self._resolve(lora_name))
+        self._resolving.add(resolving)
+        resolving.add_done_callback(self._resolving.discard)
+        return await asyncio.shield(resolving)
+
+    async def _resolve(self, lora_name: str) -> LoRARequest | ErrorResponse:
         """Loads a name that is not loaded: one that was evicted, or a member of a root."""
         try:
             self._check_name(lora_name)

@@ -21,7 +21,8 @@ from moto.server import ThreadedMotoServer
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterError
 from guilomo_serve.catalogue import command, digest_of
-from guilomo_serve.catalogue.remote import Address
+from guilomo_serve.catalogue import sources as catalogue_sources
+from guilomo_serve.catalogue.remote import Address, Found, Unavailable
 from tests.serve.helpers import Server, guilomo_serve, random_adapter, serving, text_of
 from tests.serve.hub_stand_in import HubStandIn
 
@@ -81,7 +82,7 @@ def world(tiny_model, adapters, tmp_path_factory) -> Iterator[World]:
         tiny_model,
         {},
         *("--adapter-root", f"s3://{BUCKET}/{BELOW}", "--adapter-root", "hf://acme"),
-        *("--adapter-root", str(root), "--evict-idle", "5"),
+        *("--adapter-root", str(root), "--evict-idle", "2"),
         *("--enforce-eager", "--dtype", "float32", "--served-model-name", "base"),
     )
     log = tmp_path_factory.mktemp("log") / "sources.log"
@@ -161,6 +162,35 @@ def test_a_root_is_a_part_of_the_way_and_not_of_a_name():
         assert not Address.parse(outside).is_in(root)
 
 
+class _Slow:
+    """A storage that says 8 bytes a file, and sends what it is told."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self._pieces = pieces
+
+    def look(self, address):
+        return Found("a+b", {CONFIG_FILE: 8, WEIGHTS_FILE: 8})
+
+    def read(self, address, name):
+        yield from self._pieces
+
+
+def test_a_fetch_ends_in_time_and_whole(tmp_path, monkeypatch):
+    address = Address.parse("s3://models/first")
+    for i, (pieces, error, why) in enumerate(
+        (
+            ((b"1234", b"567"), Unavailable, "ended 1 bytes early"),
+            ((b"1234", b"56789"), AdapterError, "larger than the storage said"),
+        )
+    ):
+        (tmp_path / str(i)).mkdir()
+        with pytest.raises(error, match=why):
+            catalogue_sources._fetch(_Slow(*pieces), address, tmp_path / str(i))
+    monkeypatch.setattr(catalogue_sources, "_FETCH_S", -1.0)
+    with pytest.raises(Unavailable, match="not fetched within"):
+        catalogue_sources._fetch(_Slow(b"12345678"), address, tmp_path)
+
+
 def test_an_adapter_is_put_from_s3_and_swapped_when_it_changed(world, adapters, texts, capsys):
     server = world.server
     address = world.upload(adapters["first"], "support")
@@ -219,7 +249,7 @@ def test_a_member_of_a_remote_root_is_served_when_asked_for(world, adapters, tex
 
     hub.requests.clear()
     for name in ("../acme/first", "a/b", "first@main", "hf://acme/first", "x%2f", "a" * 129):
-        with pytest.raises(openai.NotFoundError):
+        with pytest.raises(openai.BadRequestError):
             text_of(server, name, PROMPT)
     assert hub.requests == []
     for name in ("nobody", "no--body", "no:body"):
@@ -296,12 +326,13 @@ def test_what_cannot_be_served_leaves_the_old_version(world, adapters, texts, tm
 def test_a_silent_storage_holds_up_nobody_else(world, adapters, texts):
     """One that accepts connections and says nothing, for a PUT and for names on demand."""
     server = world.server
-    world.hub.commit("acme/late", adapters["first"])
+    for name in ("late", "later"):
+        world.hub.commit(f"acme/{name}", adapters["first"])
     source = world.upload(adapters["second"], "prompt")
     world.hub.silent.set()
     try:
         with ThreadPoolExecutor(12) as pool:
-            puts = [pool.submit(server.put, "late", "hf://acme/late") for _ in range(2)]
+            puts = [pool.submit(server.put, n, f"hf://acme/{n}") for n in ("late", "later")]
             asks = [pool.submit(text_of, server, f"late-{i}", PROMPT) for i in range(10)]
             time.sleep(1)
             assert text_of(server, "base", PROMPT)
@@ -311,7 +342,7 @@ def test_a_silent_storage_holds_up_nobody_else(world, adapters, texts):
             assert not any(waiting.done() for waiting in (*puts, *asks))
             for put in puts:
                 assert put.result().status_code == 502, put.result().text
-                assert "hf://acme/late: " in put.result().text
+                assert "hf://acme/late" in put.result().text
             for ask in asks:
                 assert _status(ask.exception()) == 502
     finally:
@@ -328,13 +359,13 @@ def test_while_s3_is_down(world, adapters, texts, tiny_model, tmp_path):
     server = world.server
     source = world.upload(adapters["first"], "kept")
     assert server.put("kept", source).ok
-    later = world.upload(random_adapter(tiny_model, tmp_path / "later", 7), "later")
+    later = world.upload(random_adapter(tiny_model, tmp_path / "other", 7), "other")
     world.moto.stop()
     world.moto._server.server_close()
 
     status, message = world.refusal(later)
     assert (status, message.startswith(f"{later}: the storage does not answer")) == (502, True)
-    for name in ("later", "nobody", "later"):
+    for name in ("other", "nobody", "other"):
         for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/messages"):
             body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
             if path in ("/v1/completions", "/tokenize"):
@@ -351,7 +382,7 @@ def test_while_s3_is_down(world, adapters, texts, tiny_model, tmp_path):
 
     world.moto.start()
     deadline = time.monotonic() + 60
-    while server.post("/v1/completions", model="later", prompt="a").status_code != 200:
+    while server.post("/v1/completions", model="other", prompt="a").status_code != 200:
         assert time.monotonic() < deadline, "the name was never looked for again"
         time.sleep(0.5)
     with pytest.raises(openai.NotFoundError):
