@@ -33,7 +33,8 @@ logger = logging.getLogger("vllm.guilomo")
 DOWN_FOR_S = 5.0
 # Less than the 600 s that `guilomo-serve adapters` waits for an answer.
 _FETCH_S = 500.0
-# Of each storage, so that one that is slow leaves the other's and the server's own threads alone.
+# Of each storage, so that one that is slow leaves the other's and the server's own threads alone;
+# for looking and for fetching, so that names that are made up hold up no fetch.
 _THREADS = 8
 
 Source = Path | Address
@@ -53,9 +54,8 @@ class Sources:
         self._roots = tuple(roots)
         schemes = {root.scheme for root in roots}
         self._storages = {scheme: storage_class(scheme)() for scheme in schemes}
-        self._threads = {
-            scheme: ThreadPoolExecutor(_THREADS, f"guilomo-{scheme}") for scheme in schemes
-        }
+        self._lookers = {scheme: ThreadPoolExecutor(_THREADS, "look") for scheme in schemes}
+        self._fetchers = {scheme: ThreadPoolExecutor(_THREADS, "fetch") for scheme in schemes}
         self._looks: dict[Address, asyncio.Future[bool]] = {}
         self._down: dict[Address, tuple[float, str]] = {}  # root -> until when, and why
 
@@ -109,9 +109,9 @@ class Sources:
         """
         if isinstance(source, Path):
             return (*await asyncio.to_thread(self._store.add, source, check), str(source))
-        threads = self._threads[source.scheme]
+        fetchers = self._fetchers[source.scheme]
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(threads, self._fetch_and_add, source, check)
+        return await loop.run_in_executor(fetchers, self._fetch_and_add, source, check)
 
     def _fetch_and_add(self, address: Address, check: Callable[[Path], T]) -> tuple[Stored, T, str]:
         with self._store.temporary() as folder:
@@ -127,7 +127,7 @@ class Sources:
         look = self._looks.get(address)
         if look is None:
             loop = asyncio.get_running_loop()
-            look = loop.run_in_executor(self._threads[root.scheme], self._look, root, address)
+            look = loop.run_in_executor(self._lookers[root.scheme], self._look, root, address)
             self._looks[address] = look
             look.add_done_callback(lambda _: self._looks.pop(address))
         return await asyncio.shield(look)

@@ -17,6 +17,7 @@ from typing import Any
 import boto3
 import openai
 import pytest
+import requests
 from moto.server import ThreadedMotoServer
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterError
@@ -348,6 +349,24 @@ def test_a_silent_storage_holds_up_nobody_else(world, adapters, texts):
     finally:
         world.hub.silent.clear()
     assert server.put("late", "hf://acme/late").ok
+
+
+def test_a_name_is_loaded_though_its_client_has_gone(world, adapters):
+    world.hub.commit("acme/slow", adapters["first"])
+    world.hub.silent.set()
+    try:
+        with pytest.raises(requests.ReadTimeout):
+            requests.post(
+                f"{world.server.url}/v1/completions",
+                json={"model": "slow", "prompt": PROMPT},
+                timeout=1,
+            )
+    finally:
+        world.hub.silent.clear()
+    deadline = time.monotonic() + 40
+    while world.server.admin("GET", "/slow").status_code != 200:
+        assert time.monotonic() < deadline, "the name was not loaded"
+        time.sleep(0.2)
 
 
 def _status(error: BaseException | None) -> int | None:
