@@ -43,7 +43,7 @@ class HubStandIn:
         class Handler(_Handler):
             stand_in = hub
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = _Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 
@@ -68,6 +68,11 @@ class HubStandIn:
     def wait_if_silent(self) -> None:
         while self.silent.is_set() and not self._ended.wait(0.1):
             pass
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """Nothing: clients that were kept waiting have gone."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -324,6 +324,24 @@ def test_what_cannot_be_served_leaves_the_old_version(world, adapters, texts, tm
     assert text_of(server, "target", PROMPT) == texts["first"]
 
 
+def test_a_name_is_loaded_though_its_client_has_gone(world, adapters):
+    world.hub.commit("acme/slow", adapters["first"])
+    world.hub.silent.set()
+    try:
+        with pytest.raises(requests.ReadTimeout):
+            requests.post(
+                f"{world.server.url}/v1/completions",
+                json={"model": "slow", "prompt": PROMPT},
+                timeout=1,
+            )
+    finally:
+        world.hub.silent.clear()
+    deadline = time.monotonic() + 40
+    while world.server.admin("GET", "/slow").status_code != 200:
+        assert time.monotonic() < deadline, "the name was not loaded"
+        time.sleep(0.2)
+
+
 def test_a_silent_storage_holds_up_nobody_else(world, adapters, texts):
     """One that accepts connections and says nothing, for a PUT and for names on demand."""
     server = world.server
@@ -349,24 +367,6 @@ def test_a_silent_storage_holds_up_nobody_else(world, adapters, texts):
     finally:
         world.hub.silent.clear()
     assert server.put("late", "hf://acme/late").ok
-
-
-def test_a_name_is_loaded_though_its_client_has_gone(world, adapters):
-    world.hub.commit("acme/slow", adapters["first"])
-    world.hub.silent.set()
-    try:
-        with pytest.raises(requests.ReadTimeout):
-            requests.post(
-                f"{world.server.url}/v1/completions",
-                json={"model": "slow", "prompt": PROMPT},
-                timeout=1,
-            )
-    finally:
-        world.hub.silent.clear()
-    deadline = time.monotonic() + 40
-    while world.server.admin("GET", "/slow").status_code != 200:
-        assert time.monotonic() < deadline, "the name was not loaded"
-        time.sleep(0.2)
 
 
 def _status(error: BaseException | None) -> int | None:
