@@ -36,6 +36,8 @@ _FETCH_S = 500.0
 # Of each storage, so that one that is slow leaves the other's and the server's own threads alone;
 # for looking and for fetching, so that names that are made up hold up no fetch.
 _THREADS = 8
+# Names are clients' words: there may be more of them than a storage can be asked for.
+_MAX_LOOKS = 256
 
 Source = Path | Address
 T = TypeVar("T")
@@ -126,6 +128,8 @@ class Sources:
         """Whether there is an adapter below a root; asked once for all who wait for it."""
         look = self._looks.get(address)
         if look is None:
+            if len(self._looks) >= _MAX_LOOKS:
+                raise Unavailable(address, "too many other names are being looked for")
             loop = asyncio.get_running_loop()
             look = loop.run_in_executor(self._lookers[root.scheme], self._look, root, address)
             self._looks[address] = look

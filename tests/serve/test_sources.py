@@ -6,7 +6,9 @@ last test takes S3 away.
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ import requests
 from moto.server import ThreadedMotoServer
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterError
-from guilomo_serve.catalogue import command, digest_of
+from guilomo_serve.catalogue import Missing, Sources, Store, command, digest_of
 from guilomo_serve.catalogue import sources as catalogue_sources
 from guilomo_serve.catalogue.remote import Address, Found, Unavailable
 from tests.serve.helpers import Server, guilomo_serve, random_adapter, serving, text_of
@@ -190,6 +192,30 @@ def test_a_fetch_ends_in_time_and_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(catalogue_sources, "_FETCH_S", -1.0)
     with pytest.raises(Unavailable, match="not fetched within"):
         catalogue_sources._fetch(_Slow(b"12345678"), address, tmp_path)
+
+
+def test_made_up_names_wait_in_no_endless_queue(tmp_path):
+    class Blocked(_Slow):
+        def look(self, address):
+            released.wait()
+            raise Missing(str(address))
+
+    async def ask() -> None:
+        sources = Sources(Store(tmp_path), (Address.parse("s3://models"),))
+        sources._storages["s3"] = Blocked()
+        many = catalogue_sources._MAX_LOOKS
+        asked = [asyncio.create_task(sources.member(f"a{i}")) for i in range(many)]
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="too many"):
+            await sources.member("one-more")
+        released.set()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert {type(answer) for answer in answers} == {Missing}
+        with pytest.raises(Missing):
+            await sources.member("one-more")
+
+    released = threading.Event()
+    asyncio.run(ask())
 
 
 def test_an_adapter_is_put_from_s3_and_swapped_when_it_changed(world, adapters, texts, capsys):
