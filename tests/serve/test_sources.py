@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ import pytest
 import requests
 from moto.server import ThreadedMotoServer
 
+from guilomo_serve import cli
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterError
 from guilomo_serve.catalogue import Missing, Sources, Store, command, digest_of
 from guilomo_serve.catalogue import sources as catalogue_sources
@@ -163,6 +165,22 @@ def test_a_root_is_a_part_of_the_way_and_not_of_a_name():
         "hf://models/team",
     ):
         assert not Address.parse(outside).is_in(root)
+
+
+def test_roots_that_cannot_be_are_refused_before_vllm_starts(tiny_model, capsys, monkeypatch):
+    for root, why in (
+        ("s3://key:secret@models", "expected hf://OWNER/REPO"),
+        ("http://127.0.0.1/adapters", "expected hf://OWNER/REPO"),
+        ("hf://acme/adapters@v1", "a root has no revision"),
+    ):
+        assert cli.main([str(tiny_model), "--adapter-root", root]) == 2
+        message = capsys.readouterr().err
+        assert why in message
+        assert "secret" not in message
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "guilomo_serve.catalogue.s3", raising=False)
+    assert cli.main([str(tiny_model), "--adapter-root", "s3://models"]) == 2
+    assert "pip install 'guilomo[s3]'" in capsys.readouterr().err
 
 
 class _Slow:
