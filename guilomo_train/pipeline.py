@@ -28,7 +28,7 @@ import datasets
 import transformers
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from guilomo_serve.adapter import BaseModel, read_adapter, write_adapter
 from guilomo_train.checkpoints import (
@@ -144,7 +144,7 @@ class Run:
             result.allocation.save(self.output / ALLOCATION_FILE)
             heat_map(result.allocation, self.output / PICTURE_FILE)
             with replace_file(self.output / SELECTION_FILE) as partial:
-                save_file(result.vectors, partial)
+                partial.write_bytes(save(result.vectors))  # save_file's are for their owner alone
             print(table(result.allocation))
         say(f"search took {result.seconds:.0f} s: {self.output / ALLOCATION_FILE}")
         facts = {"search": result.record, **self._sizes(result.allocation)}

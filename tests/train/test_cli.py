@@ -67,6 +67,8 @@ def test_run_makes_an_adapter_and_the_same_seed_makes_the_same(
     one, two = ((o / "allocation.json").read_text() for o in outputs)
     assert one == two
     assert outputs[0].joinpath("allocation.png").read_bytes()[:4] == b"\x89PNG"
+    modes = {path.stat().st_mode for path in outputs[0].iterdir() if path.is_file()}
+    assert len(modes) == 1, "who may read one of the files may read all"
 
     adapter = read_adapter(outputs[0] / "adapter")
     found = json.loads(one)["ranks"]
