@@ -18,7 +18,9 @@ from typing import Any
 
 from guilomo_serve.adapter import AdapterError, BaseModel, is_guilomo_adapter, read_adapter
 from guilomo_serve.catalogue import Settings, check_name, command
+from guilomo_serve.catalogue.remote import Address, is_address
 from guilomo_serve.catalogue.settings import ADMIN_KEY
+from guilomo_serve.catalogue.sources import storage_class
 
 # Storage is ragged, so slots and ranks cost nothing until an adapter fills them. Twice the
 # adapters at start: while a name is swapped its old version still has requests.
@@ -80,9 +82,10 @@ def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
         "--adapter-root",
         action="append",
         default=[],
-        metavar="FOLDER",
-        help="the only folder that adapters are taken from while serving; those in it are served "
-        "under their folders' names when first asked for; may be repeated",
+        metavar="FOLDER|ADDRESS",
+        help="the only folder, or hf://OWNER[/REPO], or s3://BUCKET[/PREFIX], that adapters are "
+        "taken from while serving; those in it are served under their folders' names when first "
+        "asked for; may be repeated",
     )
     parser.add_argument(
         "--state",
@@ -118,8 +121,11 @@ def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    roots = []
+    roots, remote_roots = [], []
     for root in args.adapter_root:
+        if is_address(root):
+            remote_roots.append(_remote_root(root))
+            continue
         if not Path(root).is_dir():
             raise UsageError(f"--adapter-root {root}: there is no such folder")
         roots.append(Path(root).resolve())
@@ -133,7 +139,26 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise UsageError(f"the admin key is too short: expected at least {_LEAST_KEY} characters")
     state = Path(args.state).resolve() if args.state else None
     budget = None if memory is None else int(memory * 2**30)
-    return Settings(tuple(roots), state, args.evict_idle, budget, args.check_adapters, key)
+    return Settings(
+        roots=tuple(roots),
+        remote_roots=tuple(remote_roots),
+        state=state,
+        evict_idle=args.evict_idle,
+        memory=budget,
+        check_adapters=args.check_adapters,
+        admin_key=key,
+    )
+
+
+def _remote_root(root: str) -> Address:
+    try:
+        address = Address.parse(root)
+        storage_class(address.scheme)
+    except AdapterError as e:
+        raise UsageError(f"--adapter-root: {e}") from None
+    if address.revision is not None:
+        raise UsageError(f"--adapter-root {root}: a root has no revision; its adapters may")
+    return address
 
 
 def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> list[str]:

@@ -1,6 +1,9 @@
 """Which adapters a server has, over swaps and restarts.
 
     settings.py   what `guilomo-serve` tells its server process
+    sources.py    where adapters may be taken from, and how remote ones get here
+    remote.py     addresses of adapters elsewhere, and what a storage has to offer
+    hub.py, s3.py the Hugging Face Hub and S3 as such storages
     store.py      the adapters' files, copied and named by their digest
     database.py   names, their versions and what is pinned, in SQLite
     command.py    `guilomo-serve adapters ls|put|rm|rollback`
@@ -10,7 +13,9 @@ and what the adapter is. Loading and swapping in the engine is guilomo_serve/ser
 """
 
 from guilomo_serve.catalogue.database import Catalogue, CatalogueError, Entry, Version
+from guilomo_serve.catalogue.remote import Unavailable
 from guilomo_serve.catalogue.settings import Settings, check_name
+from guilomo_serve.catalogue.sources import Source, Sources
 from guilomo_serve.catalogue.store import Forbidden, Missing, Store, digest_of
 
 __all__ = [
@@ -20,7 +25,10 @@ __all__ = [
     "Forbidden",
     "Missing",
     "Settings",
+    "Source",
+    "Sources",
     "Store",
+    "Unavailable",
     "Version",
     "check_name",
     "digest_of",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from guilomo_serve.catalogue.remote import is_address
 from guilomo_serve.catalogue.settings import ADMIN_KEY
 
 _TIMEOUT_S = 600
@@ -36,7 +37,9 @@ def main(argv: Sequence[str]) -> int:
             print(json.dumps(answer["data"], indent=2) if args.json else _table(answer["data"]))
         elif args.command == "put":
             # A path that is one here is one for a server on this machine too, wherever it runs.
-            source = str(Path(args.folder).resolve()) if Path(args.folder).exists() else args.folder
+            source = args.source
+            if not is_address(source) and Path(source).exists():
+                source = str(Path(source).resolve())
             body = {"source": source, "dry_run": args.dry_run}
             answer = _ask(args, "PUT", path, body)
             state = "would be served" if args.dry_run else f"is version {answer['version']}"
@@ -65,7 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     ls.add_argument("--json", action="store_true", help="all that the server says of them")
     put = commands.add_parser("put", parents=[shared], help="add or replace an adapter")
     put.add_argument("name")
-    put.add_argument("folder", help="adapter folder on the server's machine")
+    put.add_argument(
+        "source",
+        help="adapter folder on the server's machine, hf://OWNER/REPO[@REVISION][/FOLDER] or "
+        "s3://BUCKET/PREFIX below one of the server's roots",
+    )
     put.add_argument("--dry-run", action="store_true", help="check it and change nothing")
     rm = commands.add_parser("rm", parents=[shared], help="take an adapter away")
     rm.add_argument("name")

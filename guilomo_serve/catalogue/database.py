@@ -45,7 +45,7 @@ class Version:
         number: unique among all versions of the catalogue; the LoRA id in vLLM.
         name: the adapter's name.
         digest: of its files, by which the store keeps them.
-        source: the folder that it was taken from.
+        source: the folder that it was taken from, or the address with its revision.
         size: of its weights file, in bytes.
         about: what the adapter is (kind, base, task, ranks of each module's experts).
         created: when it was put, in seconds since 1970.
@@ -138,7 +138,7 @@ class Catalogue:
         }
 
     def sources(self) -> dict[str, str]:
-        """Name -> the folder that its current version was taken from."""
+        """Name -> what its current version was taken from."""
         return dict(
             self._db.execute(
                 "SELECT adapter.name, source FROM adapter JOIN version ON current = number"

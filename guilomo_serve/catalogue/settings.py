@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from guilomo_serve.adapter import AdapterError
+from guilomo_serve.catalogue.remote import Address
 
 ADMIN_KEY = "GUILOMO_ADMIN_KEY"
 _SETTINGS = "GUILOMO_SERVE"
@@ -22,7 +23,9 @@ class Settings:
     """How adapters are administered.
 
     Attributes:
-        roots: folders that adapters may be taken from; with none, every folder on the machine.
+        roots: folders that adapters may be taken from; without any root, every folder on the
+            machine.
+        remote_roots: addresses below which adapters may be taken from; nothing else remote may.
         state: folder of the catalogue; None for one that is gone when the server ends.
         evict_idle: seconds without a request after which a name's weights are freed; None: never.
         memory: bytes that the weights of loaded adapters may take; None: no bound.
@@ -36,12 +39,14 @@ class Settings:
     memory: int | None = None
     check_adapters: bool = False
     admin_key: str | None = field(default=None, repr=False)
+    remote_roots: tuple[Address, ...] = ()
 
     def export(self, environment: MutableMapping[str, str]) -> None:
         """Leaves the settings for `from_environment` in this process and its children."""
         environment[_SETTINGS] = json.dumps(
             {
                 "roots": [str(root) for root in self.roots],
+                "remote_roots": [str(root) for root in self.remote_roots],
                 "state": str(self.state) if self.state else None,
                 "evict_idle": self.evict_idle,
                 "memory": self.memory,
@@ -64,6 +69,7 @@ class Settings:
             memory=value["memory"],
             check_adapters=value["check_adapters"],
             admin_key=os.environ.get(ADMIN_KEY) or None,
+            remote_roots=tuple(Address.parse(root) for root in value["remote_roots"]),
         )
 
 

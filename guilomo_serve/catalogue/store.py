@@ -28,10 +28,10 @@ from safetensors import SafetensorError, safe_open
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterError, check_start
 from guilomo_serve.adapter.files import MAX_CONFIG_BYTES
 
-_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+FILES = (CONFIG_FILE, WEIGHTS_FILE)
 # Hundreds of times what a searched adapter weighs, and less than what would fill a disk.
 MAX_WEIGHTS_BYTES = 8 * 2**30
-_LIMITS = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: MAX_WEIGHTS_BYTES}
+LIMITS = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: MAX_WEIGHTS_BYTES}
 _CHUNK = 2**20
 _PARTIAL = ".partial-"
 
@@ -107,10 +107,9 @@ class Store:
                 refused by `check`. Nothing is kept.
             OSError: the disk is full, or cannot be read.
         """
-        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self._folder))
-        try:
+        with self.temporary() as partial:
             sums = {}
-            for name in _FILES:
+            for name in FILES:
                 with _opened(source, name) as file:
                     _check_beginning(file, source / name)
                     sums[name] = _copy(file, partial / name, source / name)
@@ -120,9 +119,16 @@ class Store:
                 raise AdapterError(str(e).replace(str(partial), str(source))) from None
             stored = Stored(_combined(sums), (partial / WEIGHTS_FILE).stat().st_size)
             self._keep(partial, stored.digest)
+        return stored, checked
+
+    @contextmanager
+    def temporary(self) -> Iterator[Path]:
+        """A folder for an adapter that is not known to be good; gone afterwards."""
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self._folder))
+        try:
+            yield partial
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return stored, checked
 
     def verify(self, digest: str) -> Path:
         """The folder of a copy, once it is known to be what was stored.
@@ -170,14 +176,14 @@ def digest_of(folder: Path) -> str:
         AdapterError: a file is missing, no plain file, or too large.
     """
     sums = {}
-    for name in _FILES:
+    for name in FILES:
         with _opened(folder, name) as file:
             sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return _combined(sums)
 
 
 def _combined(sums: dict[str, str]) -> str:
-    listed = "".join(f"{sums[name]}  {name}\n" for name in _FILES)
+    listed = "".join(f"{sums[name]}  {name}\n" for name in FILES)
     return hashlib.sha256(listed.encode()).hexdigest()
 
 
@@ -211,9 +217,9 @@ def _opened(folder: Path, name: str) -> Iterator[BufferedReader]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise AdapterError(f"{path}: is no plain file")
-        if status.st_size > _LIMITS[name]:
+        if status.st_size > LIMITS[name]:
             raise AdapterError(
-                f"{path}: has {status.st_size} bytes, expected at most {_LIMITS[name]}"
+                f"{path}: has {status.st_size} bytes, expected at most {LIMITS[name]}"
             )
         yield file
 
@@ -235,7 +241,7 @@ def _check_beginning(file: BufferedReader, where: Path) -> None:
 
 def _copy(file: BufferedReader, target: Path, where: Path) -> str:
     """Copies a file to disk for good; returns the SHA-256 of what was copied."""
-    digest, left = hashlib.sha256(), _LIMITS[where.name]
+    digest, left = hashlib.sha256(), LIMITS[where.name]
     with target.open("xb") as copy:
         while chunk := file.read(_CHUNK):
             left -= len(chunk)

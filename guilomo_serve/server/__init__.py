@@ -14,7 +14,8 @@ public name points to the latest: who has begun finishes with what he began with
 The seam, for vLLM 0.32: the class `OpenAIServingModels` is replaced, of which the overridden
 methods and `lora_requests`, `lora_resolver_lock` have to stay; `vllm.plugins.load_endpoint_plugins`
 returns our routes too (vLLM loads endpoint plugins only where VLLM_PLUGINS names them, and who
-starts `guilomo-serve` has named it); `output_processor.request_states` says what runs.
+starts `guilomo-serve` has named it); `output_processor.request_states` says what runs;
+`GracefulHTTPError` gives a status of ours to a client whose `model` cannot be fetched.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from typing import Any
 
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import GracefulHTTPError
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
@@ -30,11 +31,15 @@ from guilomo_serve.catalogue import (
     Forbidden,
     Missing,
     Settings,
+    Source,
+    Sources,
     Store,
+    Unavailable,
     Version,
     check_name,
     digest_of,
 )
+from guilomo_serve.catalogue.sources import DOWN_FOR_S
 from guilomo_serve.server.access import administrating
 from guilomo_serve.server.inspection import inspect
 from guilomo_serve.server.models import VersionedServingModels
@@ -87,14 +92,17 @@ class ManagedServingModels(VersionedServingModels):
             state = Path(self._temporary.name)
         self.catalogue = Catalogue(state / "catalogue.sqlite3")
         self._store = Store(state / "adapters", settings.roots)
+        self._sources = Sources(self._store, settings.remote_roots)
         self._served = _Served()
         self.lora_requests = self._served
         self.failed: dict[str, str] = {}
         self._retiring_digests: list[str] = []
+        self._resolving: set[asyncio.Task[LoRARequest | ErrorResponse]] = set()
         self._putting = 0
         self._held: dict[int, int] = {}  # version -> bytes that its weights take, or will take
         self._making_room = asyncio.Lock()
-        self._refused: dict[str, tuple[float, str]] = {}  # name -> until when, and why
+        # Name -> until when, and why.
+        self._refused: dict[str, tuple[float, str | Unavailable]] = {}
 
     @cached_property
     def _base(self) -> BaseModel | None:
@@ -108,8 +116,8 @@ class ManagedServingModels(VersionedServingModels):
 
     # What operators do.
 
-    def find(self, source: str) -> Path:
-        return self._store.find(source)
+    def find(self, source: str) -> Source:
+        return self._sources.find(source)
 
     def entry(self, name: str) -> Entry:
         entry = self.catalogue.get(name)
@@ -118,15 +126,15 @@ class ManagedServingModels(VersionedServingModels):
         return entry
 
     async def put(
-        self, name: str, source: Path, dry_run: bool = False, digest: str | None = None
+        self, name: str, source: Source, dry_run: bool = False, digest: str | None = None
     ) -> Version:
-        """Makes an adapter folder the current version of a name.
+        """Makes an adapter the current version of a name.
 
         Args:
             name: new, or in use.
-            source: the folder, of which it is known that adapters may be taken from it.
+            source: folder or address, of which it is known that adapters may be taken from it.
             dry_run: check all that can be checked without the engine, change nothing.
-            digest: what the folder's digest has to be; None: anything.
+            digest: what the adapter's digest has to be; None: anything.
 
         Returns:
             The version that is served now, or with `dry_run` would be (its number is 0).
@@ -141,13 +149,13 @@ class ManagedServingModels(VersionedServingModels):
                 return await self._put(name, source, dry_run, digest)
 
     async def _put(
-        self, name: str, source: Path, dry_run: bool = False, digest: str | None = None
+        self, name: str, source: Source, dry_run: bool = False, digest: str | None = None
     ) -> Version:
-        stored, about = await asyncio.to_thread(self._store.add, source, self._inspect)
+        stored, about, origin = await self._sources.add(source, self._inspect)
         if digest is not None and digest != stored.digest:
-            raise AdapterError(f"{source}: its digest is {stored.digest}, expected {digest}")
+            raise AdapterError(f"{origin}: its digest is {stored.digest}, expected {digest}")
         size, now = stored.size, time.time()
-        version = Version(0, name, stored.digest, str(source), size, about, now)
+        version = Version(0, name, stored.digest, origin, size, about, now)
         return version if dry_run else await self._make_current(version)
 
     async def rollback(self, name: str) -> Version:
@@ -255,10 +263,24 @@ class ManagedServingModels(VersionedServingModels):
         return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
     async def resolve_lora(self, lora_name: str) -> LoRARequest | ErrorResponse:
+        """Loads a name that is not loaded, to the end even if the client does not wait for it.
+
+        Raises:
+            GracefulHTTPError: 502, its storage cannot be asked; 503, there is no room for it.
+        """
+        resolving = asyncio.create_task(self._resolve(lora_name))
+        self._resolving.add(resolving)
+        resolving.add_done_callback(self._resolving.discard)
+        return await asyncio.shield(resolving)
+
+    async def _resolve(self, lora_name: str) -> LoRARequest | ErrorResponse:
         """Loads a name that is not loaded: one that was evicted, or a member of a root."""
         try:
             self._check_name(lora_name)
-            self._find_unloaded(lora_name)
+            known = self.catalogue.get(lora_name) is not None
+            member = None if known else await self._sources.member(lora_name)
+        except Unavailable as e:
+            raise _not_now(lora_name, e) from None
         except REFUSALS as e:
             return create_error_response(str(e), status_code=status_of(e))
         async with self.lora_resolver_lock[lora_name]:
@@ -267,15 +289,24 @@ class ManagedServingModels(VersionedServingModels):
                 return loaded
             until, reason = self._refused.get(lora_name, (0.0, ""))
             if time.monotonic() < until:
+                if isinstance(reason, Unavailable):
+                    raise _not_now(lora_name, reason)
                 return create_error_response(reason)
             try:
                 with _Counted(self):
-                    version = self._find_unloaded(lora_name)
-                    if isinstance(version, Version):
-                        await asyncio.to_thread(self._store.verify, version.digest)
-                        await self._load(version)
+                    entry = self.catalogue.get(lora_name)
+                    if entry is not None:
+                        await asyncio.to_thread(self._store.verify, entry.current.digest)
+                        await self._load(entry.current)
+                    elif member is not None:
+                        await self._put(lora_name, member)
                     else:
-                        await self._put(lora_name, version)
+                        raise Missing(f"there is no adapter {lora_name!a}")  # deleted just now
+            except Unavailable as e:
+                self._refused[lora_name] = (time.monotonic() + DOWN_FOR_S, e)
+                raise _not_now(lora_name, e) from None
+            except NoRoom as e:
+                raise _not_now(lora_name, e) from None
             except REFUSALS as e:
                 reason = f"The adapter {lora_name!a} is refused: {e}"
                 logger.warning("%s", reason)
@@ -290,15 +321,6 @@ class ManagedServingModels(VersionedServingModels):
         check_name(name)
         if self.is_base_model(name):
             raise AdapterError(f"{name} is the name of the base model")
-
-    def _find_unloaded(self, name: str) -> Version | Path:
-        """The version that the catalogue has for a name, or else the folder of a root's member."""
-        entry = self.catalogue.get(name)
-        if entry is not None:
-            return entry.current
-        if not self._settings.roots:
-            raise Missing(f"there is no adapter {name!a}")
-        return self._store.find(name)
 
     async def _make_current(self, version: Version) -> Version:
         version = replace(version, number=self.catalogue.next_number())
@@ -441,6 +463,8 @@ def status_of(error: Exception) -> HTTPStatus:
         return HTTPStatus.FORBIDDEN
     if isinstance(error, NoRoom):
         return HTTPStatus.SERVICE_UNAVAILABLE
+    if isinstance(error, Unavailable):
+        return HTTPStatus.BAD_GATEWAY
     if isinstance(error, CatalogueError):
         return HTTPStatus.CONFLICT
     if isinstance(error, AdapterError):
@@ -453,11 +477,22 @@ def status_of(error: Exception) -> HTTPStatus:
 def error_response(error: Exception, prefix: str = "") -> ErrorResponse:
     """A refusal in the form of vLLM's errors, for an administrator: paths are in it as they are."""
     status = status_of(error)
-    kinds = {HTTPStatus.NOT_FOUND: "NotFoundError", HTTPStatus.FORBIDDEN: "PermissionDeniedError"}
+    kinds = {
+        HTTPStatus.NOT_FOUND: "NotFoundError",
+        HTTPStatus.FORBIDDEN: "PermissionDeniedError",
+        HTTPStatus.BAD_GATEWAY: "BadGatewayError",
+    }
     kind = kinds.get(status, "BadRequestError" if status < 500 else "InternalServerError")
     response = create_error_response(f"{prefix}{error}", kind, status)
     response.error.message = f"{prefix}{error}"  # vLLM puts "<path>" for paths
     return response
+
+
+def _not_now(name: str, error: Unavailable | NoRoom) -> GracefulHTTPError:
+    """What may go better later, for a client: an exception, as vLLM makes 404 of other errors."""
+    return GracefulHTTPError(
+        f"The adapter {name!a} cannot be loaded now: {error}", status_of(error)
+    )
 
 
 def _not_allowed() -> ErrorResponse:

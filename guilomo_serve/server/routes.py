@@ -2,7 +2,7 @@
 
 GET    /v1/adapters                  all adapters
 GET    /v1/adapters/{name}           one, with its allocation and its versions
-PUT    /v1/adapters/{name}           {"source": folder, "digest": ..., "dry_run": false}
+PUT    /v1/adapters/{name}           {"source": folder or address, "digest": ..., "dry_run": false}
 DELETE /v1/adapters/{name}
 POST   /v1/adapters/{name}/rollback  the version before, as a new version
 POST   /v1/adapters/{name}/pin       keep its weights in memory; /unpin ends that
