@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     settings.export(os.environ)
     vllm += ["--middleware", "guilomo_serve.server.access.AdminGuard"]
+    vllm += ["--middleware", "guilomo_serve.server.metrics.Observer"]
     # Loading and unloading while serving; vLLM keeps the routes away without it.
     os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     _run_vllm(vllm)
@@ -96,6 +97,13 @@ def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
         help="free the weights of an adapter that nobody asked for as long; the next request "
         "loads them again",
     )
+    parser.add_argument(
+        "--expert-load",
+        choices=("on", "off"),
+        default="on",
+        help="sample how the routers of adapters share tokens out over their experts, for "
+        "/v1/adapters/NAME/load and /metrics (default: on)",
+    )
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -110,7 +118,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     if key is not None and len(key) < _LEAST_KEY:
         raise UsageError(f"the admin key is too short: expected at least {_LEAST_KEY} characters")
     state = Path(args.state).resolve() if args.state else None
-    return Settings(tuple(roots), state, args.evict_idle, key)
+    return Settings(tuple(roots), state, args.evict_idle, key, args.expert_load == "on")
 
 
 def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> list[str]:

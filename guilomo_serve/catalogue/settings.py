@@ -26,12 +26,14 @@ class Settings:
         state: folder of the catalogue; None for one that is gone when the server ends.
         evict_idle: seconds without a request after which a name's weights are freed; None: never.
         admin_key: what an administrator has to present; None: only clients on this machine may.
+        expert_load: whether to sample how routers share tokens out.
     """
 
     roots: tuple[Path, ...] = ()
     state: Path | None = None
     evict_idle: float | None = None
     admin_key: str | None = field(default=None, repr=False)
+    expert_load: bool = True
 
     def export(self, environment: MutableMapping[str, str]) -> None:
         """Leaves the settings for `from_environment` in this process and its children."""
@@ -40,6 +42,7 @@ class Settings:
                 "roots": [str(root) for root in self.roots],
                 "state": str(self.state) if self.state else None,
                 "evict_idle": self.evict_idle,
+                "expert_load": self.expert_load,
             }
         )
         if self.admin_key is not None:
@@ -56,6 +59,7 @@ class Settings:
             state=Path(value["state"]) if value["state"] else None,
             evict_idle=value["evict_idle"],
             admin_key=os.environ.get(ADMIN_KEY) or None,
+            expert_load=value["expert_load"],
         )
 
 
