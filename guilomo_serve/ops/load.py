@@ -53,7 +53,8 @@ def router_load(logits: Sequence[torch.Tensor], top_k: int) -> RouterLoad:
         row[:, : part.shape[1]] = part
     there = (torch.arange(most, device=device) < sizes[:, None])[:, None]  # [M, 1, E]
     counted = (padded.isfinite() | ~there).all(-1, keepdim=True)  # [M, T, 1]
-    best = torch.topk(padded, min(top_k, most), dim=-1).indices
+    # Of equal logits the lower index, as in the native op and the kernels.
+    best = padded.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     chosen = torch.zeros_like(padded, dtype=torch.int64).scatter(-1, best, 1) * (there & counted)
     entropy = torch.special.entr(torch.softmax(padded, dim=-1)).sum(-1, keepdim=True)
     return RouterLoad(

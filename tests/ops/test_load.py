@@ -50,6 +50,10 @@ def test_counts_are_those_of_a_loop(top_k, tokens):
     check(random_logits(tokens), top_k)
 
 
+def test_of_equal_logits_the_lower_index_is_chosen():
+    check([torch.zeros(3, size) for size in SIZES], 2)
+
+
 def test_a_token_without_finite_logits_counts_in_no_router_that_has_them():
     logits = random_logits(9)
     logits[0][3, 7] = torch.nan

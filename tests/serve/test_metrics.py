@@ -11,12 +11,11 @@ from pathlib import Path
 import openai
 import pytest
 import requests
-import torch
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
-from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
-from tests.serve import hf_reference
+from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE
+from tests.serve.expert_load import check_load, expected_load, first_sampled, load_of
 from tests.serve.helpers import Server, text_of
 
 pytestmark = pytest.mark.slow
@@ -163,13 +162,19 @@ def test_what_is_refused_before_the_engine_counts_for_known_adapters(opened, ada
     assert "an-unknown-name" not in Scrape(opened).text
 
 
-def test_swaps_loads_and_resident_bytes(opened, adapter, root):
-    """Bytes: the file's tensors in float32, as the model's, and two numbers for each rank row."""
-    tensors = load_file(root / "first" / WEIGHTS_FILE)
+def bytes_of(folder: Path) -> int:
+    """The file's tensors in float32, as the model's, and two numbers for each rank row."""
+    tensors = load_file(folder / WEIGHTS_FILE)
     rows = sum(len(t) for name, t in tensors.items() if "lora_A" in name)
-    expected = sum(t.numel() * 4 for t in tensors.values()) + 8 * rows
+    return sum(t.numel() * 4 for t in tensors.values()) + 8 * rows
+
+
+def test_swaps_loads_and_resident_bytes(opened, adapter, root):
+    until(
+        lambda: Scrape(opened)("resident_bytes", adapter=adapter) == bytes_of(root / "first"),
+        "the weights have another size",
+    )
     scrape = Scrape(opened)
-    assert scrape("resident_bytes", adapter=adapter) == expected
     assert scrape("loads_total", adapter=adapter) == 1
     assert scrape("swaps_total", adapter=adapter) == 0
 
@@ -180,15 +185,14 @@ def test_swaps_loads_and_resident_bytes(opened, adapter, root):
     assert Scrape(opened)("swaps_total", adapter=adapter) == 0
     assert opened.put(adapter, root / "second").status_code == 200
     assert opened.admin("POST", f"/{adapter}/rollback").status_code == 200
+    assert opened.put(adapter, root / "second").status_code == 200
     scrape = Scrape(opened)
-    assert scrape("loads_total", adapter=adapter) == 3
-    assert scrape("swaps_total", adapter=adapter) == 2
-    assert scrape("swap_seconds_count", adapter=adapter) == 2
+    assert scrape("loads_total", adapter=adapter) == 4
+    assert scrape("swaps_total", adapter=adapter) == 3
+    assert scrape("swap_seconds_count", adapter=adapter) == 3
     assert scrape("swap_seconds_sum", adapter=adapter) > 0
-    # Old versions are in memory until nobody can be using them.
-    assert scrape("resident_bytes", adapter=adapter) > 2 * expected
     until(
-        lambda: Scrape(opened)("resident_bytes", adapter=adapter) == expected,
+        lambda: Scrape(opened)("resident_bytes", adapter=adapter) == bytes_of(root / "second"),
         "old versions were never freed",
     )
 
@@ -216,59 +220,6 @@ def test_no_adapter_is_called_as_the_base_model_is_in_metrics(opened, root):
     assert answer.status_code == 400
 
 
-def load_of(server: Server, name: str) -> dict:
-    answer = server.admin("GET", f"/{name}/load")
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
-def expected_load(base: Path, folder: Path, prompt: str, places) -> dict[str, dict]:
-    """What routers do with transformers' activations, for some of a prompt's tokens (its bytes)."""
-    model, adapter = hf_reference.model_with(base, folder), read_adapter(folder)
-    inputs: dict[str, torch.Tensor] = {}
-    for name in adapter.spec.experts:
-
-        def keep(_, args, name=name):
-            inputs[name] = args[0][0]
-
-        model.get_submodule(name).register_forward_pre_hook(keep)
-    tokens = torch.tensor([byte_ids(base, prompt)])
-    with torch.inference_mode():
-        model(tokens)
-    expected = {}
-    for name, weights in adapter.weights.items():
-        if weights.router is None:
-            continue
-        logits = inputs[name][places].float() @ weights.router.T
-        chosen = [0] * logits.shape[1]
-        for token in logits.tolist():
-            for e in sorted(range(len(token)), key=lambda e: -token[e])[: adapter.spec.top_k]:
-                chosen[e] += 1
-        p = logits.softmax(-1)
-        entropy = -(p * p.log()).sum(-1).mean() / torch.tensor(float(len(chosen))).log()
-        expected[name] = {
-            "share": [c / sum(chosen) for c in chosen],
-            "entropy": entropy.item(),
-        }
-    return expected
-
-
-def byte_ids(base: Path, prompt: str) -> list[int]:
-    import transformers
-
-    return transformers.AutoTokenizer.from_pretrained(base)(prompt).input_ids
-
-
-def check_load(found: dict, expected: dict[str, dict], tokens: int) -> None:
-    assert found["tokens"] == tokens
-    assert found["modules"].keys() == expected.keys()
-    for module, of_module in found["modules"].items():
-        assert of_module["tokens"] == tokens, module
-        assert of_module["share"] == pytest.approx(expected[module]["share"], abs=1e-9), module
-        assert sum(of_module["share"]) == pytest.approx(1, abs=1e-9)
-        assert of_module["entropy"] == pytest.approx(expected[module]["entropy"], abs=1e-3), module
-
-
 def test_the_load_of_experts_is_what_routers_do_in_transformers(opened, adapter, root, tiny_model):
     """One prompt again and again, in batches with the base and another adapter."""
     version = opened.admin("GET", f"/{adapter}").json()["version"]
@@ -287,7 +238,7 @@ def test_the_load_of_experts_is_what_routers_do_in_transformers(opened, adapter,
         return found if found["tokens"] > len(PROMPT) else None
 
     found = until(sampled, "nothing was sampled")
-    expected = expected_load(tiny_model, root / "first", PROMPT, slice(None))
+    expected = expected_load(tiny_model, root / "first", PROMPT)
     assert len(expected) > 5
     assert found["tokens"] % len(PROMPT) == 0
     assert (found["name"], found["version"]) == (adapter, version)
@@ -312,30 +263,14 @@ def test_the_load_of_experts_is_what_routers_do_in_transformers(opened, adapter,
 
 
 def test_of_a_long_prompt_some_tokens_are_sampled_all_over_it(opened, adapter, root, tiny_model):
-    length = 150
-    attempt = 0
-
-    def sampled() -> str | None:
-        nonlocal attempt
-        attempt += 1  # in front, so that no prompt is in the prefix cache
-        prompt = f"{attempt:03d}{4 * PROMPT}"[:length]
-        text_of(opened, adapter, prompt, 1)
-        return prompt if load_of(opened, adapter)["tokens"] else None
-
-    prompt = until(sampled, "nothing was sampled")
-    places = torch.arange(SAMPLED) * length // SAMPLED
-    check_load(
-        load_of(opened, adapter),
-        expected_load(tiny_model, root / "first", prompt, places),
-        SAMPLED,
-    )
+    prompt, found = first_sampled(opened, adapter, 3 * PROMPT)
+    places = [i * len(prompt) // SAMPLED for i in range(SAMPLED)]
+    expected = expected_load(tiny_model, root / "first", prompt, places)
+    check_load(found, expected, SAMPLED)
 
 
 def test_the_dashboard_asks_for_series_that_there_are(opened, adapter):
-    until(
-        lambda: text_of(opened, adapter, PROMPT, 1) and load_of(opened, adapter)["tokens"],
-        "nothing was sampled",
-    )
+    first_sampled(opened, adapter, PROMPT)
     time.sleep(1.1)
     names = {sample.name for sample in Scrape(opened).samples}
     asked = set(re.findall(r"\b(?:guilomo_|vllm:)\w+", DASHBOARD.read_text()))

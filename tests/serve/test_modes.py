@@ -13,6 +13,7 @@ import pytest
 import requests
 
 from tests.serve import hf_reference
+from tests.serve.expert_load import check_load, expected_load, first_sampled
 from tests.serve.helpers import Server
 
 pytestmark = pytest.mark.slow
@@ -64,3 +65,9 @@ def test_cached_chunked_and_drafted_answers_are_those_of_transformers(server, mo
     assert count(server, "prefix_cache_hits") >= len(jobs) * (len(PREFIX) // BLOCK) * BLOCK
     assert count(server, "spec_decode_num_draft_tokens") > 0
     assert count(server, "spec_decode_num_accepted_tokens") > 0
+
+
+def test_the_load_of_experts_is_sampled_in_compiled_mode(server, tiny_model, adapters):
+    assert server.load("sampled", adapters["first"]).ok
+    prompt, found = first_sampled(server, "sampled", PREFIX[:60])  # one chunk
+    check_load(found, expected_load(tiny_model, adapters["first"], prompt), len(prompt))
