@@ -1,11 +1,11 @@
 """What a worker says of its adapters: their memory, and how their routers share tokens out.
 
 The load of the routers is sampled. In a sampled step each layer keeps the router logits of at most
-`MAX_TOKENS` tokens of each adapter in the batch, spread evenly over them; before the next step they
-are counted for all layers at once. Between two sampled steps lies at least `_INTERVAL_S`, and so
-much more that sampling takes at most `_SHARE` of the time, however slow it is: what it costs does
-not depend on the load, the number of adapters or the size of the model. Time is what the host
-spends; no device is waited for until the front end asks.
+`STEP_TOKENS` tokens, as many of each adapter in the batch and spread evenly over its tokens; before
+the next step they are counted for all layers at once. Between two sampled steps lies at least
+`_INTERVAL_S`, and so much more that sampling takes at most `_SHARE` of the time, however slow it
+is: what it costs does not depend on the load, the number of adapters or the size of the model.
+Time is what the host spends; no device is waited for until the front end asks.
 
 A version begins from zero, and what was counted goes with its weights. Under tensor parallelism
 all processes compute the same logits (row-parallel layers sum them anyway, and the sum is what is
@@ -27,7 +27,7 @@ from guilomo_serve.ops.layer import Batch, LayerWeights
 from guilomo_serve.ops.load import RouterLoad, router_load
 from guilomo_serve.runtime.loading import ModelPlan
 
-MAX_TOKENS = 64
+STEP_TOKENS = 128
 _INTERVAL_S = 1.0
 _SHARE = 0.005
 
@@ -168,14 +168,16 @@ class ExpertLoad:
         if not self._versions or time.monotonic() < self._not_before:
             return None
         began = time.monotonic()
+        present = [
+            (version, slot, begin, end)
+            for slot, begin, end in batch.segments.tolist()
+            if (version := version_of_slot[slot]) is not None and version in self._versions
+        ]
         rows: list[np.ndarray] = []
         parts: list[_Part] = []
         taken = 0
-        for slot, begin, end in batch.segments.tolist():
-            version = version_of_slot[slot]
-            if version is None or version not in self._versions:
-                continue
-            count = min(end - begin, MAX_TOKENS)
+        for version, slot, begin, end in present:
+            count = min(end - begin, max(STEP_TOKENS // len(present), 1))
             places = np.arange(count) * (end - begin) // count
             rows.append(batch.order[begin + places])
             where = torch.from_numpy(places).to(device)
