@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     settings.export(os.environ)
     vllm += ["--middleware", "guilomo_serve.server.access.AdminGuard"]
+    vllm += ["--middleware", "guilomo_serve.server.metrics.Observer"]
     # Loading and unloading while serving; vLLM keeps the routes away without it.
     os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     _run_vllm(vllm)
@@ -118,6 +119,13 @@ def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
         help="the most that the weights of loaded adapters may take, by the size of their files; "
         "for one more those go that were not used for longest",
     )
+    parser.add_argument(
+        "--expert-load",
+        choices=("on", "off"),
+        default="on",
+        help="sample how the routers of adapters share tokens out over their experts, for "
+        "/v1/adapters/NAME/load and /metrics (default: on)",
+    )
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -147,6 +155,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         memory=budget,
         check_adapters=args.check_adapters,
         admin_key=key,
+        expert_load=args.expert_load == "on",
     )
 
 

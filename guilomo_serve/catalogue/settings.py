@@ -31,6 +31,7 @@ class Settings:
         memory: bytes that the weights of loaded adapters may take; None: no bound.
         check_adapters: compare each adapter's products with the formula as it is loaded.
         admin_key: what an administrator has to present; None: only clients on this machine may.
+        expert_load: whether to sample how routers share tokens out.
     """
 
     roots: tuple[Path, ...] = ()
@@ -40,6 +41,7 @@ class Settings:
     check_adapters: bool = False
     admin_key: str | None = field(default=None, repr=False)
     remote_roots: tuple[Address, ...] = ()
+    expert_load: bool = True
 
     def export(self, environment: MutableMapping[str, str]) -> None:
         """Leaves the settings for `from_environment` in this process and its children."""
@@ -51,6 +53,7 @@ class Settings:
                 "evict_idle": self.evict_idle,
                 "memory": self.memory,
                 "check_adapters": self.check_adapters,
+                "expert_load": self.expert_load,
             }
         )
         if self.admin_key is not None:
@@ -70,6 +73,7 @@ class Settings:
             check_adapters=value["check_adapters"],
             admin_key=os.environ.get(ADMIN_KEY) or None,
             remote_roots=tuple(Address.parse(root) for root in value["remote_roots"]),
+            expert_load=value["expert_load"],
         )
 
 

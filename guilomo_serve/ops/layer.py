@@ -258,6 +258,14 @@ class Slots:
         """Puts an adapter's weights into a slot, or empties it."""
         self.weights[slot] = weights
 
+    def router(self, slot: int) -> torch.Tensor:
+        """The routers of the adapter in a slot, [E, in] float32 on the layer's device.
+
+        E is 0 where the slot is empty, or the adapter has no router in this layer.
+        """
+        weights = self.weights[slot]
+        return torch.empty(0, 0) if weights is None else weights.router
+
     def warm_up(self, max_tokens: int) -> None:
         """Prepares for batches of up to so many tokens; nothing to do without kernels."""
 

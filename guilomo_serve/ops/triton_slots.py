@@ -106,6 +106,10 @@ class TritonSlots:
             self.widths,
         )
 
+    def router(self, slot: int) -> torch.Tensor:
+        """As `Slots.router`; a view, until the next `set`."""
+        return self._router.rows[slice(*self._router.range_of(slot))]
+
     def warm_up(self, max_tokens: int) -> None:
         """Compiles the kernels for batches of up to so many tokens, which takes seconds."""
         x = self._lora_a.rows.new_zeros(max_tokens, self._lora_a.rows.shape[1])

@@ -8,6 +8,7 @@ the layers are ours.
     loading.py   an adapter folder -> the weights of each layer of the served model
     manager.py   which adapter is in which slot, and which token of a batch uses which slot
     refusal.py   an adapter that is refused, in a server of several processes
+    report.py    what a worker says of its adapters: memory, and the load of their routers
 
 The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 
@@ -16,11 +17,13 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 - `vllm.v1.worker.lora_model_runner_mixin.LRUCacheWorkerLoRAManager`: the class the model runner
   makes its manager from. If that changes, our adapters are refused by vLLM's `PEFTHelper`.
 - Overridden methods, whose callers and arguments have to stay: of the worker manager
-  `_load_adapter`, `remove_adapter`; of the model manager `_create_lora_modules`,
-  `_init_punica_wrapper`, `_create_merged_loras_inplace`, `create_dummy_lora`,
-  `_deactivate_adapter`; of layers `create_lora_weights`, `set_lora`, `reset_lora`,
-  `_apply_lora_to_output` (`slice_lora_b` is called as it is: it says how vLLM splits B under
-  tensor parallelism); of `PunicaWrapperBase` only `update_metadata` is called, once a step.
+  `_load_adapter`, `remove_adapter`, `set_active_adapters` (called once a step); of the model
+  manager `_create_lora_modules`, `_init_punica_wrapper`, `_create_merged_loras_inplace`,
+  `create_dummy_lora`, `_deactivate_adapter`; of layers `create_lora_weights`, `set_lora`,
+  `reset_lora`, `_apply_lora_to_output` (`slice_lora_b` is called as it is: it says how vLLM
+  splits B under tensor parallelism); of `PunicaWrapperBase` only `update_metadata` is called, when
+  a step's tokens use other slots than the last one's.
+- `guilomo_report` is a method that `vllm.v1.worker.worker_base.WorkerBase` gets: see report.py.
 - `add_lora` of `vllm.v1.executor.Executor` and of `LoRAModelRunnerMixin`: see refusal.py.
 - `vllm.entrypoints.openai.models.serving.OpenAIServingModels`: see guilomo_serve/server.
 """
@@ -48,11 +51,12 @@ def register() -> None:
     import vllm.v1.worker.lora_model_runner_mixin as mixin
 
     from guilomo_serve import server
-    from guilomo_serve.runtime import refusal
+    from guilomo_serve.runtime import refusal, report
     from guilomo_serve.runtime.layers import LAYER_CLASSES
     from guilomo_serve.runtime.manager import RoutedWorkerManager
 
     vllm.lora.utils._all_lora_classes = LAYER_CLASSES
     mixin.LRUCacheWorkerLoRAManager = RoutedWorkerManager
     refusal.install()
+    report.install()
     server.install()

@@ -59,6 +59,7 @@ class RoutedLayer:
     Attributes:
         layer_index: names the layer in the custom op.
         output_slices: the output columns of each module that the layer packs.
+        served_name: vLLM's name of the layer; the manager sets it.
     """
 
     # vLLM's half of the class sets these.
@@ -71,6 +72,7 @@ class RoutedLayer:
     slice_lora_b: Callable[[Any], Any]
     tp_rank: int
     tp_size: int
+    served_name: str
 
     def create_lora_weights(
         self, max_loras: int, lora_config: Any, model_config: Any = None
@@ -141,19 +143,25 @@ class SplitSlots(Slots):
     """The slots of a layer whose input columns are spread over the processes."""
 
     def apply_(self, y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
-        """As `Slots.apply_`, but what is added is this process's part of a sum.
+        """As `Slots.apply_`, but what is added is this process's part of a sum."""
+        self.apply_with_logits_(y, x, batch)
+
+    def apply_with_logits_(
+        self, y: torch.Tensor, x: torch.Tensor, batch: Batch
+    ) -> dict[int, torch.Tensor]:
+        """As `apply_`; returns the logits [its tokens, E] of each slot in the batch.
 
         One sum over the processes for all adapters of the batch; none where no adapter has a
         router. All processes have the same adapters in the same slots, so all of them take it.
         """
         present = [
-            (tokens, weights)
+            (slot, tokens, weights)
             for (slot, _, _), tokens in zip(
                 batch.segments.tolist(), batch.tokens(x.device), strict=True
             )
             if (weights := self.weights[slot]) is not None
         ]
-        logits = [router_logits(x, tokens, weights) for tokens, weights in present]
+        logits = [router_logits(x, tokens, weights) for _, tokens, weights in present]
         if any(part.numel() for part in logits):
             sizes = [part.numel() for part in logits]
             summed = tensor_model_parallel_all_reduce(
@@ -162,8 +170,9 @@ class SplitSlots(Slots):
             logits = [
                 part.view_as(own) for part, own in zip(summed.split(sizes), logits, strict=True)
             ]
-        for (tokens, weights), of_tokens in zip(present, logits, strict=True):
+        for (_, tokens, weights), of_tokens in zip(present, logits, strict=True):
             add_routed_(y, x, tokens, weights, of_tokens)
+        return {slot: of for (slot, _, _), of in zip(present, logits, strict=True)}
 
 
 def _routed_linear(y: torch.Tensor, x: torch.Tensor, layer_index: int) -> None:
@@ -176,7 +185,15 @@ def _routed_linear(y: torch.Tensor, x: torch.Tensor, layer_index: int) -> None:
             f"the batch has {batch.size} tokens, its layer was given {x.shape[0]}: "
             "vLLM ran a layer on other tokens than it announced"
         )
-    layer.slots.apply_(y, x if x.stride(-1) == 1 else x.contiguous(), batch)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    sample = layer.punica_wrapper.sample
+    if sample is None:
+        layer.slots.apply_(y, x, batch)
+    elif isinstance(layer.slots, SplitSlots):
+        sample.keep_summed(layer.served_name, layer.slots.apply_with_logits_(y, x, batch))
+    else:
+        sample.keep(layer.served_name, x, layer.slots)
+        layer.slots.apply_(y, x, batch)
 
 
 def _no_result(y: torch.Tensor, x: torch.Tensor, layer_index: int) -> None:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from vllm import envs
 from vllm.config import CUDAGraphMode
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import get_adapter_absolute_path, is_moe_model
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from guilomo_serve.adapter import AdapterError, BaseFingerprint, is_guilomo_adapter
+from guilomo_serve.adapter import AdapterError, BaseFingerprint, is_guilomo_adapter, read_spec
 from guilomo_serve.catalogue import Settings
 from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
 from guilomo_serve.ops.selfcheck import product_error
@@ -26,6 +27,7 @@ from guilomo_serve.runtime.loading import (
     convert_plain,
     load_routed,
 )
+from guilomo_serve.runtime.report import ExpertLoad, Routers, SampledStep, nbytes
 
 # As a share of a product's norm. Rounding to bfloat16 comes to less than half a percent.
 PRODUCT_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.01}
@@ -40,12 +42,17 @@ class LayerEntry:
 
 
 class TokenSlots:
-    """The slot of each token of the batch, set once a step; in the place of a punica wrapper."""
+    """The slot of each token of the batch, set once a step; in the place of a punica wrapper.
+
+    Attributes:
+        sample: what layers are to keep of this step, None for nothing.
+    """
 
     def __init__(self, blocks: TokenBlocks | None) -> None:
         """Args: blocks: where a GPU's kernels find the batch; None on a CPU."""
         self.blocks = blocks
         self.batch = Batch(np.empty(0, dtype=np.int64))
+        self.sample: SampledStep | None = None
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int
@@ -84,6 +91,16 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
             device=torch.device("cpu"),  # slots on a GPU are the only copy there
             rename=lambda name: name if mapper is None else mapper._map_name(name) or name,
         )
+        for name, layer in self.modules.items():
+            layer.served_name = name
+        self.expert_load = ExpertLoad()
+
+    def begin_step(self) -> None:
+        """To be called once a step, when `TokenSlots` has its batch."""
+        for slots in self.punica_wrapper_mapping.values():
+            slots.sample = self.expert_load.begin_step(
+                slots.batch, self.lora_index_to_id, self.device
+            )
 
     def _places(self) -> tuple[dict[str, LayerPlan], dict[str, tuple[str, int]]]:
         layers, module_at = {}, {}
@@ -171,6 +188,8 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         self._read: dict[int, LoRAModel] = {}
         settings = Settings.from_environment()
         self._checks = settings is not None and settings.check_adapters
+        wanted = settings is not None and settings.expert_load
+        self._samples = wanted and get_tensor_model_parallel_rank() == 0
 
     def add_adapter(self, lora_request: Any) -> bool:
         is_new = self._checks and lora_request.lora_int_id not in self.list_adapters()
@@ -182,6 +201,10 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
                 self.remove_adapter(lora_request.lora_int_id)
                 raise AdapterError(f"{lora_request.lora_path}: {e}") from None
         return loaded
+
+    def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
+        super().set_active_adapters(requests, mapping)
+        self._adapter_manager.begin_step()
 
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
         if lora_request.lora_int_id not in self._read or lora_request.load_inplace:
@@ -199,12 +222,27 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
             check_plain_type(folder)
             layers, rank = convert_plain(theirs.loras, plan, folder), theirs.rank
         check_fits(layers, self._adapter_manager.device, folder)
+        if self._samples and is_guilomo_adapter(folder):
+            routers = Routers.of(read_spec(folder), plan, layers)
+            self._adapter_manager.expert_load.add(lora_request.lora_int_id, routers)
         entries = {name: LayerEntry(weights) for name, weights in layers.items()}
         return LoRAModel(lora_request.lora_int_id, rank, entries)
 
     def remove_adapter(self, adapter_id: int) -> bool:
         self._read.pop(adapter_id, None)
+        self._adapter_manager.expert_load.remove(adapter_id)
         return super().remove_adapter(adapter_id)
+
+    def report(self) -> list[dict[str, Any]]:
+        """Each version that is in memory: `version`, `bytes`, and its load (see report.py)."""
+        return [
+            {
+                "version": version,
+                "bytes": nbytes({name: entry.lora_a for name, entry in read.loras.items()}),
+                **self._adapter_manager.expert_load.report(version),
+            }
+            for version, read in self._read.items()
+        ]
 
 
 def refuse_unsupported(vllm_config: Any) -> None:

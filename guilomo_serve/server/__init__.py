@@ -10,12 +10,15 @@ public name points to the latest: who has begun finishes with what he began with
     inspection.py  what an adapter folder is, without the engine
     routes.py      /v1/adapters
     access.py      who may administer
+    metrics.py     what a server does, in vLLM's /metrics
 
 The seam, for vLLM 0.32: the class `OpenAIServingModels` is replaced, of which the overridden
 methods and `lora_requests`, `lora_resolver_lock` have to stay; `vllm.plugins.load_endpoint_plugins`
 returns our routes too (vLLM loads endpoint plugins only where VLLM_PLUGINS names them, and who
 starts `guilomo-serve` has named it); `output_processor.request_states` says what runs;
-`GracefulHTTPError` gives a status of ours to a client whose `model` cannot be fetched.
+`GracefulHTTPError` gives a status of ours to a client whose `model` cannot be fetched;
+`vllm.v1.engine.async_llm.OutputProcessor` is replaced by one that counts in `add_request`,
+`process_outputs` and `abort_requests`.
 """
 
 from __future__ import annotations
@@ -33,10 +36,12 @@ def install() -> None:
 
     ours: type[VersionedServingModels] = VersionedServingModels
     if Settings.from_environment() is not None:
+        from guilomo_serve.server import metrics
         from guilomo_serve.server.managed import ManagedServingModels
 
         ours = ManagedServingModels
         _add_routes()
+        metrics.install()
     setattr(serving, "OpenAIServingModels", ours)  # noqa: B010
     app_state = sys.modules.get("vllm.entrypoints.launchers.api_server.app_state")
     if app_state is not None:  # imported by now: it has a name of its own for the class

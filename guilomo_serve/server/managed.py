@@ -40,6 +40,7 @@ from guilomo_serve.catalogue import (
     digest_of,
 )
 from guilomo_serve.catalogue.sources import DOWN_FOR_S
+from guilomo_serve.server import metrics
 from guilomo_serve.server.access import administrating
 from guilomo_serve.server.inspection import inspect
 from guilomo_serve.server.models import VersionedServingModels
@@ -79,6 +80,7 @@ class ManagedServingModels(VersionedServingModels):
     Attributes:
         catalogue: names and versions.
         failed: name -> why its version could not be loaded when the server started.
+        report: what the engine says of the versions that it has.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -103,6 +105,9 @@ class ManagedServingModels(VersionedServingModels):
         self._making_room = asyncio.Lock()
         # Name -> until when, and why.
         self._refused: dict[str, tuple[float, str | Unavailable]] = {}
+        self.report = metrics.EngineReport(self.engine_client)
+        metrics.know(*self.catalogue.all())
+        metrics.show(self)
 
     @cached_property
     def _base(self) -> BaseModel | None:
@@ -144,9 +149,14 @@ class ManagedServingModels(VersionedServingModels):
                 stands for what it did.
         """
         self._check_name(name)
+        began = time.monotonic()
         async with self.lora_resolver_lock[name]:
+            replaces = self.catalogue.get(name) is not None and not dry_run
             with _Counted(self):
-                return await self._put(name, source, dry_run, digest)
+                version = await self._put(name, source, dry_run, digest)
+            if replaces:
+                metrics.swapped(name, began)
+            return version
 
     async def _put(
         self, name: str, source: Source, dry_run: bool = False, digest: str | None = None
@@ -164,13 +174,16 @@ class ManagedServingModels(VersionedServingModels):
         Raises:
             Unknown: there is no such name; CatalogueError: it has had one version only.
         """
+        began = time.monotonic()
         async with self.lora_resolver_lock[name]:
             previous = self.entry(name).previous
             if previous is None:
                 raise CatalogueError(f"{name} has no previous version")
             with _Counted(self):
                 await asyncio.to_thread(self._store.verify, previous.digest)
-                return await self._make_current(replace(previous, created=time.time()))
+                version = await self._make_current(replace(previous, created=time.time()))
+            metrics.swapped(name, began)
+            return version
 
     async def delete(self, name: str) -> None:
         """Takes a name away; running requests finish.
@@ -184,6 +197,7 @@ class ManagedServingModels(VersionedServingModels):
             self._withdraw(name)
             self.failed.pop(name, None)
             self._served.last_used.pop(name, None)
+            metrics.forget(name)
         logger.info("Adapter '%s' was deleted", name)
 
     def pin(self, name: str, pinned: bool) -> None:
@@ -201,7 +215,26 @@ class ManagedServingModels(VersionedServingModels):
         """Numbers of the versions whose weights the engine has."""
         return set(await self.engine_client.list_loras())
 
+    async def load_of(self, name: str) -> dict[str, Any]:
+        """How the routers of a name's current version have shared out the tokens sampled so far.
+
+        Raises:
+            Unknown: there is no such name.
+        """
+        self.entry(name)
+        await self.report.refresh()
+        version = self.entry(name).current.number
+        found = self.report.versions.get(version, {"tokens": 0, "modules": {}})
+        return {"name": name, "version": version, **{k: found[k] for k in ("tokens", "modules")}}
+
     # vLLM's interface.
+
+    def is_base_model(self, model_name: str) -> bool:
+        """vLLM asks this first of each request's model."""
+        is_base = super().is_base_model(model_name)
+        if not administrating.get():
+            metrics.asked_for(metrics.BASE if is_base else model_name)
+        return is_base
 
     async def init_static_loras(self) -> None:
         """Restores the catalogue, then adds the command line's adapters.
@@ -321,6 +354,8 @@ class ManagedServingModels(VersionedServingModels):
         check_name(name)
         if self.is_base_model(name):
             raise AdapterError(f"{name} is the name of the base model")
+        if name == metrics.BASE:
+            raise AdapterError(f"{name} stands for the base model in metrics; choose another name")
 
     async def _make_current(self, version: Version) -> Version:
         version = replace(version, number=self.catalogue.next_number())
@@ -402,6 +437,8 @@ class ManagedServingModels(VersionedServingModels):
         self._switch(version.name, loaded)
         self._served.last_used.setdefault(version.name, time.time())
         self.failed.pop(version.name, None)
+        metrics.know(version.name)
+        metrics.LOADS.labels(version.name).inc()
         logger.info("Adapter '%s': version %d, %s", version.name, version.number, version.digest)
 
     def _request_of(self, version: Version) -> LoRARequest:
@@ -438,6 +475,7 @@ class ManagedServingModels(VersionedServingModels):
                 idle = time.time() - self._served.last_used.get(name, 0.0)
                 if idle > after_s and name not in pinned and not self.in_flight(name):
                     self._withdraw(name)
+                    metrics.EVICTIONS.labels(name).inc()
                     logger.info("Adapter '%s' was not used for %.0f s: evicted", name, idle)
 
 

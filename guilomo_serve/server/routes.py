@@ -2,6 +2,7 @@
 
 GET    /v1/adapters                  all adapters
 GET    /v1/adapters/{name}           one, with its allocation and its versions
+GET    /v1/adapters/{name}/load      how its routers share tokens out, of sampled ones
 PUT    /v1/adapters/{name}           {"source": folder or address, "digest": ..., "dry_run": false}
 DELETE /v1/adapters/{name}
 POST   /v1/adapters/{name}/rollback  the version before, as a new version
@@ -79,6 +80,15 @@ async def get_adapter(name: str, models: Models) -> Any:
     """One adapter, with the ranks of each module's experts and the versions one can serve."""
     try:
         return await _detailed(models, name)
+    except REFUSALS as e:
+        return _failed(e)
+
+
+@router.get("/{name}/load")
+async def get_load(name: str, models: Models) -> Any:
+    """The share of each expert in the choices of each router, and the routers' entropy."""
+    try:
+        return await models.load_of(name)
     except REFUSALS as e:
         return _failed(e)
 

@@ -195,6 +195,21 @@ def test_kernels_take_the_largest_adapter() -> None:
     assert_near(got, in_torch(y, x, weights, batch), 1e-5)
 
 
+def test_slots_have_their_routers() -> None:
+    """Behind one another in a pool, and in other places once one of them has gone."""
+    weights = [layer and random_layer(i, layer) for i, layer in enumerate(ADAPTERS)]
+    slots = filled(weights)
+    for slot in (None, 1):
+        if slot is not None:
+            slots.set(slot, None)
+            weights[slot] = None
+        for i, of_slot in enumerate(weights):
+            if of_slot is None or not len(of_slot.router):
+                assert len(slots.router(i)) == 0
+            else:
+                assert torch.equal(slots.router(i).cpu(), of_slot.router)
+
+
 def test_a_batch_of_the_base_alone_changes_nothing_in_kernels() -> None:
     x, y = tensors(4)
     slots = filled([random_layer(0, ADAPTERS[0])])

@@ -27,6 +27,18 @@ from tests.serve.helpers import (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What asks `opened` comes before what kills it, whatever the names of the files."""
+    places = [i for i, item in enumerate(items) if item.path.parent == Path(__file__).parent]
+    ordered = sorted((items[i] for i in places), key=_kills_the_server)
+    for place, item in zip(places, ordered, strict=True):
+        items[place] = item
+
+
+def _kills_the_server(item: pytest.Item) -> bool:
+    return "restarted" in getattr(item, "fixturenames", ()) or item.name.startswith("test_a_killed")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random Llama of two layers in float32."""

@@ -15,6 +15,7 @@ import requests
 import torch
 
 from tests.serve import hf_reference
+from tests.serve.expert_load import check_load, expected_load, first_sampled
 from tests.serve.helpers import Server, ask
 
 pytestmark = pytest.mark.slow
@@ -125,3 +126,9 @@ def test_structured_output_is_the_adapters_own(server, models):
         assert isinstance(value["sure"], bool)
     assert len({word for word, _ in alone.values()}) > 1
     assert len({text for _, text in alone.values()}) > 1
+
+
+def test_the_load_of_experts_is_sampled_in_compiled_mode(server, tiny_model, adapters):
+    assert server.load("sampled", adapters["first"]).ok
+    prompt, found = first_sampled(server, "sampled", PREFIX[:60])  # one chunk
+    check_load(found, expected_load(tiny_model, adapters["first"], prompt), len(prompt))

@@ -43,9 +43,10 @@ FLOAT32_TOLERANCE = 2e-3  # nats; the same sums in another order, through a soft
 
 @pytest.fixture(scope="module")
 def server(tiny_model, adapters, tmp_path_factory):
-    """Our server in eager mode with all three adapters."""
+    """Our server in eager mode with all three adapters, that samples nothing."""
     log = tmp_path_factory.mktemp("log") / "eager.log"
-    command = guilomo_serve(tiny_model, adapters, "--enforce-eager", *TINY)
+    flags = ("--enforce-eager", "--expert-load", "off", *TINY)
+    command = guilomo_serve(tiny_model, adapters, *flags)
     with serving(command, log) as running:
         yield running
 
@@ -95,6 +96,14 @@ def check_mixed(server, names):
 
 def test_mixed_batch_gives_what_each_gives_alone(server, adapters):
     check_mixed(server, ("base", *adapters))
+
+
+def test_with_expert_load_off_nothing_is_sampled(server):
+    for _ in range(4):
+        text_of(server, "first", PROMPTS[0])
+        time.sleep(0.5)
+    answer = server.admin("GET", "/first/load").json()
+    assert (answer["tokens"], answer["modules"]) == (0, {})
 
 
 def test_models_and_streaming_chat(server, adapters):

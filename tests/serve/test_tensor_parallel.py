@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import requests
 import torch
+from safetensors.torch import load_file
 
+from guilomo_serve.adapter import WEIGHTS_FILE
 from tests.serve import hf_reference
+from tests.serve.expert_load import check_load, expected_load, first_sampled
 from tests.serve.helpers import Server, ask, guilomo_serve, random_adapter, serving
 
 pytestmark = pytest.mark.slow
@@ -49,6 +54,16 @@ def test_two_processes_answer_as_one(
         assert refused.status_code == 400
         assert server.load("later", adapters["second"]).ok
         later = answer(server, "later", PROMPTS[0])
+        # Row-parallel layers sum their logits; one process samples, and both have weights.
+        assert server.load("sampled", adapters["first"]).ok
+        prompt, load = first_sampled(server, "sampled", PROMPTS[0])
+        check_load(load, expected_load(tiny_model, adapters["first"], prompt), len(prompt))
+        metrics = requests.get(f"{server.url}/metrics", timeout=30).text
+        (resident,) = re.findall(
+            r'^guilomo_resident_bytes{adapter="sampled"} (\S+)$', metrics, re.MULTILINE
+        )
+        of_file = sum(t.numel() * 4 for t in load_file(adapters["first"] / WEIGHTS_FILE).values())
+        assert of_file < float(resident) < 2 * of_file
     assert later[1] == answers[jobs.index(("second", PROMPTS[0]))][1]
 
     models = {

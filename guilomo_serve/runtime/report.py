@@ -1,0 +1,259 @@
+"""What a worker says of its adapters: their memory, and how their routers share tokens out.
+
+The load of the routers is sampled. In a sampled step each layer keeps the router logits of at most
+`STEP_TOKENS` tokens, as many of each adapter in the batch and spread evenly over its tokens; before
+the next step they are counted for all layers at once. Between two sampled steps lies at least
+`_INTERVAL_S`, and so much more that sampling takes at most `_SHARE` of the time, however slow it
+is: what it costs does not depend on the load, the number of adapters or the size of the model.
+Time is what the host spends; no device is waited for until the front end asks.
+
+A version begins from zero, and what was counted goes with its weights. Under tensor parallelism
+all processes compute the same logits (row-parallel layers sum them anyway, and the sum is what is
+kept), so the first one alone samples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from guilomo_serve.adapter import AdapterSpec
+from guilomo_serve.ops.layer import Batch, LayerWeights
+from guilomo_serve.ops.load import RouterLoad, router_load
+from guilomo_serve.runtime.loading import ModelPlan
+
+STEP_TOKENS = 128
+_INTERVAL_S = 1.0
+_SHARE = 0.005
+
+
+def install() -> None:
+    """Gives vLLM's workers the method that the front end calls by its name."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    setattr(WorkerBase, "guilomo_report", _report_of_worker)  # noqa: B010
+
+
+def _report_of_worker(worker: Any) -> list[dict[str, Any]]:
+    manager = getattr(worker.model_runner, "lora_manager", None)
+    return [] if manager is None else manager.report()
+
+
+def nbytes(layers: Mapping[str, LayerWeights]) -> int:
+    """Memory of an adapter's weights in this process; where a GPU serves, that of the copy there
+    is the same."""
+    tensors = [
+        tensor
+        for weights in layers.values()
+        for tensor in (
+            *(weights.lora_a, *weights.lora_b, weights.router),
+            *(weights.row_scale, weights.expert_of_row),
+        )
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Routers:
+    """An adapter's routers.
+
+    Attributes:
+        modules: layer of the served model -> the modules with a router that it packs, by the
+            names that they have in the adapter, each with its columns of the layer's logits.
+        top_k: experts that a token uses.
+    """
+
+    modules: Mapping[str, Sequence[tuple[str, slice]]]
+    top_k: int
+
+    @classmethod
+    def of(cls, spec: AdapterSpec, plan: ModelPlan, layers: Mapping[str, LayerWeights]) -> Routers:
+        placed: dict[str, list[tuple[int, str]]] = {}
+        for module in spec.experts:
+            layer, index = plan.module_at[plan.rename(module)]
+            placed.setdefault(layer, []).append((index, module))
+        modules = {}
+        for layer, of_layer in placed.items():
+            layout = layers[layer].layout  # in the order of the slices, those left alone missing
+            routed = [
+                (module, slice(*part.experts))
+                for (_, module), part in zip(sorted(of_layer), layout, strict=True)
+                if part.experts[1] > part.experts[0]
+            ]
+            if routed:
+                modules[layer] = routed
+        return cls(modules, spec.top_k)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The sampled tokens of one adapter: which of the step's, and where in the slot's segment."""
+
+    version: int
+    slot: int
+    tokens: slice
+    places: torch.Tensor
+
+
+@dataclass
+class SampledStep:
+    """What layers keep of one step.
+
+    Attributes:
+        rows: [n] int64, the sampled tokens by their rows of the batch, those of a slot together.
+        parts: one for each sampled adapter.
+        logits: version -> layer -> [its sampled tokens, experts of the layer].
+        seconds: that keeping them took so far.
+    """
+
+    rows: torch.Tensor
+    parts: Sequence[_Part]
+    began: float
+    logits: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def keep(self, layer: str, x: torch.Tensor, slots: Any) -> None:
+        """Keeps the logits of a layer that has its whole input. Args: x: [T, in]; slots: its."""
+        began = time.perf_counter()
+        inputs = x.index_select(0, self.rows).float()
+        for part in self.parts:
+            router = slots.router(part.slot)
+            if len(router):
+                self._keep(layer, part, torch.nn.functional.linear(inputs[part.tokens], router))
+        self.seconds += time.perf_counter() - began
+
+    def keep_summed(self, layer: str, logits: Mapping[int, torch.Tensor]) -> None:
+        """Keeps logits that the layer has computed. Args: logits: slot -> [its tokens, E]."""
+        began = time.perf_counter()
+        for part in self.parts:
+            of_slot = logits.get(part.slot)
+            if of_slot is not None and of_slot.shape[1]:
+                self._keep(layer, part, of_slot.index_select(0, part.places))
+        self.seconds += time.perf_counter() - began
+
+    def _keep(self, layer: str, part: _Part, logits: torch.Tensor) -> None:
+        self.logits.setdefault(part.version, {})[layer] = logits
+
+
+class ExpertLoad:
+    """The load of the routers of all versions that a worker has."""
+
+    def __init__(self) -> None:
+        self._versions: dict[int, _Counted] = {}
+        self._step: SampledStep | None = None
+        self._not_before = 0.0
+
+    def add(self, version: int, routers: Routers) -> None:
+        """Begins to sample a version."""
+        if routers.modules:
+            self._versions[version] = _Counted(routers)
+
+    def remove(self, version: int) -> None:
+        self._versions.pop(version, None)
+
+    def begin_step(
+        self, batch: Batch, version_of_slot: Sequence[int | None], device: torch.device
+    ) -> SampledStep | None:
+        """Counts what the last step kept and decides about the next, before its layers run.
+
+        Returns:
+            What they are to fill, None in most steps.
+        """
+        self._count()
+        if not self._versions or time.monotonic() < self._not_before:
+            return None
+        began = time.monotonic()
+        present = [
+            (version, slot, begin, end)
+            for slot, begin, end in batch.segments.tolist()
+            if (version := version_of_slot[slot]) is not None and version in self._versions
+        ]
+        rows: list[np.ndarray] = []
+        parts: list[_Part] = []
+        taken = 0
+        for version, slot, begin, end in present:
+            count = min(end - begin, max(STEP_TOKENS // len(present), 1))
+            places = np.arange(count) * (end - begin) // count
+            rows.append(batch.order[begin + places])
+            where = torch.from_numpy(places).to(device)
+            parts.append(_Part(version, slot, slice(taken, taken + count), where))
+            taken += count
+        if not parts:
+            return None
+        order = torch.from_numpy(np.concatenate(rows)).to(device, torch.int64)
+        self._step = SampledStep(order, parts, began)
+        return self._step
+
+    def report(self, version: int) -> dict[str, Any]:
+        """`tokens` sampled of a version and, for each module with a router, `modules`: see
+        `_Counted.report`. Waits for the device."""
+        self._count()
+        counted = self._versions.get(version)
+        return {"tokens": 0, "modules": {}} if counted is None else counted.report()
+
+    def _count(self) -> None:
+        step, self._step = self._step, None
+        if step is None:
+            return
+        began = time.perf_counter()
+        for version, by_layer in step.logits.items():
+            if version in self._versions:
+                self._versions[version].add(by_layer)
+        spent = step.seconds + time.perf_counter() - began
+        self._not_before = step.began + max(_INTERVAL_S, spent / _SHARE)
+
+
+class _Counted:
+    """What was sampled of one version."""
+
+    def __init__(self, routers: Routers) -> None:
+        self._routers = routers
+        self._tokens = 0
+        self._load: RouterLoad | None = None
+
+    def add(self, by_layer: Mapping[str, torch.Tensor]) -> None:
+        """Counts one step. Args: by_layer: layer -> [tokens, experts of its modules]."""
+        modules = self._routers.modules
+        if by_layer.keys() != modules.keys():
+            return  # a step that failed before its end
+        logits = [
+            by_layer[layer][:, columns]
+            for layer, routed in modules.items()
+            for _, columns in routed
+        ]
+        load = router_load(logits, self._routers.top_k)
+        self._load = load if self._load is None else self._load + load
+        self._tokens += len(logits[0])
+
+    def report(self) -> dict[str, Any]:
+        """Plain values.
+
+        `tokens`, and `modules`: module -> `tokens`, `share` (of the choices, each expert's) and
+        `entropy` (mean over tokens, 0..1); one whose logits were never finite is left out.
+        """
+        if self._load is None:
+            return {"tokens": 0, "modules": {}}
+        names = [
+            (module, columns.stop - columns.start)
+            for routed in self._routers.modules.values()
+            for module, columns in routed
+        ]
+        chosen = self._load.chosen.double()
+        shares = (chosen / chosen.sum(1, keepdim=True)).tolist()
+        entropies = (self._load.entropy / self._load.tokens).clamp(0, 1).tolist()
+        tokens = self._load.tokens.tolist()
+        return {
+            "tokens": self._tokens,
+            "modules": {
+                module: {"tokens": t, "share": share[:experts], "entropy": entropy}
+                for (module, experts), t, share, entropy in zip(
+                    names, tokens, shares, entropies, strict=True
+                )
+                if t
+            },
+        }

@@ -1,0 +1,286 @@
+"""/metrics and /v1/adapters/{name}/load: what they say of known requests is exact."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import load_file
+
+from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE
+from tests.serve.expert_load import check_load, expected_load, first_sampled, load_of
+from tests.serve.helpers import Server, text_of
+
+pytestmark = pytest.mark.slow
+
+# 43 tokens, so that all are sampled, beside another adapter's too.
+PROMPT = "A customer writes: my card has not arrived."
+SAMPLED = 128  # tokens of a step, at most
+DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana.json"
+
+
+class Scrape:
+    """The samples of one scrape."""
+
+    def __init__(self, server: Server) -> None:
+        self.text = requests.get(f"{server.url}/metrics", timeout=30).text
+        self.samples = [s for f in text_string_to_metric_families(self.text) for s in f.samples]
+
+    def __call__(self, name: str, **labels: str) -> float | None:
+        """A sample by its name and all of its labels; None if there is none."""
+        found = [
+            s.value for s in self.samples if s.name == f"guilomo_{name}" and s.labels == labels
+        ]
+        assert len(found) < 2
+        return found[0] if found else None
+
+    def of(self, adapter: str) -> dict[str, float]:
+        """All that requests of an adapter move: sample, with its outcome if it has one -> value."""
+        names = (
+            *("requests_total", "prompt_tokens_total", "generated_tokens_total"),
+            *("time_to_first_token_seconds_count", "request_seconds_count"),
+        )
+        return {
+            f"{s.name} {s.labels.get('outcome', '')}".strip().removeprefix("guilomo_"): s.value
+            for s in self.samples
+            if s.labels.get("adapter") == adapter and s.name.removeprefix("guilomo_") in names
+        }
+
+
+def moved(server: Server, adapter: str, before: dict[str, float]) -> dict[str, float]:
+    """What has changed since, and by how much."""
+    after = Scrape(server).of(adapter)
+    return {name: value - before[name] for name, value in after.items() if value != before[name]}
+
+
+def until(condition, what: str, seconds: float = 40.0):
+    """Waits for something to become true and returns it."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+    return found
+
+
+@pytest.fixture
+def adapter(opened, root, request) -> str:
+    """The name of a fresh adapter, the first of these tests' two."""
+    name = re.sub(r"\W|_", "-", request.node.name).strip("-")
+    answer = opened.put(name, root / "first")
+    assert answer.status_code == 200, answer.text
+    return name
+
+
+def requests_of_every_kind(server: Server, model: str) -> tuple[int, int, int]:
+    """Asks in the ways that count differently; how many requests and tokens that is by usage."""
+    whole = {"model": model, "temperature": 0.7, "seed": 0, "extra_body": {"ignore_eos": True}}
+    completions = server.client.completions
+    answers = [
+        completions.create(prompt=PROMPT, max_tokens=5, **whole),
+        completions.create(prompt=PROMPT, max_tokens=4, n=3, **whole),
+        completions.create(prompt=[PROMPT, "Why?"], max_tokens=2, **whole),
+    ]
+    # A text that the answer has is where it stops.
+    text = completions.create(prompt=PROMPT, max_tokens=12, **whole).choices[0].text
+    stopped = completions.create(prompt=PROMPT, max_tokens=12, stop=[text[4:6]], **whole)
+    assert stopped.choices[0].finish_reason == "stop"
+    usage = [answer.usage for answer in (*answers, stopped)]
+    stream = server.client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": PROMPT}],
+        max_tokens=7,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    usage += [chunk.usage for chunk in stream if chunk.usage is not None]
+    prompts, generated = len(PROMPT), 12  # those of `text`
+    prompts += sum(of.prompt_tokens for of in usage)
+    generated += sum(of.completion_tokens for of in usage)
+    return 7, prompts, generated
+
+
+@pytest.mark.parametrize("name", ["base", "adapter"])
+def test_requests_and_tokens_are_counted_as_in_their_usage(opened, adapter, name):
+    asked, other = ("base", adapter) if name == "base" else (adapter, "base")
+    before = Scrape(opened)
+    count, prompts, generated = requests_of_every_kind(opened, asked)
+    assert moved(opened, asked, before.of(asked)) == {
+        "requests_total finished": count,
+        "prompt_tokens_total": prompts,
+        "generated_tokens_total": generated,
+        "time_to_first_token_seconds_count": count,
+        "request_seconds_count": count,
+    }
+    assert moved(opened, other, before.of(other)) == {}
+    after = Scrape(opened)
+    first, whole = (
+        after(f"{of}_seconds_sum", adapter=asked) for of in ("time_to_first_token", "request")
+    )
+    assert 0 < first < whole
+    assert "vllm:request_success_total" in after.text
+    assert "vllm:lora_requests_info" in after.text
+
+
+def test_a_client_that_goes_away_is_an_aborted_request(opened, adapter):
+    before = Scrape(opened).of(adapter)
+    settings = {"model": adapter, "prompt": PROMPT, "max_tokens": 400}
+    for n in (1, 2):
+        stream = opened.client.completions.create(
+            **settings, n=n, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(stream)
+        stream.close()
+    found = until(
+        lambda: (
+            m if (m := moved(opened, adapter, before)).get("requests_total aborted") == 2 else None
+        ),
+        "the abort was never counted",
+    )
+    assert found["prompt_tokens_total"] == 2 * len(PROMPT)
+    assert 2 <= found["generated_tokens_total"] < 3 * 400
+    assert "requests_total finished" not in found
+    assert "request_seconds_count" not in found
+
+
+def test_what_is_refused_before_the_engine_counts_for_known_adapters(opened, adapter):
+    before = Scrape(opened).of(adapter)
+    for prompt, settings in (("x" * 600, {}), (PROMPT, {"logprobs": 10**6})):
+        with pytest.raises(openai.BadRequestError):
+            opened.client.completions.create(model=adapter, prompt=prompt, max_tokens=1, **settings)
+    assert moved(opened, adapter, before) == {"requests_total refused": 2}
+    with pytest.raises(openai.NotFoundError):
+        text_of(opened, "an-unknown-name", PROMPT)
+    assert opened.put(adapter, "/no/such/folder").status_code in (403, 404)  # no request of a model
+    assert moved(opened, adapter, before) == {"requests_total refused": 2}
+    assert "an-unknown-name" not in Scrape(opened).text
+
+
+def bytes_of(folder: Path) -> int:
+    """The file's tensors in float32, as the model's, and two numbers for each rank row."""
+    tensors = load_file(folder / WEIGHTS_FILE)
+    rows = sum(len(t) for name, t in tensors.items() if "lora_A" in name)
+    return sum(t.numel() * 4 for t in tensors.values()) + 8 * rows
+
+
+def test_swaps_loads_and_resident_bytes(opened, adapter, root):
+    until(
+        lambda: Scrape(opened)("resident_bytes", adapter=adapter) == bytes_of(root / "first"),
+        "the weights have another size",
+    )
+    scrape = Scrape(opened)
+    assert scrape("loads_total", adapter=adapter) == 1
+    assert scrape("swaps_total", adapter=adapter) == 0
+
+    assert opened.put(adapter, root / "second", dry_run=True).status_code == 200
+    bad = shutil.copytree(root / "second", root / f"bad-{adapter}")
+    (bad / CONFIG_FILE).write_text("{}")
+    assert opened.put(adapter, bad).status_code == 400
+    assert Scrape(opened)("swaps_total", adapter=adapter) == 0
+    assert opened.put(adapter, root / "second").status_code == 200
+    assert opened.admin("POST", f"/{adapter}/rollback").status_code == 200
+    assert opened.put(adapter, root / "second").status_code == 200
+    scrape = Scrape(opened)
+    assert scrape("loads_total", adapter=adapter) == 4
+    assert scrape("swaps_total", adapter=adapter) == 3
+    assert scrape("swap_seconds_count", adapter=adapter) == 3
+    assert scrape("swap_seconds_sum", adapter=adapter) > 0
+    until(
+        lambda: Scrape(opened)("resident_bytes", adapter=adapter) == bytes_of(root / "second"),
+        "old versions were never freed",
+    )
+
+
+def test_the_series_of_a_deleted_adapter_go_for_good(opened, adapter):
+    stream = opened.client.completions.create(
+        model=adapter,
+        prompt=PROMPT,
+        max_tokens=100,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(stream)
+    text_of(opened, adapter, PROMPT)
+    assert f'adapter="{adapter}"' in Scrape(opened).text
+    assert opened.admin("DELETE", f"/{adapter}").status_code == 200
+    assert adapter not in Scrape(opened).text.replace(f"{adapter}@", "")
+    assert len(list(stream)) > 50  # it finishes, and nothing of it comes back
+    after = Scrape(opened)
+    assert not [s for s in after.samples if s.labels.get("adapter") == adapter]
+
+
+def test_no_adapter_is_called_as_the_base_model_is_in_metrics(opened, root):
+    answer = opened.put("base", root / "first")
+    assert answer.status_code == 400
+
+
+def test_the_load_of_experts_is_what_routers_do_in_transformers(opened, adapter, root, tiny_model):
+    """One prompt again and again, in batches with the base and another adapter."""
+    version = opened.admin("GET", f"/{adapter}").json()["version"]
+    nothing = {"name": adapter, "version": version, "tokens": 0, "modules": {}}
+    assert load_of(opened, adapter) == nothing
+    opened.put("other", root / "second")
+
+    def ask(model: str) -> None:
+        prompt = PROMPT if model == adapter else "Something else, for all others that ask."
+        text_of(opened, model, prompt, 1)
+
+    def sampled() -> dict | None:
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(ask, ("base", adapter, "other")))
+        found = load_of(opened, adapter)
+        return found if found["tokens"] > len(PROMPT) else None
+
+    found = until(sampled, "nothing was sampled")
+    expected = expected_load(tiny_model, root / "first", PROMPT)
+    assert len(expected) > 5
+    assert found["tokens"] % len(PROMPT) == 0
+    assert (found["name"], found["version"]) == (adapter, version)
+    check_load(found, expected, found["tokens"])
+    assert set(found["modules"]) <= set(opened.admin("GET", f"/{adapter}").json()["allocation"])
+
+    time.sleep(1.1)  # /metrics does not ask the engine more often than each second
+    scrape = Scrape(opened)
+    for module, of_module in found["modules"].items():
+        entropy = scrape("routing_entropy", adapter=adapter, module=module)
+        assert entropy == pytest.approx(of_module["entropy"])
+        for expert, share in enumerate(of_module["share"]):
+            labels = {"adapter": adapter, "module": module, "expert": str(expert)}
+            assert scrape("expert_load", **labels) == pytest.approx(share)
+
+    # A new version begins from zero; an adapter without routers has no load.
+    version = opened.put(adapter, root / "second").json()["version"]
+    assert load_of(opened, adapter) == {**nothing, "version": version}
+    ask("given")
+    assert load_of(opened, "given")["modules"] == {}
+    assert opened.admin("GET", "/nobody/load").status_code == 404
+
+
+def test_of_a_long_prompt_some_tokens_are_sampled_all_over_it(opened, adapter, root, tiny_model):
+    prompt, found = first_sampled(opened, adapter, 5 * PROMPT)
+    places = [i * len(prompt) // SAMPLED for i in range(SAMPLED)]
+    expected = expected_load(tiny_model, root / "first", prompt, places)
+    check_load(found, expected, SAMPLED)
+
+
+def test_the_dashboard_asks_for_series_that_there_are(opened, adapter):
+    first_sampled(opened, adapter, PROMPT)
+    time.sleep(1.1)
+    names = {sample.name for sample in Scrape(opened).samples}
+    asked = set(re.findall(r"\b(?:guilomo_|vllm:)\w+", DASHBOARD.read_text()))
+    assert len(asked) > 10
+    assert asked <= names
+
+
+def test_an_eviction_is_counted(restarted):
+    until(
+        lambda: Scrape(restarted)("evictions_total", adapter="given"),
+        "an idle adapter was never evicted",
+    )
