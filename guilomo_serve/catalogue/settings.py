@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,12 +25,18 @@ class Settings:
         roots: folders that adapters may be taken from; with none, every folder on the machine.
         state: folder of the catalogue; None for one that is gone when the server ends.
         evict_idle: seconds without a request after which a name's weights are freed; None: never.
+        max_concurrency: requests that each adapter may have at once; None: any number.
+        max_concurrency_of: adapter -> the same for it alone.
+        max_body: bytes of a request's body, for inference.
         admin_key: what an administrator has to present; None: only clients on this machine may.
     """
 
     roots: tuple[Path, ...] = ()
     state: Path | None = None
     evict_idle: float | None = None
+    max_concurrency: int | None = None
+    max_concurrency_of: Mapping[str, int] = field(default_factory=dict)
+    max_body: int = 32 * 2**20
     admin_key: str | None = field(default=None, repr=False)
 
     def export(self, environment: MutableMapping[str, str]) -> None:
@@ -40,6 +46,9 @@ class Settings:
                 "roots": [str(root) for root in self.roots],
                 "state": str(self.state) if self.state else None,
                 "evict_idle": self.evict_idle,
+                "max_concurrency": self.max_concurrency,
+                "max_concurrency_of": dict(self.max_concurrency_of),
+                "max_body": self.max_body,
             }
         )
         if self.admin_key is not None:
@@ -55,6 +64,9 @@ class Settings:
             roots=tuple(Path(root) for root in value["roots"]),
             state=Path(value["state"]) if value["state"] else None,
             evict_idle=value["evict_idle"],
+            max_concurrency=value["max_concurrency"],
+            max_concurrency_of=value["max_concurrency_of"],
+            max_body=value["max_body"],
             admin_key=os.environ.get(ADMIN_KEY) or None,
         )
 

@@ -37,12 +37,14 @@ from guilomo_serve.catalogue import (
 )
 from guilomo_serve.server.access import administrating
 from guilomo_serve.server.inspection import inspect
+from guilomo_serve.server.limits import admit
 from guilomo_serve.server.models import VersionedServingModels
 
 logger = init_logger("vllm.guilomo")
 
 # A member of a root that was refused is not read again at each request for it.
 _REFUSED_FOR_S = 10.0
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a process's limit
 REFUSALS = (AdapterError, CatalogueError, OSError, sqlite3.Error)
 
 
@@ -60,6 +62,7 @@ class _Served(dict[str, LoRARequest]):
     def __contains__(self, name: object) -> bool:
         found = super().__contains__(name)
         if found:
+            admit(str(name))
             self.last_used[str(name)] = time.time()
         return found
 
@@ -251,6 +254,7 @@ class ManagedServingModels(VersionedServingModels):
             self._find_unloaded(lora_name)
         except REFUSALS as e:
             return create_error_response(str(e), status_code=status_of(e))
+        admit(lora_name)
         async with self.lora_resolver_lock[lora_name]:
             loaded = self._served.get(lora_name)
             if loaded is not None:
@@ -377,7 +381,7 @@ def status_of(error: Exception) -> HTTPStatus:
         return HTTPStatus.CONFLICT
     if isinstance(error, AdapterError):
         return HTTPStatus.BAD_REQUEST
-    if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno not in _DISK_FULL:
         return HTTPStatus.INTERNAL_SERVER_ERROR
     return HTTPStatus.INSUFFICIENT_STORAGE
 
