@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Checks the adapters and runs the server until it is stopped.
 
     Returns:
-        2 if an adapter or an argument is refused; the message is on stderr.
+        2 if an adapter or an argument is refused, with the message on stderr; 1 if the server
+        ended though nobody asked it to.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["adapters"]:
@@ -70,12 +71,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"guilomo-serve: {e}", file=sys.stderr)
         return 2
     settings.export(os.environ)
-    vllm += ["--middleware", "guilomo_serve.server.access.AdminGuard"]
-    vllm += ["--middleware", "guilomo_serve.server.metrics.Observer"]
+    vllm += ["--shutdown-timeout", str(args.drain_timeout)]
+    # The last one is the outermost: what the others refuse counts as refused.
+    for middleware in (
+        "access.AdminGuard",
+        "limits.Limits",
+        "lifecycle.Lifecycle",
+        "metrics.Observer",
+    ):
+        vllm += ["--middleware", f"guilomo_serve.server.{middleware}"]
     # Loading and unloading while serving; vLLM keeps the routes away without it.
     os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     _run_vllm(vllm)
-    return 0
+    from guilomo_serve.server import lifecycle
+
+    return lifecycle.exit_status()
 
 
 def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +136,29 @@ def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
         help="sample how the routers of adapters share tokens out over their experts, for "
         "/v1/adapters/NAME/load and /metrics (default: on)",
     )
+    parser.add_argument(
+        "--max-concurrency",
+        action="append",
+        default=[],
+        metavar="[NAME=]N",
+        help="requests that each adapter, or the one of that name, may have at once; more are "
+        "refused with 429; may be repeated",
+    )
+    parser.add_argument(
+        "--max-body-mib",
+        type=int,
+        default=32,
+        metavar="N",
+        help="size of the largest request for inference (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--drain-timeout",
+        "--shutdown-timeout",
+        type=int,
+        default=30,
+        metavar="SECONDS",
+        help="how long running requests may take to finish on SIGTERM (default: %(default)s)",
+    )
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -147,6 +180,11 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise UsageError(f"the admin key is too short: expected at least {_LEAST_KEY} characters")
     state = Path(args.state).resolve() if args.state else None
     budget = None if memory is None else int(memory * 2**30)
+    if args.drain_timeout < 0:
+        raise UsageError(f"--drain-timeout {args.drain_timeout}: expected a number of seconds >= 0")
+    if args.max_body_mib < 1:
+        raise UsageError(f"--max-body-mib {args.max_body_mib}: expected a number >= 1")
+    limits = _concurrency(args.max_concurrency)
     return Settings(
         roots=tuple(roots),
         remote_roots=tuple(remote_roots),
@@ -154,6 +192,9 @@ def _settings(args: argparse.Namespace) -> Settings:
         evict_idle=args.evict_idle,
         memory=budget,
         check_adapters=args.check_adapters,
+        max_concurrency=limits.pop("", None),
+        max_concurrency_of=limits,
+        max_body=args.max_body_mib * 2**20,
         admin_key=key,
         expert_load=args.expert_load == "on",
     )
@@ -168,6 +209,21 @@ def _remote_root(root: str) -> Address:
     if address.revision is not None:
         raise UsageError(f"--adapter-root {root}: a root has no revision; its adapters may")
     return address
+
+
+def _concurrency(given: Sequence[str]) -> dict[str, int]:
+    """Adapter -> limit; the limit of all others is that of the name ""."""
+    limits: dict[str, int] = {}
+    for value in given:
+        name, separator, limit = value.rpartition("=")
+        if not limit.isdecimal() or int(limit) < 1 or (separator and not name):
+            raise UsageError(f"--max-concurrency {value}: expected [NAME=]N with N >= 1")
+        if name in limits:
+            raise UsageError(f"--max-concurrency {value}: given twice for the same adapters")
+        if name:
+            check_name(name)
+        limits[name] = int(limit)
+    return limits
 
 
 def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> list[str]:

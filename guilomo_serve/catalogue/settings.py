@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,9 @@ class Settings:
         evict_idle: seconds without a request after which a name's weights are freed; None: never.
         memory: bytes that the weights of loaded adapters may take; None: no bound.
         check_adapters: compare each adapter's products with the formula as it is loaded.
+        max_concurrency: requests that each adapter may have at once; None: any number.
+        max_concurrency_of: adapter -> the same for it alone.
+        max_body: bytes of a request's body, for inference.
         admin_key: what an administrator has to present; None: only clients on this machine may.
         expert_load: whether to sample how routers share tokens out.
     """
@@ -39,6 +42,9 @@ class Settings:
     evict_idle: float | None = None
     memory: int | None = None
     check_adapters: bool = False
+    max_concurrency: int | None = None
+    max_concurrency_of: Mapping[str, int] = field(default_factory=dict)
+    max_body: int = 32 * 2**20
     admin_key: str | None = field(default=None, repr=False)
     remote_roots: tuple[Address, ...] = ()
     expert_load: bool = True
@@ -54,6 +60,9 @@ class Settings:
                 "memory": self.memory,
                 "check_adapters": self.check_adapters,
                 "expert_load": self.expert_load,
+                "max_concurrency": self.max_concurrency,
+                "max_concurrency_of": dict(self.max_concurrency_of),
+                "max_body": self.max_body,
             }
         )
         if self.admin_key is not None:
@@ -71,6 +80,9 @@ class Settings:
             evict_idle=value["evict_idle"],
             memory=value["memory"],
             check_adapters=value["check_adapters"],
+            max_concurrency=value["max_concurrency"],
+            max_concurrency_of=value["max_concurrency_of"],
+            max_body=value["max_body"],
             admin_key=os.environ.get(ADMIN_KEY) or None,
             remote_roots=tuple(Address.parse(root) for root in value["remote_roots"]),
             expert_load=value["expert_load"],

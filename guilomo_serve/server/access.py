@@ -19,6 +19,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 from guilomo_serve.catalogue.settings import ADMIN_KEY, Settings
+from guilomo_serve.server.schemas import refusal
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
@@ -40,7 +41,7 @@ class AdminGuard:
         self._key = settings.admin_key if settings else None
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] == "OPTIONS" or not _is_administrative(scope):
+        if scope["type"] != "http" or scope["method"] == "OPTIONS" or not is_administrative(scope):
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
@@ -66,7 +67,7 @@ class AdminGuard:
         return _refused(401, "administration needs 'Authorization: Bearer' with the admin key")
 
 
-def _is_administrative(scope: Scope) -> bool:
+def is_administrative(scope: Scope) -> bool:
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     return any(path == known or path.startswith(f"{known}/") for known in _PATHS)
 
@@ -112,9 +113,4 @@ def _with_inference_key(scope: Scope) -> Scope:
 
 
 def _refused(status: int, message: str) -> JSONResponse:
-    kind = "AuthenticationError" if status == 401 else "PermissionDeniedError"
-    return JSONResponse(
-        {"error": {"message": message, "type": kind, "param": None, "code": status}},
-        status,
-        {"WWW-Authenticate": "Bearer"} if status == 401 else None,
-    )
+    return refusal(status, message, {"WWW-Authenticate": "Bearer"} if status == 401 else None)

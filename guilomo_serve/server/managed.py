@@ -43,12 +43,14 @@ from guilomo_serve.catalogue.sources import DOWN_FOR_S
 from guilomo_serve.server import metrics
 from guilomo_serve.server.access import administrating
 from guilomo_serve.server.inspection import inspect
+from guilomo_serve.server.limits import admit
 from guilomo_serve.server.models import VersionedServingModels
 
 logger = init_logger("vllm.guilomo")
 
 # A member of a root that was refused is not read again at each request for it.
 _REFUSED_FOR_S = 10.0
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a process's limit
 REFUSALS = (AdapterError, CatalogueError, OSError, sqlite3.Error)
 
 
@@ -70,6 +72,7 @@ class _Served(dict[str, LoRARequest]):
     def __contains__(self, name: object) -> bool:
         found = super().__contains__(name)
         if found:
+            admit(str(name))
             self.last_used[str(name)] = time.time()
         return found
 
@@ -316,6 +319,7 @@ class ManagedServingModels(VersionedServingModels):
             raise _not_now(lora_name, e) from None
         except REFUSALS as e:
             return create_error_response(str(e), status_code=status_of(e))
+        admit(lora_name)
         async with self.lora_resolver_lock[lora_name]:
             loaded = self._served.get(lora_name)
             if loaded is not None:
@@ -409,6 +413,7 @@ class ManagedServingModels(VersionedServingModels):
                 name = self._least_recently_used()
                 if name is not None:
                     self._withdraw(name)
+                    metrics.EVICTIONS.labels(name).inc()
                     logger.info("Adapter '%s' makes room for another one: evicted", name)
                     continue
                 if not self._retiring:
@@ -507,7 +512,7 @@ def status_of(error: Exception) -> HTTPStatus:
         return HTTPStatus.CONFLICT
     if isinstance(error, AdapterError):
         return HTTPStatus.BAD_REQUEST
-    if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno not in _DISK_FULL:
         return HTTPStatus.INTERNAL_SERVER_ERROR
     return HTTPStatus.INSUFFICIENT_STORAGE
 

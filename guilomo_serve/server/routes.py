@@ -20,9 +20,21 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from guilomo_serve.catalogue import Entry, Version
+from guilomo_serve.server import lifecycle
 from guilomo_serve.server.access import administrating
 from guilomo_serve.server.inspection import summary
 from guilomo_serve.server.managed import REFUSALS, ManagedServingModels, error_response
+from guilomo_serve.server.schemas import (
+    AdapterChecked,
+    AdapterDeleted,
+    AdapterDetails,
+    AdapterList,
+    AdapterLoad,
+    AdapterPut,
+    Name,
+    describe,
+    errors,
+)
 
 
 class PutBody(BaseModel):
@@ -43,6 +55,8 @@ class AdapterRoutes:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
+        app.include_router(lifecycle.router)
+        describe(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Nothing to do: the routes use vLLM's list of models, which is ours."""
@@ -64,7 +78,7 @@ Models = Annotated[ManagedServingModels, Depends(_models)]
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
 
-@router.get("")
+@router.get("", response_model=AdapterList, responses=errors())
 async def list_adapters(models: Models) -> Any:
     """All adapters, in the order of their names."""
     resident = await models.resident()
@@ -75,8 +89,8 @@ async def list_adapters(models: Models) -> Any:
     }
 
 
-@router.get("/{name}")
-async def get_adapter(name: str, models: Models) -> Any:
+@router.get("/{name}", response_model=AdapterDetails, responses=errors(404))
+async def get_adapter(name: Name, models: Models) -> Any:
     """One adapter, with the ranks of each module's experts and the versions one can serve."""
     try:
         return await _detailed(models, name)
@@ -84,8 +98,8 @@ async def get_adapter(name: str, models: Models) -> Any:
         return _failed(e)
 
 
-@router.get("/{name}/load")
-async def get_load(name: str, models: Models) -> Any:
+@router.get("/{name}/load", response_model=AdapterLoad, responses=errors(404))
+async def get_load(name: Name, models: Models) -> Any:
     """The share of each expert in the choices of each router, and the routers' entropy."""
     try:
         return await models.load_of(name)
@@ -93,8 +107,12 @@ async def get_load(name: str, models: Models) -> Any:
         return _failed(e)
 
 
-@router.put("/{name}")
-async def put_adapter(name: str, body: PutBody, models: Models) -> Any:
+@router.put(
+    "/{name}",
+    response_model=AdapterPut | AdapterChecked,
+    responses=errors(400, 404, 502, 507),
+)
+async def put_adapter(name: Name, body: PutBody, models: Models) -> Any:
     """Adds or replaces an adapter; answers once new requests get it."""
     try:
         source = models.find(body.source)
@@ -106,8 +124,8 @@ async def put_adapter(name: str, body: PutBody, models: Models) -> Any:
         return _failed(e)
 
 
-@router.delete("/{name}")
-async def delete_adapter(name: str, models: Models) -> Any:
+@router.delete("/{name}", response_model=AdapterDeleted, responses=errors(404, 507))
+async def delete_adapter(name: Name, models: Models) -> Any:
     """Takes an adapter away; its running requests finish."""
     try:
         await models.delete(name)
@@ -116,8 +134,12 @@ async def delete_adapter(name: str, models: Models) -> Any:
     return {"name": name, "deleted": True}
 
 
-@router.post("/{name}/rollback")
-async def roll_back(name: str, models: Models) -> Any:
+@router.post(
+    "/{name}/rollback",
+    response_model=AdapterDetails,
+    responses=errors(400, 404, 409, 507),
+)
+async def roll_back(name: Name, models: Models) -> Any:
     """Serves what the name stood for before, as a new version."""
     try:
         await models.rollback(name)
@@ -126,14 +148,14 @@ async def roll_back(name: str, models: Models) -> Any:
         return _failed(e)
 
 
-@router.post("/{name}/pin")
-async def pin(name: str, models: Models) -> Any:
+@router.post("/{name}/pin", response_model=AdapterDetails, responses=errors(404, 507))
+async def pin(name: Name, models: Models) -> Any:
     """Keeps an adapter's weights in memory while nobody asks for it."""
     return await _pin(models, name, True)
 
 
-@router.post("/{name}/unpin")
-async def unpin(name: str, models: Models) -> Any:
+@router.post("/{name}/unpin", response_model=AdapterDetails, responses=errors(404, 507))
+async def unpin(name: Name, models: Models) -> Any:
     """Lets an adapter that nobody asks for be evicted again."""
     return await _pin(models, name, False)
 

@@ -60,6 +60,18 @@ def test_a_base_that_is_not_there_is_one_error(capsys, tmp_path):
         assert line.startswith(f"guilomo-serve: {base}: no model can be read there: ")
 
 
+def test_limits_are_checked(tiny_model, capsys):
+    base = str(tiny_model)
+    for value in ("0", "-1", "x", "=3", "first=", "first=0", ""):
+        assert "[NAME=]N" in refused(capsys, base, f"--max-concurrency={value}"), value
+    twice = ("--max-concurrency", "a=1", "--max-concurrency", "a=2")
+    assert "given twice" in refused(capsys, base, *twice)
+    assert "cannot be served" in refused(capsys, base, "--max-concurrency", "a@1=2")
+    assert "--max-body-mib" in refused(capsys, base, "--max-body-mib", "0")
+    assert "--drain-timeout" in refused(capsys, base, "--drain-timeout=-1")
+    assert "--drain-timeout" in refused(capsys, base, "--shutdown-timeout=-1")  # vLLM's name
+
+
 def test_flags_are_passed_on_and_ours_give_way(tiny_model, adapters):
     command = cli.vllm_command(
         str(tiny_model), [f"a={adapters['first']}"], ["--port", "9", "--max-loras=3"]

@@ -1,0 +1,140 @@
+"""A server that is ready or not, and an end that cuts nobody off.
+
+`/health` is vLLM's: whether the engine lives, so that a supervisor restarts what is dead. `/ready`
+is whether new requests should come here. (While the server starts nothing listens.)
+
+On SIGTERM or SIGINT the server is no longer ready and refuses new work with 503. What runs has
+`--drain-timeout` seconds to end, and is aborted then, or at a second signal. Only then does vLLM
+stop the engine and the process ends with status 0. vLLM alone would stop the engine first, while
+responses are still on their way, and take new requests until then. A server that ends though
+nobody asked it to, because its engine died, has status 1.
+
+The seam, for vLLM 0.32: `serve_http` sets its signal handlers before the app's lifespan begins,
+where ours take their place; `app.state.server` is uvicorn's and ends by `should_exit`, after which
+vLLM stops the engine; `output_processor.request_states` has what runs, `abort` ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import JSONResponse
+from vllm.logger import init_logger
+
+from guilomo_serve.server.access import App, Scope
+from guilomo_serve.server.schemas import Error, Ready, refusal
+
+logger = init_logger("vllm.guilomo")
+
+_READING = ("GET", "HEAD", "OPTIONS")
+_POLL_S = 0.1
+_RETRY_AFTER_S = 5  # by when a load balancer has found another server
+# For the last bytes to a client that does not read, when all requests have ended.
+_CLOSING_S = 5
+
+
+class _Life:
+    """This process's server; there is one.
+
+    Attributes:
+        running: requests that have begun and whose responses have not ended, but for those that
+            only read.
+    """
+
+    def __init__(self) -> None:
+        self.running = 0
+        self._app: FastAPI | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._hurried = False
+
+    def begin(self, app: FastAPI) -> None:
+        self._app = app
+        app.state.server.config.timeout_graceful_shutdown = _CLOSING_S
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._end)
+
+    @property
+    def refusing(self) -> str | None:
+        """Why new requests should not come here; None if they should."""
+        if self._ending is not None:
+            return "the server is shutting down; it finishes what runs and takes nothing new"
+        if self._app is None or self._app.state.engine_client.errored:
+            return "the engine has died; the server ends, to be restarted"
+        return None
+
+    @property
+    def was_ended(self) -> bool:
+        return self._ending is not None
+
+    def _end(self) -> None:
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._drain())
+        else:
+            self._hurried = True
+
+    async def _drain(self) -> None:
+        assert self._app is not None
+        server, engine = self._app.state.server, self._app.state.engine_client
+        timeout = engine.vllm_config.shutdown_timeout
+        logger.info("Shutting down: %d requests have %d s to finish", self.running, timeout)
+        for connection in list(server.server_state.connections):
+            connection.shutdown()  # it closes when its response has ended
+        deadline = time.monotonic() + timeout
+        while self.running and time.monotonic() < deadline and not self._hurried:
+            await asyncio.sleep(_POLL_S)
+        if self.running:
+            logger.warning("Shutting down: %d requests are aborted", self.running)
+            await engine.abort(list(engine.output_processor.request_states), internal=True)
+        server.should_exit = True
+
+
+_life = _Life()
+
+
+class Lifecycle:
+    """ASGI middleware around the whole server (vLLM's `--middleware`)."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            _life.begin(scope["app"])
+        if scope["type"] != "http" or scope["method"] in _READING:
+            await self._app(scope, receive, send)
+            return
+        if _life.refusing:
+            await _refused(_life.refusing)(scope, receive, send)
+            return
+        _life.running += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            _life.running -= 1
+
+
+router = APIRouter(tags=["lifecycle"])
+
+
+@router.get(
+    "/ready",
+    response_model=Ready,
+    responses={503: {"model": Error, "description": "the server ends, or its engine has"}},
+)
+async def ready() -> Any:
+    """Whether new requests should come here: the adapters are restored and the engine lives."""
+    return _refused(_life.refusing) if _life.refusing else {"status": "ready"}
+
+
+def exit_status() -> int:
+    """Of a process whose server has ended: 0 if it was asked to end."""
+    return 0 if _life.was_ended else 1
+
+
+def _refused(reason: str) -> JSONResponse:
+    # Closed, or a client would ask this server again over the connection it has.
+    return refusal(503, reason, {"Retry-After": str(_RETRY_AFTER_S), "Connection": "close"})
