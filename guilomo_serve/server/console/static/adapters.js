@@ -1,5 +1,5 @@
 // The list of adapters. Rows stay the same elements while figures change: focus and selection with
-// them.
+// them. Roles are said where CSS makes cards of the rows, by which some browsers forget the table.
 
 import { $, ago, bytes, count, element, kindOf, write } from "./dom.js";
 
@@ -43,11 +43,11 @@ function newRow(name, choose) {
   const button = element("button", { type: "button", class: "choose" }, name);
   const cells = { button, badge: element("span", { class: "badge" }, "pinned") };
   cells.error = element("span", { class: "error" });
-  const head = element("th", { scope: "row" }, button, " ", cells.badge, cells.error);
+  const head = element("th", { scope: "row", role: "rowheader" }, button, " ", cells.badge, cells.error);
   const onclick = (event) => choose(name, event.detail > 0);
-  const row = element("tr", { "data-name": name, onclick }, head);
+  const row = element("tr", { role: "row", "data-name": name, onclick }, head);
   for (const [key, kind, label] of COLUMNS) {
-    cells[key] = element("td", { class: `${key} ${kind}`, "data-label": label });
+    cells[key] = element("td", { role: "cell", class: `${key} ${kind}`, "data-label": label });
     row.append(cells[key]);
   }
   return { row, cells };

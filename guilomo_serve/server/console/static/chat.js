@@ -84,6 +84,7 @@ async function stream(column, body) {
   const began = performance.now();
   let first = null;
   let tokens = 0;
+  let finish = null;
   const figures = () => {
     const took = performance.now() - began;
     const rate = (tokens - 1) / ((took - first) / 1000);
@@ -92,7 +93,7 @@ async function stream(column, body) {
       [
         ...(first === null ? [] : [`first token after ${time(first)}`]),
         ...(tokens ? [plural(tokens, "token")] : []),
-        ...(tokens > 1 ? [`${count(Number(rate.toPrecision(2)))} a second`] : []),
+        ...(tokens > 8 ? [`${count(Number(rate.toPrecision(2)))} a second`] : []),
       ].join(" · "),
     );
   };
@@ -114,9 +115,11 @@ async function stream(column, body) {
       const follows = answer.scrollTop + answer.clientHeight >= answer.scrollHeight - 8;
       text.appendData(event.choices?.[0]?.delta?.content ?? "");
       if (follows) answer.scrollTop = answer.scrollHeight;
+      finish = event.choices?.[0]?.finish_reason ?? finish;
       figures();
     }
     setState(column, "done");
+    if (finish === "length") write(column.state, "done, at its limit of tokens");
     announce(`${model} has answered with ${plural(tokens, "token")}.`);
   } catch (error) {
     if (controller.signal.aborted) {
@@ -140,4 +143,4 @@ function setState(column, state) {
   $("#stop").disabled = running.size === 0;
 }
 
-const time = (ms) => (ms < 995 ? `${ms.toPrecision(2)} ms` : `${(ms / 1000).toPrecision(3)} s`);
+const time = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);

@@ -84,7 +84,7 @@ async function show() {
     return clearDetails();
   }
   try {
-    await showDetails(entry, now);
+    await showDetails(entry);
   } catch (error) {
     if (!(error instanceof Refused && error.status === 404)) throw error; // else deleted meanwhile
   }

@@ -1,13 +1,15 @@
 // The chosen adapter: facts, versions, allocation, and how its experts are used.
 
 import { Refused, adapterPath, ask } from "./api.js";
-import { weightsOf } from "./adapters.js";
-import { $, ago, bytes, count, element, kindOf, moment, percent, plural, write } from "./dom.js";
+import { $, bytes, count, element, kindOf, moment, percent, plural, write } from "./dom.js";
 import { moduleGrid } from "./grid.js";
 
 // An expert is unused below this part of an even share: at 2 of 8 experts a token 1 % of the tokens,
 // which is what guilomo_train/health.py calls dead.
 const UNUSED = 0.04;
+
+// Of the way from the coolest to the hottest colour: from here on a cell's text is the other one.
+const HOT = 0.62;
 
 let shown = null; // what GET /v1/adapters/{name} said of the version that is shown
 let load = null; // {grid, summary, measured}: the load of the version that is shown
@@ -26,7 +28,7 @@ export function clearDetails() {
 }
 
 /** Shows an adapter of the list; asks the server for the rest where its version is another one. */
-export async function showDetails(entry, now) {
+export async function showDetails(entry) {
   const call = ++calls;
   if (shown?.name !== entry.name || !sameVersions(shown, entry)) {
     const detail = await (await ask("admin", "GET", adapterPath(entry.name))).json();
@@ -44,7 +46,7 @@ export async function showDetails(entry, now) {
   write($("#pin"), entry.pinned ? "Unpin" : "Pin");
   $("#details-error").hidden = !entry.error;
   write($("#details-error"), entry.error ?? "");
-  showFacts(entry, now);
+  showFacts(entry);
   await showLoad(shown);
 }
 
@@ -52,18 +54,15 @@ function sameVersions(a, b) {
   return a.version === b.version && a.previous_version === b.previous_version;
 }
 
-function showFacts(entry, now) {
+function showFacts(entry) {
   const per = entry.per_module;
   const facts = {
     Kind: kindOf(entry),
     Task: entry.task ?? "not said",
     Modules: count(entry.modules),
-    Experts: `${count(entry.experts)}; ${per.experts.min} to ${per.experts.max} a module`,
-    "Total rank": `${count(entry.rank)}; ${per.rank.min} to ${per.rank.max} a module`,
+    Experts: `${count(entry.experts)}, ${span(per.experts)} a module`,
+    "Total rank": `${count(entry.rank)}, ${span(per.rank)} a module`,
     Size: bytes(entry.bytes),
-    Weights: weightsOf(entry) + (entry.pinned ? ", pinned" : ""),
-    "In flight": plural(entry.in_flight, "request"),
-    "Last used": ago(entry.last_used, now),
     Base: entry.base ?? "not said",
     Source: entry.source,
     Digest: entry.digest,
@@ -78,6 +77,8 @@ function showFacts(entry, now) {
   for (const fact of list.querySelectorAll("dd")) write(fact, facts[fact.dataset.fact]);
 }
 
+const span = ({ min, max }) => (min === max ? count(min) : `${count(min)}–${count(max)}`);
+
 function showVersions(detail) {
   const items = detail.versions.map((version, i) =>
     element(
@@ -86,8 +87,8 @@ function showVersions(detail) {
       element("b", {}, `v${version.version}`),
       element("span", { class: "badge" }, i === 0 ? "serving" : "roll-back"),
       element("code", { title: version.digest }, version.digest.slice(0, 12)),
-      element("span", { class: "source" }, version.source),
       element("time", { datetime: version.created }, moment(version.created)),
+      element("span", { class: "source" }, version.source),
     ),
   );
   $("#versions").replaceChildren(...items);
@@ -101,7 +102,7 @@ function showAllocation({ allocation }) {
     const ranks = allocation[module];
     const heat = most > least ? (totals.get(module) - least) / (most - least) : 0.35;
     cell.classList.add("heat");
-    cell.classList.toggle("hot", heat > 0.5);
+    cell.classList.toggle("hot", heat > HOT);
     cell.style.setProperty("--heat", heat.toFixed(3));
     cell.replaceChildren(
       element("b", {}, count(totals.get(module))),
@@ -115,18 +116,23 @@ function showAllocation({ allocation }) {
   const scale = element(
     "p",
     { class: "legend", "aria-hidden": "true" },
-    ...[`total rank ${least}`, element("span", { class: "scale" }), String(most)],
+    ...(most > least
+      ? [`total rank ${least}`, element("span", { class: "scale" }), String(most)]
+      : [`total rank ${most} everywhere`]),
   );
   $("#allocation").replaceChildren(scale, view);
 }
 
 function forgetLoad() {
   load = null;
-  $("#load").replaceChildren(element("p", { class: "hint" }, "no load measured yet"));
+  const words = hasRouters(shown) ? "no load measured yet" : "one expert a module, so no router";
+  $("#load").replaceChildren(element("p", { class: "hint" }, words));
 }
 
+const hasRouters = (detail) => Object.values(detail.allocation).some((ranks) => ranks.length > 1);
+
 async function showLoad(detail) {
-  if (!hasLoadRoute) return;
+  if (!hasLoadRoute || !hasRouters(detail)) return;
   let measured;
   try {
     measured = await (await ask("admin", "GET", adapterPath(detail.name, "load"))).json();
@@ -160,7 +166,7 @@ const isUnused = (share, _, all) => all.length > 1 && share * all.length < UNUSE
 
 function fillLoad(cell, module) {
   const of = load.measured.modules[module];
-  cell.classList.add("bars");
+  cell.classList.add("load");
   if (!of?.tokens) {
     cell.replaceChildren("–");
     return "no tokens yet";
@@ -168,11 +174,11 @@ function fillLoad(cell, module) {
   const most = Math.max(...of.share);
   const bars = of.share.map((share, i) => {
     const unused = isUnused(share, i, of.share);
-    const bar = element("i", { class: unused ? "unused" : null });
+    const bar = element("i", { class: unused && "unused" });
     bar.style.setProperty("--share", unused ? 1 : share / most);
     return bar;
   });
-  cell.replaceChildren(...bars);
+  cell.replaceChildren(element("div", { class: "bars" }, ...bars));
   const words = of.share.map(
     (share, i) => `expert ${i + 1} ${percent(share)}${isUnused(share, i, of.share) ? " (unused)" : ""}`,
   );

@@ -83,11 +83,11 @@ export function openPut(detail) {
           ...(now.digest === next.digest
             ? ["The files are the same as those served: answers stay as they are."]
             : []),
-          `New requests for ${target} get the checked files, as a new version, once its weights are loaded.`,
+          `New requests for ${target} get the checked files, as a new version, once they are loaded.`,
           ...finishing(now),
           kept(now),
         ]
-      : [`${target} is served to new requests once its weights are loaded.`];
+      : [`${target} is served once its weights are loaded.`];
     $("#change-body").replaceChildren(comparison(now, next, "new"), list(steps));
     confirm.disabled = false;
     announce(`Checked. ${steps.join(" ")}`);
@@ -121,11 +121,12 @@ export function openRollback(detail) {
 export function openDelete(detail) {
   open(`Delete ${detail.name}`, "Delete", "danger");
   const versions = detail.versions.map((version) => version.version).join(" and ");
+  const copies = detail.versions.length > 1 ? "copies of versions" : "copy of version";
   const steps = [
-    `${detail.name} is no longer served. An adapter root that has a folder of this name would serve that when asked.`,
+    `${detail.name} is no longer served, unless an adapter root has a folder of that name: then that is.`,
     ...finishing(detail),
-    `The server deletes its copies of ${detail.versions.length > 1 ? "versions" : "version"} ${versions}, where no other name uses them. There is no way back but to add it again.`,
-    `${detail.source} stays as it is.`,
+    `The server deletes its ${copies} ${versions}, except what other names use. There is no way back but to add the adapter again.`,
+    `The source, ${detail.source}, stays as it is.`,
   ];
   $("#change-body").replaceChildren(list(steps));
   asked.act = async () => {

@@ -3,6 +3,9 @@
 
 import { element, write } from "./dom.js";
 
+// The order in which a layer of a Llama computes; other kinds follow as they come.
+const ORDER = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(" ");
+
 /**
  * A grid of modules.
  * `label` is the id of its heading; `fill(cell, module)` puts a module's figures into its cell and
@@ -97,7 +100,9 @@ function arranged(modules) {
     kinds.add(short ? last : whole);
     places.set(`${layer} ${short ? last : whole}`, modules[i]);
   });
-  return { layers: [...new Set(parts.map(([layer]) => layer))], kinds: [...kinds], places };
+  const layers = [...new Set(parts.map(([layer]) => layer))].sort((a, b) => a - b);
+  const rank = (kind) => (ORDER.includes(kind) ? ORDER.indexOf(kind) : ORDER.length);
+  return { layers, kinds: [...kinds].sort((a, b) => rank(a) - rank(b)), places };
 }
 
 // What all kinds end in is there, but not seen: seven columns fit a phone.
