@@ -11,6 +11,7 @@ public name points to the latest: who has begun finishes with what he began with
     routes.py      /v1/adapters
     access.py      who may administer
     metrics.py     what a server does, in vLLM's /metrics
+    console/       the operator's page
 
 The seam, for vLLM 0.32: the class `OpenAIServingModels` is replaced, of which the overridden
 methods and `lora_requests`, `lora_resolver_lock` have to stay; `vllm.plugins.load_endpoint_plugins`
@@ -51,11 +52,12 @@ def install() -> None:
 def _add_routes() -> None:
     from vllm import plugins
 
+    from guilomo_serve.server.console import ConsoleRoutes
     from guilomo_serve.server.routes import AdapterRoutes
 
     theirs = plugins.load_endpoint_plugins
 
     def with_ours(*args: Any, **kwargs: Any) -> list[Any]:
-        return [*theirs(*args, **kwargs), AdapterRoutes()]
+        return [*theirs(*args, **kwargs), AdapterRoutes(), ConsoleRoutes()]
 
     plugins.load_endpoint_plugins = with_ours
