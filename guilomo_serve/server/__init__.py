@@ -9,7 +9,10 @@ public name points to the latest: who has begun finishes with what he began with
     managed.py     a catalogue of them, for servers that `guilomo-serve` starts
     inspection.py  what an adapter folder is, without the engine
     routes.py      /v1/adapters
+    schemas.py     what it answers, and errors
     access.py      who may administer
+    limits.py      how much clients may ask at once
+    lifecycle.py   /ready, and an end that finishes what runs
     metrics.py     what a server does, in vLLM's /metrics
     console/       the operator's page
 

@@ -67,6 +67,8 @@ def test_limits_are_checked(tiny_model, capsys):
     twice = ("--max-concurrency", "a=1", "--max-concurrency", "a=2")
     assert "given twice" in refused(capsys, base, *twice)
     assert "cannot be served" in refused(capsys, base, "--max-concurrency", "a@1=2")
+    for value in ("0", "-1", "nan", "inf"):
+        assert "GiB > 0" in refused(capsys, base, f"--adapter-memory={value}"), value
     assert "--max-body-mib" in refused(capsys, base, "--max-body-mib", "0")
     assert "--drain-timeout" in refused(capsys, base, "--drain-timeout=-1")
     assert "--drain-timeout" in refused(capsys, base, "--shutdown-timeout=-1")  # vLLM's name
