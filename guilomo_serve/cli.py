@@ -101,6 +101,17 @@ def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _remote_root(root: str) -> Address:
+    try:
+        address = Address.parse(root)
+        storage_class(address.scheme)
+    except AdapterError as e:
+        raise UsageError(f"--adapter-root: {e}") from None
+    if address.revision is not None:
+        raise UsageError(f"--adapter-root {root}: a root has no revision; its adapters may")
+    return address
+
+
 def _settings(args: argparse.Namespace) -> Settings:
     roots, remote_roots = [], []
     for root in args.adapter_root:
@@ -116,18 +127,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     if key is not None and len(key) < _LEAST_KEY:
         raise UsageError(f"the admin key is too short: expected at least {_LEAST_KEY} characters")
     state = Path(args.state).resolve() if args.state else None
-    return Settings(tuple(roots), state, args.evict_idle, key, tuple(remote_roots))
-
-
-def _remote_root(root: str) -> Address:
-    try:
-        address = Address.parse(root)
-        storage_class(address.scheme)
-    except AdapterError as e:
-        raise UsageError(f"--adapter-root: {e}") from None
-    if address.revision is not None:
-        raise UsageError(f"--adapter-root {root}: a root has no revision; its adapters may")
-    return address
+    return Settings(tuple(roots), state, args.evict_idle, key, remote_roots=tuple(remote_roots))
 
 
 def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> list[str]:
