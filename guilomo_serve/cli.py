@@ -161,6 +161,17 @@ def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _remote_root(root: str) -> Address:
+    try:
+        address = Address.parse(root)
+        storage_class(address.scheme)
+    except AdapterError as e:
+        raise UsageError(f"--adapter-root: {e}") from None
+    if address.revision is not None:
+        raise UsageError(f"--adapter-root {root}: a root has no revision; its adapters may")
+    return address
+
+
 def _settings(args: argparse.Namespace) -> Settings:
     roots, remote_roots = [], []
     for root in args.adapter_root:
@@ -198,17 +209,6 @@ def _settings(args: argparse.Namespace) -> Settings:
         admin_key=key,
         expert_load=args.expert_load == "on",
     )
-
-
-def _remote_root(root: str) -> Address:
-    try:
-        address = Address.parse(root)
-        storage_class(address.scheme)
-    except AdapterError as e:
-        raise UsageError(f"--adapter-root: {e}") from None
-    if address.revision is not None:
-        raise UsageError(f"--adapter-root {root}: a root has no revision; its adapters may")
-    return address
 
 
 def _concurrency(given: Sequence[str]) -> dict[str, int]:
