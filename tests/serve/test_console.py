@@ -479,7 +479,7 @@ def test_the_load_of_experts_is_drawn_and_the_unused_are_marked(console, served)
             bars = cell.find_elements(By.CSS_SELECTOR, ".bars i")
             assert len(bars) == len(measured["share"])
             words = cell.get_attribute("aria-label")
-            assert ("expert 2 0.0 % (unused)" in words) == (len(bars) > 2)
+            assert ("expert 1 0.0 % (unused)" in words) == (len(bars) > 2)
     empty = json.dumps({**load, "tokens": 0, "modules": {}})
     with stubbed(console, "v1/adapters/shown/load", empty):
         console.choose("shown")

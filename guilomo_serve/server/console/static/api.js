@@ -10,7 +10,7 @@ export const keys = {
     key ? sessionStorage.setItem(STORED[which], key) : sessionStorage.removeItem(STORED[which]),
 };
 
-/** The server's "no", in its words. */
+/** The server's "no", in its words; of status 0 where nobody answers. */
 export class Refused extends Error {
   constructor(status, message) {
     super(message);
@@ -24,16 +24,20 @@ export class Refused extends Error {
 
 /**
  * Asks the server with one of the keys.
- * Throws Refused for every status but 2xx, and what fetch throws where nobody answers.
+ * Throws Refused for every status but 2xx, and AbortError once `signal` says so.
  */
 export async function ask(which, method, path, body, signal) {
   const headers = {};
   if (keys.get(which)) headers.Authorization = `Bearer ${keys.get(which)}`;
   if (body !== undefined) headers["Content-Type"] = "application/json";
-  const response = await fetch(path, {
-    ...{ method, headers, signal, cache: "no-store" },
-    body: body === undefined ? undefined : JSON.stringify(body),
-  });
+  const sent = body === undefined ? undefined : JSON.stringify(body);
+  let response;
+  try {
+    response = await fetch(path, { method, headers, signal, body: sent, cache: "no-store" });
+  } catch (error) {
+    if (signal?.aborted) throw error;
+    throw new Refused(0, "no answer from the server");
+  }
   if (!response.ok) throw new Refused(response.status, messageOf(await response.text(), response));
   return response;
 }

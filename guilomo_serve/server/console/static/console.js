@@ -11,7 +11,7 @@ const REFRESH_MS = 3000;
 
 let adapters = []; // as GET /v1/adapters lists them
 let models = []; // as GET /v1/models does
-let chosen = null; // name
+let chosen; // name; null once it is deleted, undefined before anyone could choose
 let now = Date.now(); // the server's clock
 const refused = new Map(); // "admin" or "inference" -> why the server refuses; it is asked no more
 let keysAsked = false;
@@ -29,8 +29,8 @@ async function refreshOnce() {
     await Promise.all([refreshAdapters(), refreshModels()]);
     setConnection("live", "live");
   } catch (error) {
-    const why = error instanceof Refused ? error.message : "no answer from the server";
-    setConnection("lost", why);
+    setConnection("lost", error.message);
+    if (!(error instanceof Refused)) reportError(error);
   }
   const words = [...refused.values()].join(" · ");
   tell($("#refused"), words);
@@ -47,7 +47,7 @@ async function refreshAdapters() {
   if (!answer) return;
   now = Date.parse(answer.headers.get("date")) || Date.now();
   adapters = (await answer.json()).data;
-  chosen ??= adapters[0]?.name ?? null;
+  if (chosen === undefined) chosen = adapters[0]?.name;
   await show();
 }
 
@@ -66,7 +66,7 @@ async function guarded(which, path) {
     return await ask(which, "GET", path);
   } catch (error) {
     if (!(error instanceof Refused && error.wantsKey)) throw error;
-    refused.set(which, which === "admin" ? error.message : `answers: ${error.message}`);
+    refused.set(which, which === "admin" ? error.message : `answers need the inference key: ${error.message}`);
     return null;
   }
 }
@@ -80,7 +80,7 @@ async function show() {
   write($("#totals"), [...totals, `${count(running)} in flight`].join(" · "));
   const entry = adapters.find(({ name }) => name === chosen);
   if (!entry) {
-    chosen = null;
+    chosen &&= null;
     return clearDetails();
   }
   try {
@@ -119,6 +119,7 @@ async function pin() {
     await refresh();
     announce(pinned ? `${name} is no longer pinned.` : `${name} is pinned: it stays in memory.`);
   } catch (error) {
+    if (!(error instanceof Refused)) throw error;
     tell($("#notice"), error.message);
   }
 }

@@ -157,7 +157,7 @@ async function showLoad(detail) {
   const all = sum(modules.map(({ share }) => share.length));
   write(
     load.summary,
-    `${plural(measured.tokens, "token")} of version ${measured.version}. ` +
+    `${plural(measured.tokens, "token")} seen with version ${measured.version}. ` +
       (unused ? `${count(unused)} of ${plural(all, "expert")} unused, hatched.` : "All experts are in use."),
   );
 }
@@ -169,7 +169,7 @@ function fillLoad(cell, module) {
   cell.classList.add("load");
   if (!of?.tokens) {
     cell.replaceChildren("–");
-    return "no tokens yet";
+    return shown.allocation[module].length > 1 ? "no tokens yet" : "one expert, so no router";
   }
   const most = Math.max(...of.share);
   const bars = of.share.map((share, i) => {
@@ -180,7 +180,7 @@ function fillLoad(cell, module) {
   });
   cell.replaceChildren(element("div", { class: "bars" }, ...bars));
   const words = of.share.map(
-    (share, i) => `expert ${i + 1} ${percent(share)}${isUnused(share, i, of.share) ? " (unused)" : ""}`,
+    (share, i) => `expert ${i} ${percent(share)}${isUnused(share, i, of.share) ? " (unused)" : ""}`,
   );
   return `${words.join(", ")}; entropy ${of.entropy.toFixed(2)}, ${plural(of.tokens, "token")}`;
 }

@@ -26,6 +26,7 @@ export function startDialogs(whenChanged, whenKeys) {
   for (const dialog of [change, $("#keys")]) {
     dialog.querySelector(".cancel").addEventListener("click", () => dialog.close());
   }
+  $("#keys").addEventListener("close", () => $("#keys form").reset()); // they are kept elsewhere
   $("#keys form").addEventListener("submit", (event) => {
     event.preventDefault();
     for (const which of ["admin", "inference"]) keys.set(which, $(`#${which}-key`).value);
@@ -51,7 +52,7 @@ export function openPut(detail) {
     input.addEventListener("input", uncheck);
   }
   source.value = detail?.source ?? "";
-  const hint = "Where the server takes it from: a folder as the server sees it.";
+  const hint = "Where the server is to take it from, as the server sees it.";
   const labelled = (label, input) => [element("label", { for: input.id }, label), input];
   open(detail ? `Swap ${detail.name}` : "Add an adapter", detail ? "Swap" : "Add", "", [
     ...(detail ? [] : labelled("Name", name)),
@@ -183,9 +184,9 @@ async function run(button, what) {
     await changed(name);
     announce(message);
   } catch (error) {
-    const message = error instanceof Refused ? error.message : `No answer from the server: ${error.message}`;
+    if (!(error instanceof Refused)) throw error;
     // One may have closed the dialog meanwhile.
-    tell(change.open && asked === mine ? problem : $("#notice"), message);
+    tell(change.open && asked === mine ? problem : $("#notice"), error.message);
   } finally {
     mine.busy = false;
     button.removeAttribute("aria-busy");
