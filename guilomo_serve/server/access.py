@@ -2,7 +2,8 @@
 
 With an admin key, its holder may, from anywhere. Without one, programs on this machine may: the
 client's address is a loopback one, no proxy stands between, and no page of another site is behind
-it. vLLM's own key (`--api-key`) is for inference and gives no right here.
+it. vLLM's own key (`--api-key`) is for inference and gives no right here; where there is one and no
+admin key, such programs need it as for all routes.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def described(restarted):
         for path, operations in document["paths"].items()
         if path.startswith(("/v1/adapters", "/ready"))
     }
-    assert len(ours) == 6
+    assert len(ours) == 7
     for operations in ours.values():
         for operation in operations.values():
             assert "422" not in operation["responses"]  # FastAPI's, which vLLM makes a 400 of
