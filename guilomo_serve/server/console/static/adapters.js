@@ -36,14 +36,15 @@ export function showList(entries, chosen, choose, now) {
   });
   const empty = $("#adapters .empty");
   empty.hidden = entries.length > 0;
-  write(empty, "The server has no adapters yet. Those in its adapter roots appear when first used.");
+  write(empty, "No adapters yet. Those in the server's adapter roots appear when first used.");
 }
 
 function newRow(name, choose) {
   const button = element("button", { type: "button", class: "choose" }, name);
   const cells = { button, badge: element("span", { class: "badge" }, "pinned") };
   cells.error = element("span", { class: "error" });
-  const head = element("th", { scope: "row", role: "rowheader" }, button, " ", cells.badge, cells.error);
+  const inside = [button, " ", cells.badge, cells.error];
+  const head = element("th", { scope: "row", role: "rowheader" }, ...inside);
   const onclick = (event) => choose(name, event.detail > 0);
   const row = element("tr", { role: "row", "data-name": name, onclick }, head);
   for (const [key, kind, label] of COLUMNS) {

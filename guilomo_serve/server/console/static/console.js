@@ -66,7 +66,8 @@ async function guarded(which, path) {
     return await ask(which, "GET", path);
   } catch (error) {
     if (!(error instanceof Refused && error.wantsKey)) throw error;
-    refused.set(which, which === "admin" ? error.message : `answers need the inference key: ${error.message}`);
+    const what = which === "admin" ? "" : "answers need the inference key: ";
+    refused.set(which, what + error.message);
     return null;
   }
 }

@@ -4,8 +4,8 @@ import { Refused, adapterPath, ask } from "./api.js";
 import { $, bytes, count, element, kindOf, moment, percent, plural, write } from "./dom.js";
 import { moduleGrid } from "./grid.js";
 
-// An expert is unused below this part of an even share: at 2 of 8 experts a token 1 % of the tokens,
-// which is what guilomo_train/health.py calls dead.
+// An expert is unused below this part of an even share. At 2 of 8 experts a token that is 1 % of
+// the tokens, which guilomo_train/health.py calls dead.
 const UNUSED = 0.04;
 
 // Of the way from the coolest to the hottest colour: from here on a cell's text is the other one.
@@ -109,7 +109,8 @@ function showAllocation({ allocation }) {
       element("small", {}, `×${ranks.length}`),
     );
     const of = ranks.length === 1 ? "rank" : "ranks";
-    return `total rank ${totals.get(module)}, ${plural(ranks.length, "expert")} of ${of} ${ranks.join(", ")}`;
+    const experts = `${plural(ranks.length, "expert")} of ${of} ${ranks.join(", ")}`;
+    return `total rank ${totals.get(module)}, ${experts}`;
   };
   const hint = "Total rank × number of experts. Arrow keys or pointer: the ranks of each expert.";
   const { view } = moduleGrid(Object.keys(allocation), "allocation-heading", hint, fill);
@@ -146,7 +147,8 @@ async function showLoad(detail) {
   if (!measured.tokens) return forgetLoad();
   if (!load) {
     load = { measured, summary: element("p", { class: "hint" }) };
-    const hint = "A bar for each expert, the module's busiest at full height. Arrow keys or pointer: shares.";
+    const hint =
+      "A bar for each expert, the module's busiest at full height. Arrow keys or pointer: shares.";
     load.grid = moduleGrid(Object.keys(detail.allocation), "load-heading", hint, fillLoad);
     $("#load").replaceChildren(load.summary, load.grid.view);
   }
@@ -155,11 +157,9 @@ async function showLoad(detail) {
   const modules = Object.values(measured.modules);
   const unused = sum(modules.map(({ share }) => share.filter(isUnused).length));
   const all = sum(modules.map(({ share }) => share.length));
-  write(
-    load.summary,
-    `${plural(measured.tokens, "token")} seen with version ${measured.version}. ` +
-      (unused ? `${count(unused)} of ${plural(all, "expert")} unused, hatched.` : "All experts are in use."),
-  );
+  const seen = `${plural(measured.tokens, "token")} seen with version ${measured.version}. `;
+  const idle = `${count(unused)} of ${plural(all, "expert")} unused, hatched.`;
+  write(load.summary, seen + (unused ? idle : "All experts are in use."));
 }
 
 const isUnused = (share, _, all) => all.length > 1 && share * all.length < UNUSED;

@@ -10,12 +10,12 @@ const confirm = change.querySelector(".confirm");
 const check = change.querySelector(".check");
 const problem = change.querySelector(".error");
 
-// What the open dialog's buttons do; a new one at each opening, so that an answer that comes after its
-// dialog was closed does nothing to the next.
+// What the open dialog's buttons do; a new one at each opening, so that an answer that comes after
+// its dialog was closed does nothing to the next.
 let asked = { act: null, look: null, busy: false };
 let changed = null; // called with the name once something has changed
 
-/** Connects the dialogs; `whenChanged(name)` is called after each change, `whenKeys()` after keys. */
+/** Connects the dialogs. `whenChanged(name)` is called after a change, `whenKeys()` after keys. */
 export function startDialogs(whenChanged, whenKeys) {
   changed = whenChanged;
   confirm.addEventListener("click", () => run(confirm, asked.act));
@@ -64,6 +64,7 @@ export function openPut(detail) {
   confirm.disabled = true;
   check.hidden = false;
   const mine = asked;
+  const targetOf = () => detail?.name ?? name.value;
   source.select();
 
   function uncheck() {
@@ -74,22 +75,23 @@ export function openPut(detail) {
 
   mine.look = async () => {
     uncheck();
-    const target = detail?.name ?? name.value;
+    const target = targetOf();
     const body = { source: source.value, dry_run: true };
     const next = await (await ask("admin", "PUT", adapterPath(target), body)).json();
     const now = await currentOf(target);
-    if (asked !== mine || body.source !== source.value || target !== (detail?.name ?? name.value)) return;
+    if (asked !== mine || source.value !== body.source || targetOf() !== target) return;
     const steps = now
       ? [
           ...(now.digest === next.digest
             ? ["The files are the same as those served: answers stay as they are."]
             : []),
-          `New requests for ${target} get the checked files, as a new version, once they are loaded.`,
+          `New requests for ${target} get the checked files as a new version, once it is loaded.`,
           ...finishing(now),
           kept(now),
         ]
       : [`${target} is served once its weights are loaded.`];
     $("#change-body").replaceChildren(comparison(now, next, "new"), list(steps));
+    write(confirm, now ? "Swap" : "Add");
     confirm.disabled = false;
     announce(`Checked. ${steps.join(" ")}`);
     // With the digest: what was checked is what gets served, or nothing.
@@ -111,7 +113,8 @@ export function openRollback(detail) {
     ...finishing(detail),
     `Version ${now.version} is kept to return to.`,
   ];
-  $("#change-body").replaceChildren(comparison(now, previous, `v${previous.version} again`), list(steps));
+  const compared = comparison(now, previous, `v${previous.version} again`);
+  $("#change-body").replaceChildren(compared, list(steps));
   asked.act = async () => {
     const served = await (await ask("admin", "POST", adapterPath(detail.name, "rollback"))).json();
     return [detail.name, `${detail.name} is rolled back, as version ${served.version}.`];
@@ -124,9 +127,11 @@ export function openDelete(detail) {
   const versions = detail.versions.map((version) => version.version).join(" and ");
   const copies = detail.versions.length > 1 ? "copies of versions" : "copy of version";
   const steps = [
-    `${detail.name} is no longer served, unless an adapter root has a folder of that name: then that is.`,
+    `${detail.name} is no longer served.`,
+    `If an adapter root has a folder named ${detail.name}, that is served when it is asked for.`,
     ...finishing(detail),
-    `The server deletes its ${copies} ${versions}, except what other names use. There is no way back but to add the adapter again.`,
+    `The server deletes its ${copies} ${versions}, except what other names use.`,
+    "There is no way back but to add the adapter again.",
     `The source, ${detail.source}, stays as it is.`,
   ];
   $("#change-body").replaceChildren(list(steps));
@@ -210,22 +215,23 @@ const COMPARED = [
 
 /** Two versions side by side; `now` may be null. What differs is marked, in words too. */
 function comparison(now, next, title) {
-  const head = ["", now ? `now: v${now.version}` : "now", title];
+  const titles = ["", now ? `now: v${now.version}` : "now", title];
+  const head = titles.map((text) => element("th", { scope: "col" }, text));
   const rows = COMPARED.map(([label, figure]) => {
     const [before, after] = [now ? figure(now) : "–", figure(next)];
     const differs = now !== null && before !== after;
+    const mark = differs ? element("span", { class: "visually-hidden" }, " (differs)") : null;
     return element(
       "tr",
-      { class: differs ? "differs" : null },
+      { class: differs && "differs" },
       element("th", { scope: "row" }, label),
-      element("td", {}, before),
-      element("td", {}, after, differs ? element("span", { class: "visually-hidden" }, " (differs)") : null),
+      ...[element("td", {}, before), element("td", {}, after, mark)],
     );
   });
   return element(
     "table",
     { class: "comparison" },
-    element("thead", {}, element("tr", {}, ...head.map((text) => element("th", { scope: "col" }, text)))),
+    element("thead", {}, element("tr", {}, ...head)),
     element("tbody", {}, ...rows),
   );
 }
