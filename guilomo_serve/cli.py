@@ -190,6 +190,11 @@ def _settings(args: argparse.Namespace) -> Settings:
     if key is not None and len(key) < _LEAST_KEY:
         raise UsageError(f"the admin key is too short: expected at least {_LEAST_KEY} characters")
     state = Path(args.state).resolve() if args.state else None
+    if state is not None:
+        try:
+            state.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UsageError(f"--state {state}: cannot be made a folder ({e.strerror})") from None
     budget = None if memory is None else int(memory * 2**30)
     if args.drain_timeout < 0:
         raise UsageError(f"--drain-timeout {args.drain_timeout}: expected a number of seconds >= 0")

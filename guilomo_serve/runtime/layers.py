@@ -20,7 +20,6 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-import vllm.lora.layers.base_linear
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.lora.layers import (
     ColumnParallelLinearWithLoRA,
@@ -30,6 +29,7 @@ from vllm.lora.layers import (
     ReplicatedLinearWithLoRA,
     RowParallelLinearWithLoRA,
 )
+from vllm.lora.layers.utils import _get_lora_device
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -37,20 +37,15 @@ from guilomo_serve.ops.layer import Batch, LayerWeights, Slots, add_routed_, rou
 from guilomo_serve.ops.slots import make_slots
 from guilomo_serve.runtime.loading import ModulePart
 
-_lora_device = vllm.lora.layers.base_linear._get_lora_device
+_layers: WeakValueDictionary[int, RoutedLayer] = WeakValueDictionary()
+_indices = itertools.count()
 
 
-def _device_of(base_layer: torch.nn.Module) -> torch.device:
+def device_of(base_layer: torch.nn.Module) -> torch.device:
     """Where a layer is; vLLM asks its weight, which oneDNN's int8 kernel has taken into its own."""
     if getattr(base_layer, "weight", base_layer) is None:
         return next(base_layer.parameters()).device  # its scales
-    return _lora_device(base_layer)
-
-
-vllm.lora.layers.base_linear._get_lora_device = _device_of
-
-_layers: WeakValueDictionary[int, RoutedLayer] = WeakValueDictionary()
-_indices = itertools.count()
+    return _get_lora_device(base_layer)
 
 
 class RoutedLayer:

@@ -60,7 +60,7 @@ def test_a_base_that_is_not_there_is_one_error(capsys, tmp_path):
         assert line.startswith(f"guilomo-serve: {base}: no model can be read there: ")
 
 
-def test_limits_are_checked(tiny_model, capsys):
+def test_limits_are_checked(tiny_model, capsys, tmp_path):
     base = str(tiny_model)
     for value in ("0", "-1", "x", "=3", "first=", "first=0", ""):
         assert "[NAME=]N" in refused(capsys, base, f"--max-concurrency={value}"), value
@@ -69,6 +69,9 @@ def test_limits_are_checked(tiny_model, capsys):
     assert "cannot be served" in refused(capsys, base, "--max-concurrency", "a@1=2")
     for value in ("0", "-1", "nan", "inf"):
         assert "GiB > 0" in refused(capsys, base, f"--adapter-memory={value}"), value
+    file = tmp_path / "file"
+    file.touch()
+    assert "cannot be made a folder" in refused(capsys, base, "--state", str(file))
     assert "--max-body-mib" in refused(capsys, base, "--max-body-mib", "0")
     assert "--drain-timeout" in refused(capsys, base, "--drain-timeout=-1")
     assert "--drain-timeout" in refused(capsys, base, "--shutdown-timeout=-1")  # vLLM's name
