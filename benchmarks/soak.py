@@ -233,11 +233,8 @@ def ask_often(
 ) -> None:
     """Asks and compares; answers are as long, streamed or closed early as chance will have it."""
     for _ in range(times):
-        name, prompt, length = (
-            choose.choice(NAMES),
-            choose.choice(prompts),
-            choose.randint(1, TOKENS),
-        )
+        name, prompt = choose.choice(NAMES), choose.choice(PROMPTS)
+        length = choose.randint(1, TOKENS)
         streamed, closed = choose.random() < STREAMED, choose.random() < CLOSED_EARLY
         begin = time.monotonic()
         try:
