@@ -15,10 +15,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 REPOSITORY = Path(__file__).parent.parent
 
 
+# Servers that several files ask, one after another.
+_SHARED_SERVERS = {"opened", "restarted", "server_with_everything"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares a fixture runs in one process: a file's tests, and all that ask the server."""
+    """What shares a fixture runs in one process: a file's tests, and files that share a server."""
+    sharing = {item.path for item in items if _SHARED_SERVERS & set(item.fixturenames)}
     for item in items:
-        group = "serve" if item.path.parent.name == "serve" else str(item.path)
+        group = "servers" if item.path in sharing else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
 
 
