@@ -43,7 +43,7 @@ PROMPTS = (
     *("The quick brown fox jumps over the lazy dog.", "2 + 2 =", "Dear sir,", "one two one two"),
 )
 TOKENS = 16  # at most, of an answer
-LOUDER = 8
+LOUDER = 20
 NEAR_TIE = 0.01  # nats between the two likeliest tokens
 STREAMED, CLOSED_EARLY, UNLOADED = 0.4, 0.1, 0.25  # shares of requests, and of changes
 REQUESTS_A_CHANGE = 10  # at most
