@@ -16,6 +16,7 @@ what else is in the batch but at near ties; answers are compared up to the first
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import random
 import tempfile
@@ -30,6 +31,8 @@ import openai
 import requests
 from common import report
 
+from guilomo_serve.adapter import Adapter, read_adapter, write_adapter
+
 REPOSITORY = Path(__file__).parent.parent
 FLAGS = ("--dtype", "float32", "--enable-prefix-caching", "--enforce-eager")
 CLIENTS = 6
@@ -40,26 +43,27 @@ PROMPTS = (
     *("The quick brown fox jumps over the lazy dog.", "2 + 2 =", "Dear sir,", "one two one two"),
 )
 TOKENS = 16  # at most, of an answer
+LOUDER = 20
 NEAR_TIE = 0.01  # nats between the two likeliest tokens
 STREAMED, CLOSED_EARLY, UNLOADED = 0.4, 0.1, 0.25  # shares of requests, and of changes
 REQUESTS_A_CHANGE = 10  # at most
 
-Adapter = str | None  # a folder, or that a name stands for none
+Meant = str | None  # a folder, or that a name stands for none
 
 
 @dataclass
 class Meanings:
     """Which adapter each name has stood for, by time."""
 
-    log: dict[str, list[tuple[float, frozenset[Adapter]]]] = field(default_factory=dict)
+    log: dict[str, list[tuple[float, frozenset[Meant]]]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def set(self, name: str, *adapters: Adapter) -> None:
+    def set(self, name: str, *adapters: Meant) -> None:
         """From now on `name` stands for one of these."""
         with self.lock:
             self.log.setdefault(name, []).append((time.monotonic(), frozenset(adapters)))
 
-    def since(self, name: str, begin: float) -> frozenset[Adapter]:
+    def since(self, name: str, begin: float) -> frozenset[Meant]:
         """All that it may have stood for since then."""
         with self.lock:
             log = self.log[name]
@@ -119,10 +123,22 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             print(f"writing adapters for {args.model}", flush=True)
             folders, _ = write_searched(args.model, Path(scratch))
+            for folder in folders:
+                make_louder(folder)
             print("starting the server", flush=True)
             with serving(str(args.model), {}, Path(scratch) / "log", *FLAGS) as url:
                 result = soak(url.removesuffix("/v1"), folders, args.requests, args.seed)
     report(result, args, args.out)
+
+
+def make_louder(folder: Path) -> None:
+    """Until the first near tie the answers of such weak adapters are those of the base."""
+    adapter = read_adapter(folder)
+    weights = {
+        module: dataclasses.replace(of_module, lora_b=LOUDER * of_module.lora_b)
+        for module, of_module in adapter.weights.items()
+    }
+    write_adapter(Adapter(adapter.spec, weights), folder, card="A random allocation.")
 
 
 def soak(url: str, folders: list[Path], count: int, seed: int) -> dict[str, int]:
@@ -201,7 +217,7 @@ def change(
 ) -> None:
     """Loads, replaces and unloads at random until `stop`."""
     choose = random.Random(seed)
-    current: dict[str, Adapter] = dict(zip(NAMES, itertools.cycle(folders), strict=False))
+    current: dict[str, Meant] = dict(zip(NAMES, itertools.cycle(folders), strict=False))
     due = 0
     while not stop.wait(0.02):
         if counts.requests < due:

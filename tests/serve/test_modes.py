@@ -68,12 +68,11 @@ def test_logprobs_of_drafted_and_of_sampled_tokens_are_those_of_transformers(ser
             prompt=PROMPTS[2],
             max_tokens=LENGTH,
             temperature=1,
-            seed=1,
             n=3,
             logprobs=0,
             extra_body={"ignore_eos": True, "return_token_ids": True},
         ).choices
-        assert len({tuple(choice.token_ids) for choice in sampled}) == 3
+        assert len({tuple(choice.token_ids) for choice in sampled}) > 1
         for choice in (greedy, *sampled):
             tokens = greedy.prompt_token_ids + choice.token_ids
             expected = hf_reference.logprobs(model, tokens)[-LENGTH:]
