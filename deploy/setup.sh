@@ -61,6 +61,10 @@ if [[ $(cat $venv/lock.stamp 2>/dev/null) != "$lock_hash" ]]; then
         install 10 --only-binary :all: -c "$lock" "$(grep '^torch==' "$lock")"
     fi
     install "$total" --only-binary :all: --no-deps -r "$lock"
+    # All cores do it at once, and where Python may not write bytecode each start would cost it.
+    say "  compiling to bytecode"
+    "$venv/bin/python" -m compileall -q -j 0 "$venv"/lib/python3*/site-packages >"$venv/compile.log" ||
+        true # some packages carry templates and sources for other Pythons
     echo "$lock_hash" >$venv/lock.stamp
 fi
 
