@@ -32,6 +32,7 @@ pytestmark = pytest.mark.slow
 
 PROMPT = "My card has not arrived."
 LENGTH = 450  # tokens: with the prompt nearly all that the server takes
+ANSWERS = 24  # to one request, of which the server runs 16 at a time: it takes seconds anywhere
 LIMIT = 2  # requests of the adapter "limited" at once
 CLIENTS = 1000
 FLAGS = ("--enforce-eager", "--dtype", "float32", "--served-model-name", "base")
@@ -62,12 +63,13 @@ def limited(tiny_model, adapters, places, tmp_path_factory) -> Iterator[Server]:
 
 
 def stream(server: Server, model: str) -> openai.Stream[openai.types.Completion]:
-    """A long answer, of which the first token has come."""
+    """Long answers to one request, of which the first token has come."""
     answer = server.client.completions.create(
         model=model,
         prompt=PROMPT,
         max_tokens=LENGTH,
-        temperature=0,
+        temperature=1,
+        n=ANSWERS,
         stream=True,
         stream_options={"include_usage": True},
         extra_body={"ignore_eos": True},
@@ -116,7 +118,7 @@ def test_an_adapter_has_its_limit_and_others_have_theirs(limited):
         assert complete(limited, model).status_code == 200
     for answer in streams:
         *_, last = answer
-        assert last.usage.completion_tokens == LENGTH
+        assert last.usage.completion_tokens == ANSWERS * LENGTH
     assert complete(limited, "limited").status_code == 200
     assert complete(limited, "nobody").status_code == 404
 
@@ -130,10 +132,11 @@ def test_a_client_that_leaves_gives_its_place_back(limited):
         answer.close()
     eventually(lambda: complete(limited, "limited").status_code == 200, "a place is given back")
     eventually(lambda: in_flight(limited, "limited") == 0, "requests are aborted")
-    assert generated_tokens(limited) - before < LIMIT * LENGTH
+    assert generated_tokens(limited) - before < LIMIT * ANSWERS * LENGTH
 
     before = generated_tokens(limited)
     whole = {"model": "limited", "prompt": PROMPT, "max_tokens": LENGTH, "ignore_eos": True}
+    whole |= {"n": ANSWERS, "temperature": 1}
     body = json.dumps(whole).encode()
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -143,10 +146,10 @@ def test_a_client_that_leaves_gives_its_place_back(limited):
         for _ in range(LIMIT):
             connection = socket.create_connection(("127.0.0.1", limited.port))
             connections.enter_context(connection).sendall(head.encode() + body)
-        eventually(lambda: in_flight(limited, "limited") == LIMIT, "they run")
+        eventually(lambda: in_flight(limited, "limited") == LIMIT * ANSWERS, "they run")
     eventually(lambda: complete(limited, "limited").status_code == 200, "a place is given back")
     eventually(lambda: in_flight(limited, "limited") == 0, "requests are aborted")
-    assert generated_tokens(limited) - before < LIMIT * LENGTH
+    assert generated_tokens(limited) - before < LIMIT * ANSWERS * LENGTH
 
 
 def in_flight(server: Server, name: str) -> int:
@@ -335,5 +338,5 @@ def test_a_server_that_is_stopped_finishes_what_runs(tiny_model, adapters, tmp_p
         for answer in streams:
             *chunks, last = answer
             assert chunks[-1].choices[0].finish_reason == "length"
-            assert last.usage.completion_tokens == LENGTH
+            assert last.usage.completion_tokens == ANSWERS * LENGTH
         assert server.process.wait(timeout=120) == 0, server.log.read_text()[-3000:]
