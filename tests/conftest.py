@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).parent.parent
 _SHARED_SERVERS = {"opened", "restarted", "server_with_everything"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What shares a fixture runs in one process: a file's tests, and files that share a server."""
     sharing = {item.path for item in items if _SHARED_SERVERS & set(item.fixturenames)}
