@@ -106,6 +106,7 @@ async function stream(column, body) {
     const path = "v1/chat/completions";
     const response = await ask("inference", "POST", path, request, controller.signal);
     for await (const event of events(response)) {
+      controller.signal.throwIfAborted(); // what has been received may hold more, even the end
       if (event.error) throw new Refused(event.error.code, event.error.message ?? event.error);
       tokens = event.usage?.completion_tokens ?? tokens;
       if (tokens && first === null) {
