@@ -77,7 +77,7 @@ def test_a_swap_under_load_mixes_nothing_and_rolls_back(opened, root, adapters):
     assert old != new
     assert text_of(opened, "swapped", PROMPT, LENGTH) == old
 
-    # Whether they still run at the swap depends on the machine; what they say must hold in any case.
+    # Whether they still run at the swap depends on the machine; what they say must hold anyway.
     streams = [stream(opened, "swapped", PROMPT, LENGTH) for _ in range(3)]
     shutil.copytree(adapters["second"], folder, dirs_exist_ok=True)
     answer = opened.put("swapped", folder).json()
