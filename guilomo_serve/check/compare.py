@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from guilomo_serve.check.hf import Modules, Wanted
-from guilomo_serve.check.served import Product, Served
-from guilomo_serve.ops import reference
-from guilomo_serve.ops.layer import SliceWeights
+from guilomo_serve.check.served import Served
+from guilomo_serve.ops.selfcheck import PRODUCT_TOLERANCE, product_error
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,15 @@ class Tolerance:
     slack: float
 
 
-FLOAT32 = Tolerance(product=1e-3, near_tie=0.01, agreed=0.99, base=2e-3, slack=2e-3)
-HALF = Tolerance(product=0.01, near_tie=0.15, agreed=0.97, base=0.1, slack=0.02)
+FLOAT32 = Tolerance(
+    product=PRODUCT_TOLERANCE[torch.float32], near_tie=0.01, agreed=0.99, base=2e-3, slack=2e-3
+)
+HALF = Tolerance(
+    product=PRODUCT_TOLERANCE[torch.bfloat16], near_tie=0.15, agreed=0.97, base=0.1, slack=0.02
+)
 
 # Rounding the sum and its second part is half an eps each; sums of many parts in float32 are more.
 _MOST_UNSUMMED = 2.0
-# Router logits in float32 may order two experts otherwise than in float64 if they are as close as
-# this, as a share of the largest; such a token's product is not compared.
-_FLOAT32_TIE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def compare(
     tolerance = tolerance_of(next(iter(ours.products.values())).x.dtype)
     worst_product, differs = 0.0, None
     for name, product in ours.products.items():
-        error = product_error(product, modules.weights.get(name), modules.top_k)
+        error = product_error(product.x, product.added, modules.weights.get(name), modules.top_k)
         worst_product = max(worst_product, error)
         if differs is None and not error <= tolerance.product:
             differs = f"{name}: the product is off by {error:.2%}"
@@ -117,37 +117,6 @@ def compare(
         product_error=worst_product,
         product=differs,
     )
-
-
-def product_error(product: Product, weights: SliceWeights | None, top_k: int) -> float:
-    """The largest error of a token's product, as a share of its norm.
-
-    The formula is taken in float64, on the layer's own input, with A and B in the layer's
-    precision. `weights` are None where the adapter leaves the module alone: nothing may be added.
-    """
-    added, x, dtype = product.added.double(), product.x.double(), product.x.dtype
-    if weights is None:
-        wanted = torch.zeros_like(added)
-    else:
-        router = None if weights.router is None else weights.router.double()
-        wanted = reference.routed_lora(
-            x,
-            weights.lora_a.to(dtype).double(),
-            weights.lora_b.to(dtype).double(),
-            router,
-            weights.ranks,
-            weights.scalings,
-            top_k,
-        )
-        if router is not None and len(router) > top_k:
-            ranked = (x @ router.T).sort(dim=-1, descending=True).values
-            margin = ranked[:, top_k - 1] - ranked[:, top_k]
-            decided = margin > _FLOAT32_TIE * ranked.abs().amax(dim=-1)
-            added, wanted = added[decided], wanted[decided]
-    if not len(added):
-        return 0.0
-    off, size = (added - wanted).norm(dim=1), wanted.norm(dim=1)
-    return torch.where(off == 0, 0.0, off / size).max().item()
 
 
 def compare_choices(

@@ -57,14 +57,7 @@ def with_adapter(model: Any, folder: str | Path) -> tuple[Any, Modules]:
     adapter = read_adapter(folder)
     modules = {}
     for name, experts in adapter.spec.experts.items():
-        weights = adapter.weights[name]
-        modules[name] = SliceWeights(
-            weights.lora_a,
-            weights.lora_b,
-            weights.router,
-            tuple(e.rank for e in experts),
-            tuple(e.scaling for e in experts),
-        )
+        modules[name] = SliceWeights.of(adapter.weights[name], experts)
         model.get_submodule(name).register_forward_hook(
             _add_routed(modules[name], adapter.spec.top_k)
         )

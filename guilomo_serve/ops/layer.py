@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from guilomo_serve.adapter import Expert, ModuleWeights
 from guilomo_serve.ops.torch_ops import route
 
 
@@ -51,6 +52,17 @@ class SliceWeights:
     router: torch.Tensor | None
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
+
+    @classmethod
+    def of(cls, weights: ModuleWeights, experts: Sequence[Expert]) -> SliceWeights:
+        """Those of one module of an adapter that was read."""
+        return cls(
+            weights.lora_a,
+            weights.lora_b,
+            weights.router,
+            tuple(e.rank for e in experts),
+            tuple(e.scaling for e in experts),
+        )
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,25 @@ class LayerWeights:
             top_k=top_k,
             layout=tuple(layout),
         )
+
+    def slices(self) -> list[SliceWeights]:
+        """The weights of each slice of `layout` by themselves: `stack` undone."""
+        slices = []
+        for layout, lora_b in zip(self.layout, self.lora_b, strict=True):
+            rows, (first, last) = slice(*layout.rows), layout.experts
+            # Rows of one expert lie together, in the order of the experts.
+            ranks = torch.unique_consecutive(self.expert_of_row[rows], return_counts=True)[1]
+            begins = ranks.cumsum(0) - ranks
+            slices.append(
+                SliceWeights(
+                    self.lora_a[rows],
+                    lora_b.t(),
+                    self.router[first:last] if last > first else None,
+                    tuple(ranks.tolist()),
+                    tuple(self.row_scale[rows][begins].tolist()),
+                )
+            )
+        return slices
 
     def to(self, device: torch.device) -> LayerWeights:
         """The same on `device`; these themselves if they are there."""

@@ -17,6 +17,7 @@ import torch
 from guilomo_serve.adapter import (
     CONFIG_FILE,
     AdapterError,
+    AdapterSpec,
     BaseFingerprint,
     BaseModel,
     read_adapter,
@@ -112,7 +113,7 @@ class ModelPlan:
         }
 
 
-def load_routed(folder: str | Path, plan: ModelPlan) -> dict[str, LayerWeights]:
+def load_routed(folder: str | Path, plan: ModelPlan) -> tuple[AdapterSpec, dict[str, LayerWeights]]:
     """Reads a LoRA-MoE adapter for the served model.
 
     Raises:
@@ -122,17 +123,11 @@ def load_routed(folder: str | Path, plan: ModelPlan) -> dict[str, LayerWeights]:
     shapes = {module: plan.shape_of(module) for module in spec.experts}
     known = {module: shape for module, shape in shapes.items() if shape is not None}
     adapter = read_adapter(folder, BaseModel(plan.fingerprint, known))
-    modules = {}
-    for module, experts in adapter.spec.experts.items():
-        weights = adapter.weights[module]
-        modules[module] = SliceWeights(
-            weights.lora_a,
-            weights.lora_b,
-            weights.router,
-            tuple(e.rank for e in experts),
-            tuple(e.scaling for e in experts),
-        )
-    return plan.stack(modules, adapter.spec.top_k)
+    modules = {
+        module: SliceWeights.of(adapter.weights[module], experts)
+        for module, experts in adapter.spec.experts.items()
+    }
+    return adapter.spec, plan.stack(modules, adapter.spec.top_k)
 
 
 def check_fits(layers: Mapping[str, LayerWeights], device: torch.device, where: str) -> None:

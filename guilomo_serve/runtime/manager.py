@@ -15,10 +15,10 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import get_adapter_absolute_path, is_moe_model
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from guilomo_serve.adapter import AdapterError, BaseFingerprint, is_guilomo_adapter, read_spec
+from guilomo_serve.adapter import AdapterError, BaseFingerprint, is_guilomo_adapter
 from guilomo_serve.catalogue import Settings
 from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
-from guilomo_serve.ops.selfcheck import product_error
+from guilomo_serve.ops.selfcheck import PRODUCT_TOLERANCE, slot_error
 from guilomo_serve.runtime.loading import (
     LayerPlan,
     ModelPlan,
@@ -28,9 +28,6 @@ from guilomo_serve.runtime.loading import (
     load_routed,
 )
 from guilomo_serve.runtime.report import ExpertLoad, Routers, SampledStep, nbytes
-
-# As a share of a product's norm. Rounding to bfloat16 comes to less than half a percent.
-PRODUCT_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.01}
 
 
 @dataclass(frozen=True)
@@ -158,7 +155,7 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
             if layer.splits_inputs:
                 continue
             weights = entry.lora_a.to(self.device)
-            error = product_error(layer.slots, slot, weights, sum(layer.output_slices))
+            error = slot_error(layer.slots, slot, weights, sum(layer.output_slices))
             if not error <= PRODUCT_TOLERANCE[weights.lora_a.dtype]:
                 raise AdapterError(
                     f"{name}: this server's product differs from the formula by {error:.2%}; "
@@ -214,16 +211,17 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
     def _read_adapter(self, lora_request: Any) -> LoRAModel:
         folder = get_adapter_absolute_path(lora_request.lora_path)
         plan = self._adapter_manager.plan
+        spec = None
         if is_guilomo_adapter(folder):
-            layers = load_routed(folder, plan)
+            spec, layers = load_routed(folder, plan)
             rank = max(len(weights.lora_a) for weights in layers.values())
         else:
             theirs = super()._load_adapter(lora_request)
             check_plain_type(folder)
             layers, rank = convert_plain(theirs.loras, plan, folder), theirs.rank
         check_fits(layers, self._adapter_manager.device, folder)
-        if self._samples and is_guilomo_adapter(folder):
-            routers = Routers.of(read_spec(folder), plan, layers)
+        if self._samples and spec is not None:
+            routers = Routers.of(spec, plan, layers)
             self._adapter_manager.expert_load.add(lora_request.lora_int_id, routers)
         entries = {name: LayerEntry(weights) for name, weights in layers.items()}
         return LoRAModel(lora_request.lora_int_id, rank, entries)

@@ -412,9 +412,7 @@ class ManagedServingModels(VersionedServingModels):
             if excess > going:
                 name = self._least_recently_used()
                 if name is not None:
-                    self._withdraw(name)
-                    metrics.EVICTIONS.labels(name).inc()
-                    logger.info("Adapter '%s' makes room for another one: evicted", name)
+                    self._evict(name, "makes room for another one")
                     continue
                 if not self._retiring:
                     raise NoRoom(
@@ -453,6 +451,11 @@ class ManagedServingModels(VersionedServingModels):
             lora_path=str(self._store.folder_of(version.digest)),
         )
 
+    def _evict(self, name: str, why: str) -> None:
+        self._withdraw(name)
+        metrics.EVICTIONS.labels(name).inc()
+        logger.info("Adapter '%s' %s: evicted", name, why)
+
     def _withdraw(self, name: str) -> None:
         loaded = self._served.pop(name, None)
         if loaded is not None:
@@ -479,9 +482,7 @@ class ManagedServingModels(VersionedServingModels):
             for name in list(self._served.keys()):
                 idle = time.time() - self._served.last_used.get(name, 0.0)
                 if idle > after_s and name not in pinned and not self.in_flight(name):
-                    self._withdraw(name)
-                    metrics.EVICTIONS.labels(name).inc()
-                    logger.info("Adapter '%s' was not used for %.0f s: evicted", name, idle)
+                    self._evict(name, f"was not used for {idle:.0f} s")
 
 
 class _Counted:

@@ -9,10 +9,10 @@ import torch
 
 from guilomo_serve.ops import native
 from guilomo_serve.ops.layer import LayerWeights, SliceWeights, Slots
-from guilomo_serve.ops.selfcheck import product_error
+from guilomo_serve.ops.selfcheck import PRODUCT_TOLERANCE, slot_error
 
 WIDTHS = (48, 16, 16)
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.01}
+TOLERANCE = {dtype: PRODUCT_TOLERANCE[dtype] for dtype in (torch.float32, torch.bfloat16)}
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def weights(dtype: torch.dtype) -> LayerWeights:
 def error(slots: Slots, weights: LayerWeights, loaded: LayerWeights) -> float:
     """What the check finds of an adapter of which the slot has `loaded`."""
     slots.set(1, loaded)
-    return product_error(slots, 1, weights, sum(WIDTHS))
+    return slot_error(slots, 1, weights, sum(WIDTHS))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
