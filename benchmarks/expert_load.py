@@ -13,16 +13,15 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import random
 import statistics
 import sys
 import tempfile
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from common import report
+from engines import generate, start
 from serve_throughput import write_searched
 
 from guilomo_serve.catalogue import Settings
@@ -88,43 +87,24 @@ class Engine:
 
 def serve(connection: Connection, model: str, requests: int, adapters: list[Path]) -> None:
     """The process of an engine."""
-    os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
-
-    llm = LLM(
-        model,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        max_model_len=512,
-        max_num_seqs=requests,
-        max_num_batched_tokens=max(2048, requests * PROMPT_TOKENS),
-        disable_log_stats=True,
+    llm = start(
+        *(model, requests, PROMPT_TOKENS),
         enable_lora=True,
         max_loras=len(adapters),
         max_lora_rank=64,
     )
-    loras = [LoRARequest(f"a{i}", i, str(path)) for i, path in enumerate(adapters, start=1)]
+    from vllm.lora.request import LoRARequest  # after `start` has told vLLM how to log
 
-    def generate(prompts: int, prompt_tokens: int, new_tokens: int, count: int) -> float:
-        generator = random.Random(0)
-        tokens = [
-            {"prompt_token_ids": generator.choices(range(100, 20_000), k=prompt_tokens)}
-            for _ in range(prompts)
-        ]
-        parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-        chosen = [loras[i % count] for i in range(prompts)]
-        start = time.perf_counter()
-        llm.generate(tokens, parameters, use_tqdm=False, lora_request=chosen)
-        return time.perf_counter() - start
+    loras = [LoRARequest(f"a{i}", i, str(path)) for i, path in enumerate(adapters, start=1)]
 
     connection.send("ready")
     while (task := connection.recv()) is not None:
         phase, count = task
         if phase == "prefill":
-            connection.send(generate(PROMPTS * requests, PROMPT_TOKENS, 1, count))
+            took = generate(llm, loras[:count], PROMPTS * requests, PROMPT_TOKENS, 1)
         else:
-            connection.send(generate(requests, DECODE_PROMPT_TOKENS, DECODE_TOKENS, count))
+            took = generate(llm, loras[:count], requests, DECODE_PROMPT_TOKENS, DECODE_TOKENS)
+        connection.send(took)
     (versions,) = llm.collective_rpc("guilomo_report")
     connection.send(sum(version["tokens"] for version in versions))
     # A process of multiprocessing ends without vLLM's exit handlers, and would wait for its engine.

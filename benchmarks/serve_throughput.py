@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import random
 import statistics
 import sys
 import tempfile
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import report
+from engines import generate, start
 
 from guilomo_serve.adapter import (
     Adapter,
@@ -107,45 +106,23 @@ def serve(
     connection: Connection, model: str, requests: int, adapters: list[Path], plugin: bool
 ) -> None:
     """The process of an engine: answers (phase, number of adapters) with seconds."""
-    os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
-
     lora = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": 32}
     if plugin:
         lora["max_lora_rank"] = 64
-    llm = LLM(
-        model,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        max_model_len=512,
-        max_num_seqs=requests,
-        max_num_batched_tokens=max(2048, requests * PROMPT_TOKENS),
-        disable_log_stats=True,
-        **(lora if adapters else {}),
-    )
-    loras = [LoRARequest(f"a{i}", i, str(path)) for i, path in enumerate(adapters, start=1)]
+    llm = start(model, requests, PROMPT_TOKENS, **(lora if adapters else {}))
+    from vllm.lora.request import LoRARequest  # after `start` has told vLLM how to log
 
-    def generate(prompt_tokens: int, new_tokens: int, count: int) -> float:
-        generator = random.Random(0)
-        prompts = [
-            {"prompt_token_ids": generator.choices(range(100, 20_000), k=prompt_tokens)}
-            for _ in range(requests)
-        ]
-        chosen = [loras[i % count] for i in range(requests)] if count else None
-        parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-        start = time.perf_counter()
-        llm.generate(prompts, parameters, use_tqdm=False, lora_request=chosen)
-        return time.perf_counter() - start
+    loras = [LoRARequest(f"a{i}", i, str(path)) for i, path in enumerate(adapters, start=1)]
 
     connection.send("ready")
     while (task := connection.recv()) is not None:
         phase, count = task
         if phase == "prefill":
-            connection.send(generate(PROMPT_TOKENS, 1, count))
+            connection.send(generate(llm, loras[:count], requests, PROMPT_TOKENS, 1))
         else:
-            prompts_alone = generate(DECODE_PROMPT_TOKENS, 1, count)
-            whole = generate(DECODE_PROMPT_TOKENS, 1 + DECODE_TOKENS, count)
+            decode = (llm, loras[:count], requests, DECODE_PROMPT_TOKENS)
+            prompts_alone = generate(*decode, 1)
+            whole = generate(*decode, 1 + DECODE_TOKENS)
             connection.send(whole - prompts_alone)
     # A process of multiprocessing ends without vLLM's exit handlers, and would wait for its engine.
     llm.llm_engine.engine_core.shutdown()
