@@ -146,6 +146,15 @@ def stream(server: Server, model: str, prompt: str, tokens: int) -> openai.Strea
     return server.client.completions.create(**_asked(model, prompt, tokens, {}), stream=True)
 
 
+def eventually(condition: Callable[[], Any], what: str, within_s: float = 60.0) -> Any:
+    """Waits for something to become true and returns it; fails with `what` if it never does."""
+    deadline = time.monotonic() + within_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.1)
+    return found
+
+
 def text_of(server: Server, model: str, prompt: str, tokens: int = 12) -> str:
     """The text of a greedy completion."""
     return ask(server, model, prompt, tokens).text

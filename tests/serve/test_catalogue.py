@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -13,7 +12,7 @@ import requests
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, read_spec
 from guilomo_serve.catalogue import Catalogue, CatalogueError, command, digest_of
-from tests.serve.helpers import random_adapter, stream, text_of, text_of_stream
+from tests.serve.helpers import eventually, random_adapter, stream, text_of, text_of_stream
 
 pytestmark = pytest.mark.slow
 
@@ -220,10 +219,7 @@ def test_a_killed_server_has_its_names_and_versions_again(opened, root, state, r
     assert rolled["digest"] == digest_of(root / "first")
 
     # What nobody asks for is evicted, and served again when asked for.
-    deadline = time.monotonic() + 40
-    while listed(restarted)["given"]["resident"]:
-        assert time.monotonic() < deadline, "an idle adapter was never evicted"
-        time.sleep(0.5)
+    eventually(lambda: not listed(restarted)["given"]["resident"], "an idle one is evicted", 40)
     assert listed(restarted)["pinned"]["resident"]
     assert text_of(restarted, "given", PROMPT) == texts["given"]
     assert listed(restarted)["given"]["version"] == before["given"]["version"]

@@ -13,9 +13,8 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ import pytest
 import requests
 
 from guilomo_serve.adapter import WEIGHTS_FILE
-from tests.serve.helpers import Server, guilomo_serve, random_adapter, serving, text_of
+from tests.serve.helpers import Server, eventually, guilomo_serve, random_adapter, serving, text_of
 
 pytestmark = pytest.mark.slow
 
@@ -81,13 +80,6 @@ def stream(server: Server, model: str) -> openai.Stream[openai.types.Completion]
 def complete(server: Server, model: str, **settings: object) -> requests.Response:
     body = {"model": model, "prompt": PROMPT, "max_tokens": 1, **settings}
     return requests.post(f"{server.url}/v1/completions", json=body, timeout=120)
-
-
-def eventually(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.05)
 
 
 def generated_tokens(server: Server) -> float:

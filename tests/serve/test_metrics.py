@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE
 from tests.serve.expert_load import check_load, expected_load, first_sampled, load_of
-from tests.serve.helpers import Server, text_of
+from tests.serve.helpers import Server, eventually, text_of
 
 pytestmark = pytest.mark.slow
 
@@ -58,15 +58,6 @@ def moved(server: Server, adapter: str, before: dict[str, float]) -> dict[str, f
     """What has changed since, and by how much."""
     after = Scrape(server).of(adapter)
     return {name: value - before[name] for name, value in after.items() if value != before[name]}
-
-
-def until(condition, what: str, seconds: float = 40.0):
-    """Waits for something to become true and returns it."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
-    return found
 
 
 @pytest.fixture
@@ -138,11 +129,12 @@ def test_a_client_that_goes_away_is_an_aborted_request(opened, adapter):
         )
         next(stream)
         stream.close()
-    found = until(
+    found = eventually(
         lambda: (
             m if (m := moved(opened, adapter, before)).get("requests_total aborted") == 2 else None
         ),
-        "the abort was never counted",
+        "the abort is counted",
+        40,
     )
     assert found["prompt_tokens_total"] == 2 * len(PROMPT)
     assert 2 <= found["generated_tokens_total"] < 3 * 400
@@ -171,9 +163,10 @@ def bytes_of(folder: Path) -> int:
 
 
 def test_swaps_loads_and_resident_bytes(opened, adapter, root):
-    until(
+    eventually(
         lambda: Scrape(opened)("resident_bytes", adapter=adapter) == bytes_of(root / "first"),
-        "the weights have another size",
+        "the weights have their size",
+        40,
     )
     scrape = Scrape(opened)
     assert scrape("loads_total", adapter=adapter) == 1
@@ -192,9 +185,10 @@ def test_swaps_loads_and_resident_bytes(opened, adapter, root):
     assert scrape("swaps_total", adapter=adapter) == 3
     assert scrape("swap_seconds_count", adapter=adapter) == 3
     assert scrape("swap_seconds_sum", adapter=adapter) > 0
-    until(
+    eventually(
         lambda: Scrape(opened)("resident_bytes", adapter=adapter) == bytes_of(root / "second"),
-        "old versions were never freed",
+        "old versions are freed",
+        40,
     )
 
 
@@ -238,7 +232,7 @@ def test_the_load_of_experts_is_what_routers_do_in_transformers(opened, adapter,
         found = load_of(opened, adapter)
         return found if found["tokens"] > len(PROMPT) else None
 
-    found = until(sampled, "nothing was sampled")
+    found = eventually(sampled, "something is sampled", 40)
     expected = expected_load(tiny_model, root / "first", PROMPT)
     assert len(expected) > 5
     assert found["tokens"] % len(PROMPT) == 0
@@ -280,7 +274,8 @@ def test_the_dashboard_asks_for_series_that_there_are(opened, adapter):
 
 
 def test_an_eviction_is_counted(restarted):
-    until(
+    eventually(
         lambda: Scrape(restarted)("evictions_total", adapter="given"),
-        "an idle adapter was never evicted",
+        "an idle adapter is evicted",
+        40,
     )

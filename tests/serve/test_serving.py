@@ -19,6 +19,7 @@ from tests.serve import hf_reference
 from tests.serve.helpers import (
     Server,
     ask,
+    eventually,
     guilomo_serve,
     random_adapter,
     random_lora,
@@ -143,10 +144,8 @@ def test_a_stream_finishes_with_the_version_it_began_with(server, adapters, tmp_
 def test_an_unloaded_version_is_freed(server, adapters):
     assert server.load("passing", adapters["second"]).ok
     assert server.post("/v1/unload_lora_adapter", lora_name="passing").ok
-    deadline = time.monotonic() + 30
-    while "Adapter 'passing@" not in server.log.read_text():
-        assert time.monotonic() < deadline, "the version was never freed"
-        time.sleep(0.5)
+    freed = "Adapter 'passing@"
+    eventually(lambda: freed in server.log.read_text(), "the version is freed", 30)
 
 
 def test_a_taken_name_needs_load_inplace(server, adapters):

@@ -28,7 +28,7 @@ from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterError
 from guilomo_serve.catalogue import Missing, Sources, Store, command, digest_of
 from guilomo_serve.catalogue import sources as catalogue_sources
 from guilomo_serve.catalogue.remote import Address, Found, Unavailable
-from tests.serve.helpers import Server, guilomo_serve, random_adapter, serving, text_of
+from tests.serve.helpers import Server, eventually, guilomo_serve, random_adapter, serving, text_of
 from tests.serve.hub_stand_in import HubStandIn
 
 pytestmark = pytest.mark.slow
@@ -380,10 +380,9 @@ def test_a_name_is_loaded_though_its_client_has_gone(world, adapters):
             )
     finally:
         world.hub.silent.clear()
-    deadline = time.monotonic() + 40
-    while world.server.admin("GET", "/slow").status_code != 200:
-        assert time.monotonic() < deadline, "the name was not loaded"
-        time.sleep(0.2)
+    eventually(
+        lambda: world.server.admin("GET", "/slow").status_code == 200, "the name is loaded", 40
+    )
 
 
 def test_a_silent_storage_holds_up_nobody_else(world, adapters, texts):
@@ -437,17 +436,14 @@ def test_while_s3_is_down(world, adapters, texts, tiny_model, tmp_path):
             assert answer.status_code == 502, (path, answer.text)
             assert f"s3://{BUCKET}/{BELOW}/{name}: " in answer.text
     # What was loaded is in the store: it is evicted and comes back without S3.
-    deadline = time.monotonic() + 40
-    while served(world, "kept")["resident"]:
-        assert time.monotonic() < deadline, "an idle adapter was never evicted"
-        time.sleep(0.5)
+    eventually(lambda: not served(world, "kept")["resident"], "an idle one is evicted", 40)
     assert text_of(server, "kept", PROMPT) == texts["first"]
 
     world.moto.start()
-    deadline = time.monotonic() + 60
-    while server.post("/v1/completions", model="other", prompt="a").status_code != 200:
-        assert time.monotonic() < deadline, "the name was never looked for again"
-        time.sleep(0.5)
+    asked = {"model": "other", "prompt": "a"}
+    eventually(
+        lambda: server.post("/v1/completions", **asked).status_code == 200, "it is looked for again"
+    )
     with pytest.raises(openai.NotFoundError):
         text_of(server, "nobody", PROMPT)
     log = server.log.read_text()
