@@ -215,8 +215,9 @@ class ManagedServingModels(VersionedServingModels):
         return self._served.last_used.get(name)
 
     async def resident(self) -> set[int]:
-        """Numbers of the versions whose weights the engine has."""
-        return set(await self.engine_client.list_loras())
+        """Numbers of the versions whose weights the engine has; while it is in a long step, had."""
+        await self.report.try_refresh()
+        return set(self.report.versions)
 
     async def load_of(self, name: str) -> dict[str, Any]:
         """How the routers of a name's current version have shared out the tokens sampled so far.

@@ -234,7 +234,7 @@ class Observer:
             _asked.reset(token)
 
 
-_WAIT_S = 2.0  # for the engine, which answers between two steps; a scrape waits 10 s by default
+_WAIT_S = 1.0  # for the engine, which answers between two steps
 _FRESH_S = 1.0
 
 
@@ -243,7 +243,7 @@ async def _refresh(scope: Scope) -> None:
     models = getattr(scope["app"].state, "openai_serving_models", None)
     if models is not None:
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(models.report.refresh(_FRESH_S), _WAIT_S)
+            await models.report.try_refresh(_FRESH_S)
 
 
 class EngineReport:
@@ -256,24 +256,33 @@ class EngineReport:
     def __init__(self, engine_client: Any) -> None:
         self._engine = engine_client
         self._asking: asyncio.Task[None] | None = None
-        self._asked = -float("inf")
+        self._as_of = -float("inf")
         self.versions: dict[int, dict[str, Any]] = {}
 
     async def refresh(self, max_age: float = 0.0) -> None:
-        """Asks the engine, once for all who wait. Args: max_age: seconds that need no asking."""
-        if time.monotonic() - self._asked < max_age:
-            return
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._ask())
-        await asyncio.shield(self._asking)
+        """Has what was true when it was called, or at most `max_age` seconds before.
+
+        The engine is asked once for all who wait.
+        """
+        since = time.monotonic() - max_age
+        while self._as_of < since:
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.create_task(self._ask())
+            await asyncio.shield(self._asking)
+
+    async def try_refresh(self, max_age: float = 0.0) -> None:
+        """The same, or what was known before if the engine is in a long step."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.refresh(max_age), _WAIT_S)
 
     async def _ask(self) -> None:
+        began = time.monotonic()
         of_workers = await self._engine.collective_rpc("guilomo_report")
         # Under tensor parallelism each worker has a part of the weights, and the first samples.
         versions = {entry["version"]: dict(entry) for entry in of_workers[0]}
         for entry in (entry for of_worker in of_workers[1:] for entry in of_worker):
             versions[entry["version"]]["bytes"] += entry["bytes"]
-        self.versions, self._asked = versions, time.monotonic()
+        self.versions, self._as_of = versions, began
 
 
 class AdapterGauges(Collector):

@@ -35,8 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items[place] = item
 
 
-def _kills_the_server(item: pytest.Item) -> bool:
-    return "restarted" in getattr(item, "fixturenames", ()) or item.name.startswith("test_a_killed")
+def _kills_the_server(item: pytest.Item) -> int:
+    if item.name.startswith("test_a_killed"):
+        return 1
+    return 2 if "restarted" in getattr(item, "fixturenames", ()) else 0
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import requests
 import torch
@@ -51,6 +52,16 @@ class Server:
     @property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0)
+
+    @property
+    def engine(self) -> psutil.Process:
+        """The process of the engine, whose child is the worker that computes."""
+        children = psutil.Process(self.process.pid).children()
+        return max(children, key=lambda child: child.memory_info().rss)
+
+    def in_flight(self, name: str) -> int:
+        """Answers of an adapter that are being generated."""
+        return int(self.admin("GET", f"/{name}").json()["in_flight"])
 
     def post(self, path: str, **body: object) -> requests.Response:
         return requests.post(f"{self.url}{path}", json=body, timeout=120)
@@ -121,6 +132,21 @@ def serving(
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@contextmanager
+def paused(server: Server) -> Iterator[None]:
+    """The engine's worker stands still, so that what runs still runs a moment later.
+
+    A tiny model may end a long answer before its client has read the first token of it.
+    """
+    (worker,) = server.engine.children()
+    worker.suspend()
+    try:
+        yield
+    finally:
+        if worker.is_running():
+            worker.resume()
 
 
 def guilomo_serve(base: Path, adapters: dict[str, Path], *flags: str) -> list[str]:

@@ -12,7 +12,14 @@ import requests
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, read_spec
 from guilomo_serve.catalogue import Catalogue, CatalogueError, command, digest_of
-from tests.serve.helpers import eventually, random_adapter, stream, text_of, text_of_stream
+from tests.serve.helpers import (
+    eventually,
+    paused,
+    random_adapter,
+    stream,
+    text_of,
+    text_of_stream,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -76,10 +83,13 @@ def test_a_swap_under_load_mixes_nothing_and_rolls_back(opened, root, adapters):
     assert old != new
     assert text_of(opened, "swapped", PROMPT, LENGTH) == old
 
-    # Whether they still run at the swap depends on the machine; what they say must hold anyway.
-    streams = [stream(opened, "swapped", PROMPT, LENGTH) for _ in range(3)]
     shutil.copytree(adapters["second"], folder, dirs_exist_ok=True)
-    answer = opened.put("swapped", folder).json()
+    with ThreadPoolExecutor(1) as pool:
+        with paused(opened):
+            streams = [stream(opened, "swapped", PROMPT, LENGTH) for _ in range(3)]
+            eventually(lambda: opened.in_flight("swapped") == 3, "they run")
+            swap = pool.submit(opened.put, "swapped", folder)
+        answer = swap.result().json()
     after = text_of(opened, "swapped", PROMPT, LENGTH)
     for chunks in streams:
         assert text_of_stream(chunks) == old

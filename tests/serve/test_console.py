@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import requests
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE
 from guilomo_serve.catalogue import digest_of
-from tests.serve.helpers import Server, random_adapter
+from tests.serve.helpers import Server, eventually, paused, random_adapter
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver import ActionChains, Keys  # noqa: E402
@@ -395,9 +396,12 @@ def test_answers_stream_side_by_side_through_a_swap(console, served, folders):
     tokens = 200
     expected = {model: answer_of(served, model, tokens) for model in ("base", "shown")}
     assert expected["base"] != expected["shown"]
-    console.ask("base", "shown", tokens=tokens)
-    console.wait(lambda: console.answers()["shown"][1])
-    assert served.put("shown", folders["new"]).status_code == 200
+    with ThreadPoolExecutor(1) as pool:
+        with paused(served):
+            console.ask("base", "shown", tokens=tokens)
+            eventually(lambda: served.in_flight("shown") == 1, "it runs")
+            swap = pool.submit(served.put, "shown", folders["new"])
+        assert swap.result().status_code == 200
     console.wait(lambda: all(state == "done" for state, _ in console.answers().values()))
     assert console.answers() == {m: ("done", text) for m, text in expected.items()}
     for figures in console.all("article .figures"):
@@ -420,7 +424,7 @@ def test_stop_ends_an_answer(console, served):
     assert text.startswith(shown)
     assert 0 < len(shown) < len(text)
     assert not console.one("#stop").is_enabled()
-    console.wait(lambda: entry_of(served, "shown")["in_flight"] == 0)
+    console.wait(lambda: served.in_flight("shown") == 0)
 
 
 def test_hostile_text_is_text(console, served, folders, root):
