@@ -2,7 +2,8 @@
 
 Two engines with the plugin and the same searched adapters live side by side, one that samples and
 one that does not, and are measured in turn, in each repeat. A measurement takes some seconds, so
-that several sampled steps lie in it. Each figure is a ratio of medians.
+that several sampled steps lie in it. Each figure is the mean of the repeats' ratios, with its
+standard error.
 
     prefill   tokens of the prompts per second, one token generated
     decode    tokens generated per second, after short prompts
@@ -37,7 +38,7 @@ def main() -> None:
     default = REPOSITORY / ".cache" / "smollm2-135m-instruct"
     parser.add_argument("model", nargs="?", type=Path, default=default, help="the base model")
     parser.add_argument("--requests", type=int, default=8, help="concurrent requests")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=12, help="at least 2")
     parser.add_argument("--out", type=Path, help="write the result with machine and versions here")
     args = parser.parse_args()
 
@@ -52,12 +53,16 @@ def main() -> None:
         sys.exit(f"sampled tokens: {sampled}, expected none with off and some with on")
     result: dict[str, Any] = {"sampled_tokens": sampled["on"]}
     for phase, of_phase in seconds.items():
-        medians = {run: statistics.median(times) for run, times in of_phase.items()}
-        result[phase] = {
-            f"adapter_{n}": round(medians["off", n] / medians["on", n], 4) for n in ADAPTERS
-        }
+        result[phase] = {}
+        for n in ADAPTERS:
+            pairs = zip(of_phase["off", n], of_phase["on", n], strict=True)
+            ratios = [off / on for off, on in pairs]
+            result[phase][f"adapter_{n}"] = round(statistics.mean(ratios), 4)
+            error = statistics.stdev(ratios) / len(ratios) ** 0.5
+            result[phase][f"adapter_{n}_error"] = round(error, 4)
         tokens = PROMPTS * PROMPT_TOKENS if phase == "prefill" else DECODE_TOKENS
-        result[phase]["off_tokens_per_s"] = round(args.requests * tokens / medians["off", 1], 1)
+        median = statistics.median(of_phase["off", 1])
+        result[phase]["off_tokens_per_s"] = round(args.requests * tokens / median, 1)
     print_table(result)
     report(result, args, args.out)
 
@@ -133,9 +138,10 @@ def measure(
 def print_table(result: dict[str, Any]) -> None:
     names = [f"adapter_{n}" for n in ADAPTERS]
     print(f"\nthroughput with sampling over without ({result['sampled_tokens']} tokens sampled)")
-    print("".join(f"{c:>13}" for c in ["", *names]))
+    print("".join(f"{c:>16}" for c in ["", *names]))
     for phase in ("prefill", "decode"):
-        print(f"{phase:>13}" + "".join(f"{result[phase][n]:>13.3f}" for n in names))
+        shown = [f"{result[phase][n]:.3f} ± {result[phase][n + '_error']:.3f}" for n in names]
+        print(f"{phase:>16}" + "".join(f"{cell:>16}" for cell in shown))
     print(flush=True)
 
 

@@ -9,6 +9,7 @@ the layers are ours.
     manager.py   which adapter is in which slot, and which token of a batch uses which slot
     refusal.py   an adapter that is refused, in a server of several processes
     report.py    what a worker says of its adapters: memory, and the load of their routers
+    seeds.py     a request with a seed whose prompt is prefilled in parts, on CPUs
 
 The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 
@@ -27,6 +28,8 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
   a step's tokens use other slots than the last one's.
 - `guilomo_report` is a method that `vllm.v1.worker.worker_base.WorkerBase` gets: see report.py.
 - `add_lora` of `vllm.v1.executor.Executor` and of `LoRAModelRunnerMixin`: see refusal.py.
+- `load_lora_model` of `LoRAModelRunnerMixin`, and of the model runner `sample_tokens`,
+  `discard_request_mask` and `input_batch.generators`, which the sampler reads: see seeds.py.
 - `vllm.entrypoints.openai.models.serving.OpenAIServingModels`: see guilomo_serve/server.
 """
 
@@ -54,7 +57,7 @@ def register() -> None:
     import vllm.v1.worker.lora_model_runner_mixin as mixin
 
     from guilomo_serve import server
-    from guilomo_serve.runtime import refusal, report
+    from guilomo_serve.runtime import refusal, report, seeds
     from guilomo_serve.runtime.layers import LAYER_CLASSES, device_of
     from guilomo_serve.runtime.manager import RoutedWorkerManager
 
@@ -63,4 +66,5 @@ def register() -> None:
     mixin.LRUCacheWorkerLoRAManager = RoutedWorkerManager
     refusal.install()
     report.install()
+    seeds.install()
     server.install()

@@ -80,6 +80,24 @@ def test_logprobs_of_drafted_and_of_sampled_tokens_are_those_of_transformers(ser
             assert (given - expected).abs().max() < TOLERANCE, name
 
 
+def test_a_seed_gives_the_same_answer_however_the_prompt_is_prefilled(server):
+    """In parts, or as one part where the rest is cached."""
+    prompt = "Seeded. " + PROMPTS[0]
+    seeded = {"temperature": 1, "seed": 7}
+
+    def sample(name: str) -> list[int]:
+        return ask(server, name, prompt, LENGTH, **seeded).token_ids
+
+    before = count(server, "prefix_cache_hits")
+    first = sample("first")
+    assert count(server, "prefix_cache_hits") == before
+    assert sample("first") == first
+    assert count(server, "prefix_cache_hits") > before
+    assert sample("second") != first
+    other = ask(server, "first", prompt, LENGTH, temperature=1, seed=8)
+    assert other.token_ids != first
+
+
 def test_structured_output_is_the_adapters_own(server, models):
     """Of words with different first letters the likeliest first letter decides."""
     words = [letter + "_word" for letter in "abcdefghijklmnopqrst"]
