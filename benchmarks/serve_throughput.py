@@ -38,6 +38,7 @@ PROMPT_TOKENS = 128
 DECODE_PROMPT_TOKENS = 16
 DECODE_TOKENS = 64
 EXPERTS, RANKS = (2, 8), (1, 8)  # as a search allots them: a mean total rank of about 23
+LOUD = 20  # times as strong an adapter
 ADAPTERS = (1, 4, 8)
 
 
@@ -149,8 +150,11 @@ def measure(engines: dict[str, Engine], repeats: int) -> dict[str, dict[str, lis
     return seconds
 
 
-def write_searched(model: Path, folder: Path) -> tuple[list[Path], float]:
-    """Random allocations as a search gives them; returns folders and the mean total rank."""
+def write_searched(model: Path, folder: Path, loudness: float = 1) -> tuple[list[Path], float]:
+    """Random allocations as a search gives them; returns folders and the mean total rank.
+
+    With `LOUD` an adapter's answers are its own; without, mostly the base's.
+    """
     from transformers import AutoConfig
 
     base = BaseModel.from_config(AutoConfig.from_pretrained(model))
@@ -169,7 +173,7 @@ def write_searched(model: Path, folder: Path) -> tuple[list[Path], float]:
             total += rows
             weights[module] = ModuleWeights(
                 torch.randn(rows, in_features, generator=generator).bfloat16() / 32,
-                torch.randn(out_features, rows, generator=generator).bfloat16() / 32,
+                torch.randn(out_features, rows, generator=generator).bfloat16() * (loudness / 32),
                 torch.randn(count, in_features, generator=generator) / 32,
             )
         targets = tuple(sorted({m.rsplit(".", 1)[-1] for m in modules}))

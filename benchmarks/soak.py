@@ -16,7 +16,6 @@ what else is in the batch but at near ties; answers are compared up to the first
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import random
 import tempfile
@@ -31,8 +30,6 @@ import openai
 import requests
 from common import report
 
-from guilomo_serve.adapter import Adapter, read_adapter, write_adapter
-
 REPOSITORY = Path(__file__).parent.parent
 FLAGS = ("--dtype", "float32", "--enable-prefix-caching", "--enforce-eager")
 CLIENTS = 6
@@ -43,7 +40,6 @@ PROMPTS = (
     *("The quick brown fox jumps over the lazy dog.", "2 + 2 =", "Dear sir,", "one two one two"),
 )
 TOKENS = 16  # at most, of an answer
-LOUDER = 20
 NEAR_TIE = 0.01  # nats between the two likeliest tokens
 STREAMED, CLOSED_EARLY, UNLOADED = 0.4, 0.1, 0.25  # shares of requests, and of changes
 REQUESTS_A_CHANGE = 10  # at most
@@ -117,28 +113,16 @@ def main() -> None:
         result = soak(args.url, args.adapters, args.requests, args.seed)
     else:
         # Not needed otherwise, and slow to import.
-        from serve_throughput import write_searched
+        from serve_throughput import LOUD, write_searched
         from serving import serving
 
         with tempfile.TemporaryDirectory() as scratch:
             print(f"writing adapters for {args.model}", flush=True)
-            folders, _ = write_searched(args.model, Path(scratch))
-            for folder in folders:
-                make_louder(folder)
+            folders, _ = write_searched(args.model, Path(scratch), LOUD)
             print("starting the server", flush=True)
             with serving(str(args.model), {}, Path(scratch) / "log", *FLAGS) as url:
                 result = soak(url.removesuffix("/v1"), folders, args.requests, args.seed)
     report(result, args, args.out)
-
-
-def make_louder(folder: Path) -> None:
-    """Until the first near tie the answers of such weak adapters are those of the base."""
-    adapter = read_adapter(folder)
-    weights = {
-        module: dataclasses.replace(of_module, lora_b=LOUDER * of_module.lora_b)
-        for module, of_module in adapter.weights.items()
-    }
-    write_adapter(Adapter(adapter.spec, weights), folder, card="A random allocation.")
 
 
 def soak(url: str, folders: list[Path], count: int, seed: int) -> dict[str, int]:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import openai
 from common import report
-from serve_throughput import write_searched
+from serve_throughput import LOUD, write_searched
 from serving import serving
 
 REPOSITORY = Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         print(f"writing adapters for {args.model}", flush=True)
-        folders, _ = write_searched(args.model, Path(scratch))
+        folders, _ = write_searched(args.model, Path(scratch), LOUD)
         adapters = {"swapped": folders[0], "second": folders[1], "other": folders[2]}
         print("starting the server", flush=True)
         with serving(str(args.model), adapters, Path(scratch) / "log", *FLAGS) as url:
