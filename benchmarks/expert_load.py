@@ -1,9 +1,9 @@
 """What sampling the load of experts costs: throughput with `--expert-load on` over `off`.
 
-Two engines with the plugin and the same searched adapters live side by side, one that samples and
-one that does not, and are measured in turn, in each repeat. A measurement takes some seconds, so
-that several sampled steps lie in it. Each figure is the mean of the repeats' ratios, with its
-standard error.
+One engine with the plugin and searched adapters is measured in turn with sampling and without, in
+each repeat; two engines would differ by more than what is looked for. A measurement takes some
+seconds, so that several sampled steps lie in it. Each figure is the mean of the repeats' ratios,
+with its standard error.
 
     prefill   tokens of the prompts per second, one token generated
     decode    tokens generated per second, after short prompts
@@ -12,12 +12,10 @@ standard error.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,8 @@ from serve_throughput import write_searched
 from guilomo_serve.catalogue import Settings
 
 REPOSITORY = Path(__file__).parent.parent
-PROMPT_TOKENS, PROMPTS = 128, 8  # of each concurrent request, in prefill
-DECODE_PROMPT_TOKENS, DECODE_TOKENS = 16, 192
+PROMPT_TOKENS, PROMPTS = 128, 5  # of each concurrent request, in prefill
+DECODE_PROMPT_TOKENS, DECODE_TOKENS = 16, 160
 ADAPTERS = (1, 8)
 
 
@@ -45,13 +43,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         print(f"writing {max(ADAPTERS)} adapters for {args.model}", flush=True)
         adapters, _ = write_searched(args.model, Path(folder))
-        engines = {on: Engine(args, adapters, on == "on") for on in ("off", "on")}
-        seconds = measure(engines, args.repeats)
-        sampled = {name: engine.ask(None) for name, engine in engines.items()}
+        seconds, sampled = measure(args, adapters)
 
-    if sampled["off"] or not sampled["on"]:
-        sys.exit(f"sampled tokens: {sampled}, expected none with off and some with on")
-    result: dict[str, Any] = {"sampled_tokens": sampled["on"]}
+    if not sampled:
+        sys.exit("no token was sampled")
+    result: dict[str, Any] = {"sampled_tokens": sampled}
     for phase, of_phase in seconds.items():
         result[phase] = {}
         for n in ADAPTERS:
@@ -67,33 +63,18 @@ def main() -> None:
     report(result, args, args.out)
 
 
-class Engine:
-    """vLLM with the plugin in a process of its own, that samples or not."""
+def measure(
+    args: argparse.Namespace, adapters: list[Path]
+) -> tuple[dict[str, dict[tuple[str, int], list[float]]], int]:
+    """Seconds by phase, sampling and number of adapters, and how many tokens were sampled.
 
-    def __init__(self, args: argparse.Namespace, adapters: list[Path], samples: bool) -> None:
-        self._connection, theirs = multiprocessing.Pipe()
-        os.environ["VLLM_PLUGINS"] = "guilomo"
-        Settings(expert_load=samples).export(os.environ)  # as `guilomo-serve` tells its processes
-        self._process = multiprocessing.get_context("spawn").Process(
-            target=serve, args=(theirs, str(args.model), args.requests, adapters)
-        )
-        self._process.start()
-        print(f"starting with --expert-load {'on' if samples else 'off'}", flush=True)
-        self._connection.recv()
-
-    def ask(self, task: tuple[str, int] | None) -> float:
-        """Seconds of a phase with so many different adapters; of None the sampled tokens."""
-        self._connection.send(task)
-        answer = self._connection.recv()
-        if task is None:
-            self._process.join()
-        return answer
-
-
-def serve(connection: Connection, model: str, requests: int, adapters: list[Path]) -> None:
-    """The process of an engine."""
+    The first round warms up, uncounted.
+    """
+    os.environ["VLLM_PLUGINS"] = "guilomo"
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function for the worker, below
+    Settings(expert_load=True).export(os.environ)  # as `guilomo-serve` tells its processes
     llm = start(
-        *(model, requests, PROMPT_TOKENS),
+        *(str(args.model), args.requests, PROMPT_TOKENS),
         enable_lora=True,
         max_loras=len(adapters),
         max_lora_rank=64,
@@ -101,38 +82,32 @@ def serve(connection: Connection, model: str, requests: int, adapters: list[Path
     from vllm.lora.request import LoRARequest  # after `start` has told vLLM how to log
 
     loras = [LoRARequest(f"a{i}", i, str(path)) for i, path in enumerate(adapters, start=1)]
-
-    connection.send("ready")
-    while (task := connection.recv()) is not None:
-        phase, count = task
-        if phase == "prefill":
-            took = generate(llm, loras[:count], PROMPTS * requests, PROMPT_TOKENS, 1)
-        else:
-            took = generate(llm, loras[:count], requests, DECODE_PROMPT_TOKENS, DECODE_TOKENS)
-        connection.send(took)
-    (versions,) = llm.collective_rpc("guilomo_report")
-    connection.send(sum(version["tokens"] for version in versions))
-    # A process of multiprocessing ends without vLLM's exit handlers, and would wait for its engine.
-    llm.llm_engine.engine_core.shutdown()
-
-
-def measure(
-    engines: dict[str, Engine], repeats: int
-) -> dict[str, dict[tuple[str, int], list[float]]]:
-    """Seconds by phase, engine and number of adapters; the first round warms up, uncounted."""
+    jobs = {
+        "prefill": (PROMPTS * args.requests, PROMPT_TOKENS, 1),
+        "decode": (args.requests, DECODE_PROMPT_TOKENS, DECODE_TOKENS),
+    }
     seconds: dict[str, dict[tuple[str, int], list[float]]] = {}
-    for phase in ("prefill", "decode"):
-        runs = [(name, count) for count in ADAPTERS for name in engines]
+    for phase, job in jobs.items():
+        runs = [(sampling, count) for count in ADAPTERS for sampling in ("off", "on")]
         seconds[phase] = {run: [] for run in runs}
-        for repeat in range(repeats + 1):
+        for repeat in range(args.repeats + 1):
             # Every other round the other way round, for what the one leaves to the next.
-            for name, count in runs if repeat % 2 else reversed(runs):
-                took = engines[name].ask((phase, count))
+            for sampling, count in runs if repeat % 2 else reversed(runs):
+                llm.collective_rpc(set_sampling, args=(sampling == "on",))
+                took = generate(llm, loras[:count], *job)
                 if repeat:
-                    seconds[phase][name, count].append(took)
+                    seconds[phase][sampling, count].append(took)
             done = " ".join(f"{n} {c}: {t[-1]:.2f}" for (n, c), t in seconds[phase].items() if t)
-            print(f"{phase} {repeat}/{repeats}: {done or 'warm-up'} (s)", flush=True)
-    return seconds
+            print(f"{phase} {repeat}/{args.repeats}: {done or 'warm-up'} (s)", flush=True)
+    (versions,) = llm.collective_rpc("guilomo_report")
+    return seconds, sum(version["tokens"] for version in versions)
+
+
+def set_sampling(worker: Any, wanted: bool) -> None:
+    """In the worker: has the next step sampled, or none until this is called again."""
+    load = worker.model_runner.lora_manager._adapter_manager.expert_load
+    load._count()  # what the last step kept; it sets when to sample next
+    load._not_before = 0.0 if wanted else float("inf")
 
 
 def print_table(result: dict[str, Any]) -> None:
