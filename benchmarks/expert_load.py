@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,15 @@ def measure(
 
 
 def set_sampling(worker: Any, wanted: bool) -> None:
-    """In the worker: has the next step sampled, or none until this is called again."""
+    """In the worker: samples on as if no time had passed since it was stopped, or stops it."""
     load = worker.model_runner.lora_manager._adapter_manager.expert_load
-    load._count()  # what the last step kept; it sets when to sample next
-    load._not_before = 0.0 if wanted else float("inf")
+    if wanted:
+        load._not_before = time.monotonic() + getattr(load, "left_s", 0.0)
+    else:
+        load._count()  # what the last step kept; it sets when to sample next
+        if load._not_before != float("inf"):
+            load.left_s = load._not_before - time.monotonic()
+        load._not_before = float("inf")
 
 
 def print_table(result: dict[str, Any]) -> None:
