@@ -12,6 +12,7 @@ with its standard error.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -104,16 +105,27 @@ def measure(
     return seconds, sum(version["tokens"] for version in versions)
 
 
+class Clock:
+    """Stands still while nothing is to be sampled, before any time at which something is due."""
+
+    def __init__(self) -> None:
+        self.off_since, self.off_s = time.monotonic(), 0.0
+
+    def __call__(self) -> float:
+        return -math.inf if self.off_since else time.monotonic() - self.off_s
+
+
 def set_sampling(worker: Any, wanted: bool) -> None:
-    """In the worker: samples on as if no time had passed since it was stopped, or stops it."""
+    """In the worker: samples as if no time had passed since it last did, or not at all."""
     load = worker.model_runner.lora_manager._adapter_manager.expert_load
-    if wanted:
-        load._not_before = time.monotonic() + getattr(load, "left_s", 0.0)
-    else:
-        load._count()  # what the last step kept; it sets when to sample next
-        if load._not_before != float("inf"):
-            load.left_s = load._not_before - time.monotonic()
-        load._not_before = float("inf")
+    if not isinstance(load.clock, Clock):
+        load.clock = Clock()
+    clock = load.clock
+    if wanted and clock.off_since:
+        clock.off_s += time.monotonic() - clock.off_since
+        clock.off_since = 0.0
+    elif not wanted and not clock.off_since:
+        clock.off_since = time.monotonic()
 
 
 def print_table(result: dict[str, Any]) -> None:

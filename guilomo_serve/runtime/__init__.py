@@ -4,12 +4,12 @@ vLLM calls `register` in each of its processes (entry point `vllm.general_plugin
 the LRU of adapters, requests and HTTP stay vLLM's; reading an adapter, keeping its weights and
 the layers are ours.
 
-    layers.py    vLLM's LoRA layers with our product in place of theirs
-    loading.py   an adapter folder -> the weights of each layer of the served model
-    manager.py   which adapter is in which slot, and which token of a batch uses which slot
-    refusal.py   an adapter that is refused, in a server of several processes
-    report.py    what a worker says of its adapters: memory, and the load of their routers
-    seeds.py     a request with a seed whose prompt is prefilled in parts, on CPUs
+    cpu_sampling.py  what vLLM's CPU build samples wrongly: seeds, drafts
+    layers.py        vLLM's LoRA layers with our product in place of theirs
+    loading.py       an adapter folder -> the weights of each layer of the served model
+    manager.py       which adapter is in which slot, and which token of a batch uses which slot
+    refusal.py       an adapter that is refused, in a server of several processes
+    report.py        what a worker says of its adapters: memory, and the load of their routers
 
 The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 
@@ -29,7 +29,9 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 - `guilomo_report` is a method that `vllm.v1.worker.worker_base.WorkerBase` gets: see report.py.
 - `add_lora` of `vllm.v1.executor.Executor` and of `LoRAModelRunnerMixin`: see refusal.py.
 - `load_lora_model` of `LoRAModelRunnerMixin`, and of the model runner `sample_tokens`,
-  `discard_request_mask` and `input_batch.generators`, which the sampler reads: see seeds.py.
+  `discard_request_mask` and `input_batch.generators`, which the sampler reads, and
+  `apply_sampling_constraints` and `expand_batch_to_tokens` of `vllm.v1.sample.rejection_sampler`:
+  see cpu_sampling.py.
 - `vllm.entrypoints.openai.models.serving.OpenAIServingModels`: see guilomo_serve/server.
 """
 
@@ -57,7 +59,7 @@ def register() -> None:
     import vllm.v1.worker.lora_model_runner_mixin as mixin
 
     from guilomo_serve import server
-    from guilomo_serve.runtime import refusal, report, seeds
+    from guilomo_serve.runtime import cpu_sampling, refusal, report
     from guilomo_serve.runtime.layers import LAYER_CLASSES, device_of
     from guilomo_serve.runtime.manager import RoutedWorkerManager
 
@@ -66,5 +68,5 @@ def register() -> None:
     mixin.LRUCacheWorkerLoRAManager = RoutedWorkerManager
     refusal.install()
     report.install()
-    seeds.install()
+    cpu_sampling.install()
     server.install()

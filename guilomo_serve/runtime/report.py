@@ -146,6 +146,7 @@ class ExpertLoad:
     def __init__(self) -> None:
         self._versions: dict[int, _Counted] = {}
         self._step: SampledStep | None = None
+        self.clock = time.monotonic
         self._not_before = 0.0
 
     def add(self, version: int, routers: Routers) -> None:
@@ -165,9 +166,9 @@ class ExpertLoad:
             What they are to fill, None in most steps.
         """
         self._count()
-        if not self._versions or time.monotonic() < self._not_before:
+        if not self._versions or self.clock() < self._not_before:
             return None
-        began = time.monotonic()
+        began = self.clock()
         present = [
             (version, slot, begin, end)
             for slot, begin, end in batch.segments.tolist()

@@ -97,9 +97,9 @@ def generated_tokens(server: Server) -> float:
     )
 
 
-def until_running(server: Server, model: str, requests: int) -> None:
+def until_running(server: Server, model: str, count: int) -> None:
     """Waits until so many of these requests run."""
-    eventually(lambda: server.in_flight(model) == requests * ANSWERS, "they run")
+    eventually(lambda: server.in_flight(model) == count * ANSWERS, "they run")
 
 
 def test_an_adapter_has_its_limit_and_others_have_theirs(limited):

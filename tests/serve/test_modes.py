@@ -80,22 +80,35 @@ def test_logprobs_of_drafted_and_of_sampled_tokens_are_those_of_transformers(ser
             assert (given - expected).abs().max() < TOLERANCE, name
 
 
+def test_sampled_answers_keep_to_their_distribution(server, models):
+    """With drafts too, which are kept or replaced by a rule that knows the request's settings."""
+    for name, model in models.items():
+        greedy = ask(server, name, PROMPTS[2], LENGTH)
+        assert ask(server, name, PROMPTS[2], LENGTH, temperature=1, top_k=1) == greedy
+        total = variance = 0.0
+        for seed in range(20):
+            sampled = ask(server, name, PROMPTS[2], LENGTH, temperature=1, seed=seed)
+            tokens = sampled.prompt_token_ids + sampled.token_ids
+            surprise, deviation = hf_reference.surprise(model, tokens, LENGTH)
+            total, variance = total + surprise, variance + deviation**2
+        assert abs(total) < 4 * variance**0.5, name
+
+
 def test_a_seed_gives_the_same_answer_however_the_prompt_is_prefilled(server):
     """In parts, or as one part where the rest is cached."""
-    prompt = "Seeded. " + PROMPTS[0]
-    seeded = {"temperature": 1, "seed": 7}
 
-    def sample(name: str) -> list[int]:
-        return ask(server, name, prompt, LENGTH, **seeded).token_ids
+    def sample(name: str, prompt: str, seed: int) -> list[int]:
+        return ask(server, name, prompt, LENGTH, temperature=1, seed=seed).token_ids
 
-    before = count(server, "prefix_cache_hits")
-    first = sample("first")
-    assert count(server, "prefix_cache_hits") == before
-    assert sample("first") == first
-    assert count(server, "prefix_cache_hits") > before
-    assert sample("second") != first
-    other = ask(server, "first", prompt, LENGTH, temperature=1, seed=8)
-    assert other.token_ids != first
+    for seed in range(5):
+        prompt = f"{seed} is the seed. {PROMPTS[0]}"
+        before = count(server, "prefix_cache_hits")
+        first = sample("first", prompt, seed)
+        assert count(server, "prefix_cache_hits") == before
+        assert sample("first", prompt, seed) == first
+        assert count(server, "prefix_cache_hits") > before
+        assert sample("second", prompt, seed) != first
+        assert sample("first", prompt, seed + 1) != first
 
 
 def test_structured_output_is_the_adapters_own(server, models):
