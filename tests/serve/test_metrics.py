@@ -133,6 +133,38 @@ def test_a_client_that_goes_away_is_an_aborted_request(opened, adapter):
     assert moved(opened, adapter, before) == {"requests_total aborted": 2}
 
 
+def test_an_aborted_request_has_read_its_prompt_once_there_is_a_token(opened, adapter):
+    """An engine that has ended the answer before it could be stopped is asked again."""
+    before, finished, running = Scrape(opened).of(adapter), 0, 0
+    answers, length = 8, 400
+    while not running:
+        stream = opened.client.completions.create(
+            model=adapter,
+            prompt=PROMPT,
+            max_tokens=length,
+            n=answers,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        next(stream)
+        with paused(opened):
+            time.sleep(0.5)  # for what the worker had sent
+            running = opened.in_flight(adapter)
+            stream.close()
+            eventually(lambda: opened.in_flight(adapter) == 0, "it is aborted")
+        finished += not running
+        assert finished < 10
+    found = moved(opened, adapter, before)
+    assert 0 < found.pop("generated_tokens_total") - finished * answers * length < answers * length
+    assert found == {
+        "requests_total aborted": 1,
+        "prompt_tokens_total": (1 + finished) * len(PROMPT),
+        "time_to_first_token_seconds_count": 1 + finished,
+        **({"requests_total finished": finished} if finished else {}),
+        **({"request_seconds_count": finished} if finished else {}),
+    }
+
+
 def test_what_is_refused_before_the_engine_counts_for_known_adapters(opened, adapter):
     before = Scrape(opened).of(adapter)
     for prompt, settings in (("x" * 600, {}), (PROMPT, {"logprobs": 10**6})):
