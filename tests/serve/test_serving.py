@@ -276,10 +276,22 @@ def test_plain_vllm_serve_in_compiled_mode(tiny_model, adapters, tmp_path):
         *("--enable-lora", "--max-loras", "3", "--lora-modules", *modules),
         *("--max-model-len", "512", "--max-num-seqs", "16"),
     ]
-    with serving(command, tmp_path / "compiled.log") as server:
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with serving(command, tmp_path / "compiled.log", environment) as server:
         assert "enforce_eager=False" in server.log.read_text()
         check_against_hf(server, tiny_model, adapters, FLOAT32_TOLERANCE)
         check_mixed(server, ("base", *adapters))
+
+        # An unloaded version goes when its last request has ended: what goes before is read again.
+        folder, length = tmp_path / "passing", 200
+        shutil.copytree(adapters["first"], folder)
+        assert server.load("passing", folder).ok
+        old = text_of(server, "passing", PROMPTS[0], length)
+        with paused(server):
+            chunks = stream(server, "passing", PROMPTS[0], length)
+            assert server.post("/v1/unload_lora_adapter", lora_name="passing").ok
+            shutil.copytree(adapters["second"], folder, dirs_exist_ok=True)
+        assert text_of_stream(chunks) == old
 
 
 def test_bfloat16_model_is_as_close_to_transformers_as_its_base(small_model, tmp_path):
