@@ -89,14 +89,18 @@ def measure(
         "decode": (args.requests, DECODE_PROMPT_TOKENS, DECODE_TOKENS),
     }
     seconds: dict[str, dict[tuple[str, int], list[float]]] = {}
+    off_s = 0.0
     for phase, job in jobs.items():
         runs = [(sampling, count) for count in ADAPTERS for sampling in ("off", "on")]
         seconds[phase] = {run: [] for run in runs}
         for repeat in range(args.repeats + 1):
             # Every other round the other way round, for what the one leaves to the next.
             for sampling, count in runs if repeat % 2 else reversed(runs):
-                llm.collective_rpc(set_sampling, args=(sampling == "on",))
+                began = time.monotonic()
+                llm.collective_rpc(set_sampling, args=(off_s if sampling == "on" else None,))
                 took = generate(llm, loras[:count], *job)
+                if sampling == "off":
+                    off_s += time.monotonic() - began
                 if repeat:
                     seconds[phase][sampling, count].append(took)
             done = " ".join(f"{n} {c}: {t[-1]:.2f}" for (n, c), t in seconds[phase].items() if t)
@@ -105,27 +109,11 @@ def measure(
     return seconds, sum(version["tokens"] for version in versions)
 
 
-class Clock:
-    """Stands still while nothing is to be sampled, before any time at which something is due."""
-
-    def __init__(self) -> None:
-        self.off_since, self.off_s = time.monotonic(), 0.0
-
-    def __call__(self) -> float:
-        return -math.inf if self.off_since else time.monotonic() - self.off_s
-
-
-def set_sampling(worker: Any, wanted: bool) -> None:
-    """In the worker: samples as if no time had passed since it last did, or not at all."""
+def set_sampling(worker: Any, off_s: float | None) -> None:
+    """In the worker: samples as if `off_s` seconds had not been, or (None) not at all."""
+    worker.guilomo_report()  # counts what the last step kept, or the next measurement would
     load = worker.model_runner.lora_manager._adapter_manager.expert_load
-    if not isinstance(load.clock, Clock):
-        load.clock = Clock()
-    clock = load.clock
-    if wanted and clock.off_since:
-        clock.off_s += time.monotonic() - clock.off_since
-        clock.off_since = 0.0
-    elif not wanted and not clock.off_since:
-        clock.off_since = time.monotonic()
+    load.clock = (lambda: -math.inf) if off_s is None else (lambda: time.monotonic() - off_s)
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ kept), so the first one alone samples.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,12 +141,16 @@ class SampledStep:
 
 
 class ExpertLoad:
-    """The load of the routers of all versions that a worker has."""
+    """The load of the routers of all versions that a worker has.
+
+    Attributes:
+        clock: the time in seconds by which a step is due to be sampled.
+    """
 
     def __init__(self) -> None:
         self._versions: dict[int, _Counted] = {}
         self._step: SampledStep | None = None
-        self.clock = time.monotonic
+        self.clock: Callable[[], float] = time.monotonic
         self._not_before = 0.0
 
     def add(self, version: int, routers: Routers) -> None:
