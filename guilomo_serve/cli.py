@@ -16,11 +16,14 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from guilomo_serve.adapter import AdapterError, BaseModel, is_guilomo_adapter, read_adapter
 from guilomo_serve.catalogue import Settings, check_name, command
 from guilomo_serve.catalogue.remote import Address, is_address
 from guilomo_serve.catalogue.settings import ADMIN_KEY
 from guilomo_serve.catalogue.sources import storage_class
+from guilomo_serve.precision import half_precision_is_slow
 
 # Storage is ragged, so slots and ranks cost nothing until an adapter fills them. Twice the
 # adapters at start: while a name is swapped its old version still has requests.
@@ -269,13 +272,15 @@ def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> li
             else:
                 _check_plain(name, folder)
     else:
-        _check_base(base, flags)
+        config = _vllm_config(base, flags)
     command = ["serve", base, *flags, "--enable-lora"]
     if not _value_of(flags, "--max-loras"):
         command += ["--max-loras", str(max(_MIN_SLOTS, 2 * len(folders)))]
     if not _value_of(flags, "--max-lora-rank"):
         command += ["--max-lora-rank", str(_MAX_RANK)]
-    if _on_cuda() and "--enforce-eager" not in flags:
+    if half_precision_is_slow() and not (_value_of(flags, "--dtype") or _quantized(config, flags)):
+        command += ["--dtype", "float32"]
+    if torch.cuda.is_available() and "--enforce-eager" not in flags:
         command.append("--enforce-eager")
     if folders:
         modules = [json.dumps({"name": n, "path": str(f)}) for n, f in folders.items()]
@@ -349,10 +354,11 @@ def _base_config(base: str, flags: Sequence[str]) -> Any:
         raise UsageError(f"{base}: no model can be read there: {e}") from None
 
 
-def _check_base(base: str, flags: Sequence[str]) -> None:
-    """Refuses a base that vLLM would not find; it says so itself, below a traceback.
+def _vllm_config(base: str, flags: Sequence[str]) -> Any:
+    """The config of a base without adapters; vLLM may serve one that transformers does not know.
 
-    vLLM is asked, as it may serve what transformers does not know while no adapter is given.
+    None where vLLM fetches it later. A base that vLLM would not find is refused here, since vLLM
+    says so below a traceback.
     """
     from vllm.transformers_utils.config import get_config
     from vllm.transformers_utils.utils import is_cloud_storage
@@ -360,10 +366,10 @@ def _check_base(base: str, flags: Sequence[str]) -> None:
     def given(flag: str, default: str | None = None) -> str | None:
         return next(iter(_value_of(flags, flag)), default)
 
-    if is_cloud_storage(base):  # vLLM fetches the config from there first
-        return
+    if is_cloud_storage(base):
+        return None
     try:
-        get_config(
+        return get_config(
             given("--hf-config-path", base),
             "--trust-remote-code" in flags,
             given("--revision"),
@@ -374,6 +380,12 @@ def _check_base(base: str, flags: Sequence[str]) -> None:
     except Exception as e:  # of several libraries
         reason = " ".join(str(e).split())
         raise UsageError(f"{base}: no model can be read there: {reason}") from None
+
+
+def _quantized(config: Any, flags: Sequence[str]) -> bool:
+    """Whether the base is quantised; most kinds of it take half precision alone."""
+    asked = any(_value_of(flags, flag) for flag in ("--quantization", "-q"))
+    return asked or getattr(config, "quantization_config", None) is not None
 
 
 def _check_plain(name: str, folder: Path) -> None:
@@ -402,12 +414,6 @@ def _check_plugin() -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "guilomo" not in allowed.split(","):
         raise UsageError(f"VLLM_PLUGINS is {allowed!r}, which keeps guilomo out: add guilomo to it")
-
-
-def _on_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

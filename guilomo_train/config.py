@@ -46,7 +46,9 @@ class CommonConfig:
     top_k: int = option(2, "Experts that a token uses in a layer.")
     lora_alpha: float = option(16.0, "Every expert is scaled by lora_alpha / max_rank.")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "Precision of the base model; auto is the one it is stored in."
+        "auto",
+        "Precision of the base model; auto is the one it is stored in, or float32 on a CPU without "
+        "AVX-512, which is many times faster there.",
     )
     quantize: Literal["none", "4bit", "8bit"] = option(
         "none", "Load the base's linear layers quantised, by bitsandbytes; the adapter is not."

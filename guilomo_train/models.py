@@ -23,6 +23,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from guilomo_serve.adapter import BaseModel
+from guilomo_serve.precision import half_precision_is_slow
 from guilomo_train.errors import BaseError, ConfigError
 from guilomo_train.limits import enough_memory
 from guilomo_train.lora_moe import LoraMoeConfig
@@ -100,7 +101,8 @@ def load_base(
 
     Args:
         name: folder or hub name.
-        dtype: precision of what is not quantised; "auto" is the one it is stored in.
+        dtype: precision of what is not quantised; "auto" is the one it is stored in, or float32
+            on a CPU that is slow in half precision.
         quantize: "4bit" (NF4, as in QLoRA) or "8bit" loads the linear layers quantised.
         sharded: each process keeps a part of every weight alone (PyTorch's FSDP2, by transformers'
             own plan for the architecture) and gathers a layer while it computes. All processes
@@ -113,6 +115,8 @@ def load_base(
         OutOfMemoryError: it does not fit.
     """
     device = processes().device  # quantised weights cannot be moved there later
+    if dtype == "auto" and half_precision_is_slow():
+        dtype = "float32"
     try:
         with enough_memory("loading the base", "give --dtype bfloat16 or --quantize 4bit"):
             model = AutoModelForCausalLM.from_pretrained(

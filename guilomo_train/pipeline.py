@@ -105,6 +105,7 @@ class Run:
             "train_rows": len(self.train),
             "inputs": {
                 "rows of --train": describe_rows(self.train),
+                "dtype": str(self.base.model.dtype).removeprefix("torch."),  # what auto was
                 "number of processes": processes().num_processes,
             },
             "versions": versions(*PACKAGES),

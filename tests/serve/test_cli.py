@@ -1,11 +1,16 @@
 """`guilomo-serve` refuses before vLLM starts, with one message; and passes vLLM's flags on."""
 
 import json
+import platform
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
 from guilomo_serve import cli
 from guilomo_serve.adapter import CONFIG_FILE
+from guilomo_serve.precision import half_precision_is_slow
 from tests.serve.helpers import random_lora
 
 
@@ -86,6 +91,37 @@ def test_flags_are_passed_on_and_ours_give_way(tiny_model, adapters):
     assert "--max-loras" not in command
     module = json.loads(command[command.index("--lora-modules") + 1])
     assert module == {"name": "a", "path": str(adapters["first"])}
+
+
+def test_a_cpu_that_is_slow_in_half_precision_gets_float32(
+    tiny_model, adapters, monkeypatch, tmp_path
+):
+    def dtype(base, *flags, adapter=()):
+        command = cli.vllm_command(str(base), adapter, flags)
+        return command[command.index("--dtype") + 1] if "--dtype" in command else None
+
+    quantized = tmp_path / "quantized"
+    shutil.copytree(tiny_model, quantized)
+    config = json.loads((quantized / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (quantized / "config.json").write_text(json.dumps(config))
+
+    monkeypatch.setattr(cli, "half_precision_is_slow", lambda: True)
+    assert dtype(tiny_model) == "float32"
+    assert dtype(tiny_model, adapter=[f"a={adapters['first']}"]) == "float32"
+    assert dtype(tiny_model, "--dtype", "bfloat16") == "bfloat16"
+    assert dtype(tiny_model, "--dtype=half") is None, "as it was given"
+    assert dtype(tiny_model, "-q", "fp8") is None
+    assert dtype(quantized) is None
+    monkeypatch.setattr(cli, "half_precision_is_slow", lambda: False)
+    assert dtype(tiny_model) is None
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="asks an x86 CPU what it can")
+def test_a_cpu_is_slow_in_half_precision_without_its_instructions():
+    flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+    fast = torch.cuda.is_available() or {"avx512f", "avx_ne_convert"} & set(flags)
+    assert half_precision_is_slow() != bool(fast)
 
 
 def test_a_plugin_that_would_not_load_is_an_error(tiny_model, monkeypatch, capsys):

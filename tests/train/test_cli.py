@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from guilomo_serve.adapter import read_adapter
+from guilomo_train import models
 from guilomo_train.cli import main
+from guilomo_train.models import load_base
 
 ROWS = [{"prompt": f"number {i}", "completion": "odd" if i % 2 else "even"} for i in range(48)]
 
@@ -118,6 +122,30 @@ def test_run_makes_an_adapter_and_the_same_seed_makes_the_same(
     assert call("inspect", "--path", tuned / "adapter", "--png", tmp_path / "map.png") == 0
     assert "14 modules" in capsys.readouterr().out
     assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+def test_a_half_precision_base_is_loaded_as_this_machine_is_fast(
+    tiny_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(tiny_base).bfloat16().save_pretrained(half)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(half)
+    found = {}
+    for is_slow in (True, False):
+        monkeypatch.setattr(models, "half_precision_is_slow", lambda slow=is_slow: slow)
+        found[is_slow] = [
+            load_base(str(half), dtype).model.dtype for dtype in ("auto", "float32", "bfloat16")
+        ]
+    assert found[True] == [torch.float32, torch.float32, torch.bfloat16]
+    assert found[False] == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+    # A run that goes on elsewhere must not go on in another precision.
+    search = ["search", *settings(half, data, tmp_path / "out"), "--search_epochs", 0.2]
+    assert call(*search) == 0
+    monkeypatch.setattr(models, "half_precision_is_slow", lambda: True)
+    assert call(*search, "--resume") == 2
+    assert "--resume: dtype is 'float32', but" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
