@@ -62,10 +62,13 @@ def report(result: Mapping[str, Any], args: argparse.Namespace, out: Path | None
 
 
 def machine() -> dict[str, Any]:
-    """CPU name, usable cores, memory in GiB and GPU name (None without one)."""
+    """CPU name and vector width, usable cores, memory in GiB, and GPU name (None without one)."""
+    import torch
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": _cpu_name(),
+        "simd": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / 2**30, 1),
         "gpu": _gpu_name(),
