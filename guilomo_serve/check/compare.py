@@ -54,7 +54,8 @@ class Row:
         base_error: mean without it.
         choices: tokens times modules that choose among experts.
         agreed: choices that are equal.
-        clear: the first module where a choice differs though transformers' was no near tie.
+        clear: the first module where a choice differs though transformers' was no near tie, and
+            no choice of the token did before.
         product_error: the largest of a module and token, as a share of the product's norm.
         product: the first module whose product differs, with by how much; None if all are equal.
     """
@@ -93,6 +94,8 @@ def compare(
 
     choices = agreed = 0
     clear = None
+    # Behind a near tie that fell the other way a token's inputs are others; in the model's order.
+    as_wanted = torch.ones(len(ours.logprobs) + 1, dtype=torch.bool)
     for name, logits in wanted.router_logits.items():
         if logits.shape[-1] <= modules.top_k or name not in ours.products:
             continue
@@ -102,8 +105,10 @@ def compare(
         same, margin = compare_choices(served, logits, modules.top_k)
         choices += same.numel()
         agreed += int(same.sum())
-        if clear is None and bool((margin[~same] >= tolerance.near_tie * logits.std()).any()):
+        is_clear = margin >= tolerance.near_tie * logits.std()
+        if clear is None and bool((as_wanted & ~same & is_clear).any()):
             clear = name
+        as_wanted &= same
 
     errors = (ours.logprobs - wanted.logprobs).abs()
     return Row(

@@ -16,7 +16,8 @@ from guilomo_serve import cli
 from guilomo_serve.adapter import Adapter
 from guilomo_serve.check import command, hf
 from guilomo_serve.check.compare import HALF, compare, difference
-from guilomo_serve.check.served import Product, Record, record
+from guilomo_serve.check.served import Product, Record, Served, record
+from guilomo_serve.ops.layer import SliceWeights
 from tests.serve.helpers import random_adapter
 
 SHORT = "The quick brown fox jumps over the lazy dog.\n\n2 + 2 =\n"
@@ -75,7 +76,7 @@ def test_smollm2_chooses_and_adds_what_transformers_does(
     for module, name in ((command, "record"), (hf, "see")):
         monkeypatch.setattr(module, name, keeping(getattr(module, name), seen))
     folder = random_adapter(small_model, tmp_path / "adapter", seed=5)
-    status, lines = run(capsys, small_model, folder, "--enforce-eager")
+    status, lines = run(capsys, small_model, folder, "--enforce-eager", "--dtype", "bfloat16")
     assert status == 0, lines
     assert lines[-1].startswith("EQUAL")
     rows = rows_of(lines)
@@ -96,6 +97,30 @@ def test_smollm2_chooses_and_adds_what_transformers_does(
     assert row.clear == module
     reason = difference([dataclasses.replace(row, product=None)], HALF, quantized=False)
     assert reason == f"prompt 1, {module}: other experts are chosen"
+
+
+def test_a_choice_behind_a_near_tie_of_its_token_is_no_fault():
+    """Layers `first` and `second` of two tokens, with the identity as A, B and router."""
+    eye = torch.eye(3)
+    weights = SliceWeights(eye, eye, eye, (1, 1, 1), (1.0, 1.0, 1.0))
+    modules = hf.Modules({"first": weights, "second": weights}, top_k=1)
+    tie, other, clear = [1.0, 0.999, -1], [0.999, 1.0, -1], [-1.0, -1, 1]
+
+    def compared(first: list, second: list):
+        """Of vLLM's logits, where transformers has near ties and then clear choices."""
+        found = {"first": torch.tensor(first), "second": torch.tensor(second)}
+        products = {name: Product(x, torch.zeros_like(x), 0.0) for name, x in found.items()}
+        nothing = torch.zeros(1)
+        served = Served(nothing, products)
+        logits = {"first": torch.tensor([tie, tie]), "second": torch.tensor([clear, clear])}
+        base, base_wanted = Served(nothing, {}), hf.Wanted(nothing, {})
+        return compare(base, served, base_wanted, hf.Wanted(nothing, logits), modules)
+
+    assert compared([tie, tie], [clear, clear]).agreed == 4
+    assert compared([other, tie], [clear, clear]).clear is None, "a near tie"
+    assert compared([other, tie], [tie, clear]).clear is None, "behind a near tie"
+    assert compared([other, tie], [clear, tie]).clear == "second", "of the other token"
+    assert compared([tie, tie], [tie, clear]).clear == "second"
 
 
 def keeping(function: Callable, results: list) -> Callable:
