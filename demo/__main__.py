@@ -31,7 +31,7 @@ from demo.tasks import TASKS, Row, Task, write_rows
 BASE = Path(".cache/smollm2-135m-instruct")
 FOLDER = Path("runs/demo")
 SEED = 0
-TRAIN_ROWS, TEST_ROWS = 240, 30
+TRAIN_ROWS, TEST_ROWS = 240, 20
 # Three to six minutes a task on two cores, with and without AVX-512. Small batches: more steps of
 # the few rows.
 SEARCH_EPOCHS, EPOCHS, BATCH_SIZE = 0.4, 1.25, 4
