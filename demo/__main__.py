@@ -32,8 +32,7 @@ BASE = Path(".cache/smollm2-135m-instruct")
 FOLDER = Path("runs/demo")
 SEED = 0
 TRAIN_ROWS, TEST_ROWS = 240, 20
-# Three to six minutes a task on two cores, with and without AVX-512. Small batches: more steps of
-# the few rows.
+# About five minutes a task on two cores without AVX-512. Small batches: more steps of the few rows.
 SEARCH_EPOCHS, EPOCHS, BATCH_SIZE = 0.4, 1.25, 4
 SHOWN_QUESTIONS = 4
 MAX_TOKENS = 32  # the longest answer of the two tasks has 30

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 
-@functools.cache
 def half_precision_is_slow() -> bool:
     """Whether float32 is many times as fast here as bfloat16 and float16.
 
@@ -16,7 +13,6 @@ def half_precision_is_slow() -> bool:
     as long as float32's.
     """
     can = torch.cpu.get_capabilities()
-    of_x86 = can["architecture"] in ("x86_64", "amd64")
-    return of_x86 and not (
-        torch.cuda.is_available() or can["avx512_f"] or can.get("avx_ne_convert", False)
+    return can["architecture"] == "x86_64" and not (
+        torch.cuda.is_available() or can["avx512_f"] or can["avx_ne_convert"]
     )
