@@ -297,9 +297,8 @@ def test_plain_vllm_serve_in_compiled_mode(tiny_model, adapters, tmp_path):
 def test_bfloat16_model_is_as_close_to_transformers_as_its_base(small_model, tmp_path):
     """SmolLM2 in bfloat16: an adapter adds no error beyond the base model's own rounding."""
     folder = random_adapter(small_model, tmp_path / "adapter", seed=5, change=_quieter)
-    command = guilomo_serve(
-        small_model, {"adapter": folder}, "--enforce-eager", "--served-model-name", "base"
-    )
+    flags = ("--dtype", "bfloat16", "--enforce-eager", "--served-model-name", "base")
+    command = guilomo_serve(small_model, {"adapter": folder}, *flags)
     errors = {}
     with serving(command, tmp_path / "log") as server:
         for name, adapter in {"base": None, "adapter": folder}.items():
