@@ -8,9 +8,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from guilomo_serve.precision import half_precision_is_slow
+
 
 def start(model: str, requests: int, prompt_tokens: int, **settings: Any) -> Any:
-    """vLLM's `LLM`, in eager mode and without prefix cache.
+    """vLLM's `LLM`, in eager mode, without prefix cache, in the precision of `guilomo-serve`.
 
     Args:
         model: the base model.
@@ -23,6 +25,7 @@ def start(model: str, requests: int, prompt_tokens: int, **settings: Any) -> Any
 
     return LLM(
         model,
+        dtype="float32" if half_precision_is_slow() else "auto",
         enforce_eager=True,
         enable_prefix_caching=False,
         max_model_len=512,
