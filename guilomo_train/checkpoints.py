@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 
-from guilomo_train.config import WITHOUT_EFFECT
+from guilomo_serve.adapter import Adapter
+from guilomo_train.config import FRESH, WITHOUT_EFFECT
 from guilomo_train.errors import OutputError, ResumeError
 from guilomo_train.limits import replace_file, writing
 from guilomo_train.search.allocation import Allocation
@@ -117,8 +119,17 @@ def describe_allocation(allocation: Allocation) -> str:
     return f"{allocation.total_experts} experts, sha256 {_digest([ranks])}"
 
 
-def _digest(texts: Iterable[str]) -> str:
+def describe_start(start: Adapter | None) -> str:
+    """A short text that tells the weights that a fine-tuning begins with from others."""
+    if start is None:
+        return FRESH
+    tensors = (t for w in start.weights.values() for t in (w.lora_a, w.lora_b, w.router))
+    raw = (t.view(torch.uint8).numpy().tobytes() for t in tensors if t is not None)
+    return f"an adapter's weights, sha256 {_digest(raw)}"
+
+
+def _digest(texts: Iterable[str | bytes]) -> str:
     digest = hashlib.sha256()
     for text in texts:
-        digest.update(text.encode())
+        digest.update(text.encode() if isinstance(text, str) else text)
     return digest.hexdigest()[:16]

@@ -27,7 +27,7 @@ from torch.distributed import TCPStore
 from transformers import HfArgumentParser
 
 import guilomo_serve
-from guilomo_serve.adapter import AdapterError, read_spec
+from guilomo_serve.adapter import AdapterError, BaseModel, read_adapter, read_spec
 from guilomo_train.config import (
     BaselineConfig,
     CommonConfig,
@@ -52,6 +52,20 @@ class AllocationOption:
     """The allocation to fine-tune."""
 
     allocation: str = field(metadata={"help": "allocation.json of a search."})
+    start: str | None = option(
+        None,
+        "Adapter of that allocation to start from, such as the folder `start` of a search; by "
+        "default fresh weights.",
+    )
+
+
+@dataclass
+class FreshOption:
+    """What a searched allocation is fine-tuned from."""
+
+    fresh: bool = option(
+        False, "Fine-tune from fresh weights, as in the paper, not from those of the search."
+    )
 
 
 @dataclass
@@ -116,8 +130,11 @@ def _finetune(
     from guilomo_train.pipeline import Run
 
     run = Run("finetune", common)
+    start = None
+    if chosen.start is not None:
+        start = read_adapter(chosen.start, BaseModel.from_module(run.base.model))
     rows = _held_out(run, held_out, evaluation)
-    result = run.finetune(allocation, config, None)
+    result = run.finetune(allocation, config, None, start)
     if rows is not None:
         run.evaluate(result, rows, evaluation)
     run.finish()
@@ -126,6 +143,7 @@ def _finetune(
 def _run(
     common: CommonConfig,
     search: SearchConfig,
+    chosen: FreshOption,
     finetune: FinetuneConfig,
     held_out: HeldOutOption,
     evaluation: EvalConfig,
@@ -135,7 +153,8 @@ def _run(
     run = Run("run", common)
     rows = _held_out(run, held_out, evaluation)
     found = run.search(search)
-    result = run.finetune(found.allocation, finetune, found.record)
+    start = None if chosen.fresh else found.adapter
+    result = run.finetune(found.allocation, finetune, found.record, start)
     if rows is not None:
         run.evaluate(result, rows, evaluation)
     run.finish()
@@ -216,7 +235,7 @@ COMMANDS = {
     ),
     "run": Command(
         "search, fine-tune and evaluate",
-        (CommonConfig, SearchConfig, FinetuneConfig, HeldOutOption, EvalConfig),
+        (CommonConfig, SearchConfig, FreshOption, FinetuneConfig, HeldOutOption, EvalConfig),
         _run,
     ),
     "eval": Command("score an adapter by its answers", (EvalOptions, EvalConfig), _eval),

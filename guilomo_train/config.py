@@ -12,6 +12,9 @@ from guilomo_train.errors import ConfigError
 WITHOUT_EFFECT = frozenset(
     {"output", "save_steps", "resume", "report_to", "gradient_checkpointing"}
 )
+FRESH = (
+    "fresh weights"  # in a run's record: what a fine-tuning began with, where no adapter was given
+)
 
 
 def option(default: Any, text: str) -> Any:

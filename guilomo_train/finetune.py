@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig
 
-from guilomo_serve.adapter import Adapter, AdapterSpec, BaseFingerprint, ModuleWeights
+from guilomo_serve.adapter import Adapter, AdapterSpec, BaseFingerprint, Expert, ModuleWeights
 from guilomo_train.checkpoints import KEPT, Checkpointing
 from guilomo_train.config import CommonConfig, FinetuneConfig
-from guilomo_train.errors import DivergedError
+from guilomo_train.errors import ConfigError, DivergedError
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.models import Base, unsharded_state, with_adapter
 from guilomo_train.search.allocation import Allocation
@@ -48,6 +49,7 @@ def finetune(
     config: FinetuneConfig,
     work: Path,
     search_record: dict[str, Any] | None = None,
+    start: Adapter | None = None,
     checkpointing: Checkpointing | None = None,
 ) -> FinetuneResult:
     """Trains the adapter of an allocation.
@@ -59,11 +61,12 @@ def finetune(
         common, config: the settings.
         work: a folder for the trainer's files, checkpoints among them.
         search_record: how the allocation was found; it is written into the adapter.
+        start: an adapter of this allocation whose weights to begin with; None for fresh ones.
         checkpointing: how often, and where to go on; None for no checkpoints.
 
     Raises:
         DivergedError: the loss is not finite.
-        ConfigError: the allocation names a module that the base lacks.
+        ConfigError: the allocation names a module that the base lacks, or `start` has another one.
     """
     started = time.monotonic()
     torch.manual_seed(common.seed)
@@ -80,6 +83,8 @@ def finetune(
         search=search_record,
     )
     model = with_adapter(base.model, peft_config)
+    if start is not None:
+        _start_from(model, start)
     trainer = LoraMoeTrainer(
         model=model,
         args=training_arguments(
@@ -110,6 +115,37 @@ def finetune(
         "routers": {module: figures.to_json() for module, figures in trainer.routers().items()},
     }
     return FinetuneResult(adapter, model, seconds, loss, history)
+
+
+def _start_from(model: PeftModel, start: Adapter) -> None:
+    """Puts an adapter's weights into the model's new one, which has to have the same experts."""
+    name = model.active_adapter
+    config, theirs = model.peft_config[name], start.spec.experts
+    if config.top_k != start.spec.top_k:
+        raise ConfigError(f"--start: its top_k is {start.spec.top_k}, expected {config.top_k}")
+    if config.experts.keys() != theirs.keys():
+        module = sorted(config.experts.keys() ^ theirs.keys())[0]
+        where = "only the adapter" if module in theirs else "only the allocation"
+        raise ConfigError(f"--start: {where} has {module}, expected the modules of the allocation")
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules()}
+    for module, weights in start.weights.items():
+        expected = config.experts_of(module)
+        if theirs[module] != expected:
+            raise ConfigError(
+                f"--start: the experts of {module} are {_short(theirs[module])}, expected those of "
+                f"the allocation and --lora_alpha, {_short(expected)}"
+            )
+        layer = layers[module]
+        with torch.no_grad():
+            layer.lora_A[name].weight.copy_(weights.lora_a)
+            layer.lora_B[name].weight.copy_(weights.lora_b)
+            if weights.router is not None:
+                layer.router[name].weight.copy_(weights.router)
+
+
+def _short(experts: Sequence[Expert]) -> str:
+    scaling = ", ".join(f"{s:g}" for s in sorted({e.scaling for e in experts}))
+    return f"of rank {', '.join(str(e.rank) for e in experts)} (scaling {scaling})"
 
 
 def adapter_of(model: PeftModel) -> Adapter:

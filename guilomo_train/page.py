@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from guilomo_serve.adapter import read_spec
-from guilomo_train.config import WITHOUT_EFFECT
+from guilomo_train.config import FRESH, WITHOUT_EFFECT
 from guilomo_train.errors import ConfigError
 from guilomo_train.health import DEAD
 from guilomo_train.limits import replace_file
@@ -57,6 +57,13 @@ class Finished:
     @property
     def name(self) -> str:
         return self.folder.resolve().name
+
+    @property
+    def start(self) -> str:
+        """What its fine-tuning began with."""
+        if self.record["inputs"].get("start", FRESH) == FRESH:
+            return FRESH
+        return "the search's weights" if "search" in self.record else "an adapter's weights"
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -143,8 +150,8 @@ def _summary(run: Finished, other: Finished | None) -> str:
         lines.append("- **Search.** None in this run: the allocation was given.")
     if "fine-tuning" in seconds:
         lines.append(
-            f"- **Fine-tuning.** {_duration(seconds['fine-tuning'])}; NLL at the end "
-            f"{run.final_nll():.4f} a token on training rows."
+            f"- **Fine-tuning.** {_duration(seconds['fine-tuning'])} from {run.start}; NLL at the "
+            f"end {run.final_nll():.4f} a token on training rows."
         )
     if "scores" in record:
         scores = record["scores"]
@@ -213,6 +220,8 @@ def _differences(run: Finished, other: Finished) -> str:
             there = theirs.get(stage, {}).get(key, value)
             if there != value and key not in WITHOUT_EFFECT:
                 found.append(f"`{key}` is {value} here and {there} there")
+    if run.start != other.start:
+        found.append(f"fine-tuning began with {run.start} here and {other.start} there")
     return ", ".join(found)
 
 

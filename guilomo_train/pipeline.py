@@ -3,6 +3,7 @@
 <output>/allocation.json   the allocation a search found
 <output>/allocation.png    its heat map
 <output>/selection.safetensors    the selection vectors it was read off
+<output>/start/            the adapter as the search left it, where fine-tuning starts
 <output>/adapter/          the adapter folder
 <output>/history.json      losses, router health and allocations over the steps; which rows of an
                            evaluation were answered right
@@ -30,13 +31,14 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save
 
-from guilomo_serve.adapter import BaseModel, read_adapter, write_adapter
+from guilomo_serve.adapter import Adapter, BaseModel, read_adapter, write_adapter
 from guilomo_train.checkpoints import (
     Checkpointing,
     check_same,
     checkpoints,
     describe_allocation,
     describe_rows,
+    describe_start,
     half_written,
     made_with,
 )
@@ -56,6 +58,7 @@ from guilomo_train.versions import versions
 ALLOCATION_FILE = "allocation.json"
 PICTURE_FILE = "allocation.png"
 SELECTION_FILE = "selection.safetensors"
+START_FOLDER = "start"
 ADAPTER_FOLDER = "adapter"
 CHECKPOINT_FOLDER = "checkpoints"
 # Their versions decide what a run results in.
@@ -112,12 +115,13 @@ class Run:
         }
 
     def search(self, config: SearchConfig) -> SearchResult:
-        """Searches an allocation and writes it with its picture."""
+        """Searches an allocation and writes it, with its picture and the search's weights."""
         if self._finished("search", config):
             say(f"search: finished before, going on with {self.output / ALLOCATION_FILE}")
             self._note("search", {})
             return SearchResult(
                 Allocation.load(self.output / ALLOCATION_FILE),
+                read_adapter(self.output / START_FOLDER, BaseModel.from_module(self.base.model)),
                 load_file(self.output / SELECTION_FILE),
                 self.record["search"]["seconds"],
                 self.record["search"],
@@ -146,6 +150,7 @@ class Run:
             heat_map(result.allocation, self.output / PICTURE_FILE)
             with replace_file(self.output / SELECTION_FILE) as partial:
                 partial.write_bytes(save(result.vectors))  # save_file's are for their owner alone
+            self._write_adapter(result.adapter, START_FOLDER, None)
             print(table(result.allocation))
         say(f"search took {result.seconds:.0f} s: {self.output / ALLOCATION_FILE}")
         facts = {"search": result.record, **self._sizes(result.allocation)}
@@ -153,10 +158,15 @@ class Run:
         return result
 
     def finetune(
-        self, allocation: Allocation, config: FinetuneConfig, search_record: dict[str, Any] | None
+        self,
+        allocation: Allocation,
+        config: FinetuneConfig,
+        search_record: dict[str, Any] | None,
+        start: Adapter | None,
     ) -> FinetuneResult:
-        """Trains the adapter and writes its folder."""
+        """Trains the adapter, from the weights of `start` or fresh ones, and writes its folder."""
         self.record["inputs"]["allocation"] = describe_allocation(allocation)
+        self.record["inputs"]["start"] = describe_start(start)
         if self._finished("finetune", config):
             folder = self.output / ADAPTER_FOLDER
             say(f"fine-tuning: finished before, going on with {folder}")
@@ -173,9 +183,9 @@ class Run:
         with enough_memory("fine-tuning", self._less_memory(batch)):
             result = finetune(
                 self.base, self.train, allocation, self.common, config, work, search_record,
-                checkpointing,
+                start, checkpointing,
             )  # fmt: skip
-        self._write_adapter(result, None)
+        self._write_adapter(result.adapter, ADAPTER_FOLDER, None)
         say(f"fine-tuning took {result.seconds:.0f} s: {self.output / ADAPTER_FOLDER}")
         facts = {
             "finetune_seconds": round(result.seconds, 1),
@@ -200,7 +210,7 @@ class Run:
             model = PeftModel.from_pretrained(whole, self.output / ADAPTER_FOLDER)
         with enough_memory("the evaluation", less_memory(config)):
             scores, texts = evaluate(model, self.base.tokenizer, rows, config)
-        self._write_adapter(result, scores)
+        self._write_adapter(result.adapter, ADAPTER_FOLDER, scores)
         print(score_line(scores))
         completions = [completion_text(row["completion"]) for row in rows]
         by_row = hits(texts, completions, rows["answer"])
@@ -282,19 +292,19 @@ class Run:
             remedy += ", or give --gradient_checkpointing"
         return remedy if common.quantize == "4bit" else f"{remedy}, or --quantize 4bit"
 
-    def _write_adapter(self, result: FinetuneResult, scores: Scores | None) -> None:
+    def _write_adapter(self, adapter: Adapter, folder: str, scores: Scores | None) -> None:
         if not self.writes:
             return
-        spec = result.adapter.spec
+        spec = adapter.spec
         parameters = sum(
             t.numel()
-            for w in result.adapter.weights.values()
+            for w in adapter.weights.values()
             for t in (w.lora_a, w.lora_b, w.router)
             if t is not None
         )
         data = f"{self.common.train} ({len(self.train)} rows)"
         card = model_card(spec, data, parameters, scores.to_json() if scores else None)
-        write_adapter(result.adapter, self.output / ADAPTER_FOLDER, card)
+        write_adapter(adapter, self.output / folder, card)
 
     def _sizes(self, allocation: Allocation) -> dict[str, int]:
         modules = tuple(allocation.ranks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from guilomo_serve.adapter import BaseModel
+from guilomo_serve.adapter import Adapter, BaseModel, ModuleWeights
 from guilomo_train.batches import Batches, with_blank
 from guilomo_train.checkpoints import Checkpointing
 from guilomo_train.config import CommonConfig, SearchConfig
 from guilomo_train.data import split_validation
 from guilomo_train.errors import ConfigError
-from guilomo_train.finetune import log_callbacks, training_arguments
+from guilomo_train.finetune import adapter_of, log_callbacks, training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.models import Base, with_adapter
 from guilomo_train.search.allocation import Allocation
@@ -42,12 +42,14 @@ SNAPSHOTS = 100  # of the allocation while a search runs, about
 class SearchResult:
     """What a search found and what it took.
 
-    `record` goes into the adapter's config: method, seed, steps, seconds. `vectors` are the
-    selection vectors that the allocation is read off. `history` has the modules, and the trainer's
-    log, in which `total_ranks` is the allocation of that time: a total rank for each module.
+    `adapter` has the weights as the search left them, those of the allocation alone. `record` goes
+    into the adapter's config: method, seed, steps, seconds. `vectors` are the selection vectors
+    that the allocation is read off. `history` has the modules, and the trainer's log, in which
+    `total_ranks` is the allocation of that time: a total rank for each module.
     """
 
     allocation: Allocation
+    adapter: Adapter
     vectors: dict[str, torch.Tensor]
     seconds: float
     record: dict[str, Any]
@@ -238,6 +240,7 @@ def search(
         callbacks=log_callbacks(common, "search"),
     )
     trainer.train()
+    largest = adapter_of(model)
     base.model = model.unload()
     allocation = trainer.upper.selection.allocation()
     vectors = {k: v.detach().cpu() for k, v in trainer.upper.selection.state_dict().items()}
@@ -256,7 +259,35 @@ def search(
         "max_rank": config.max_rank,
     }
     history = {"modules": list(space.linears), "log": trainer.state.log_history}
-    return SearchResult(allocation, vectors, seconds, record, history)
+    adapter = cut(largest, allocation)
+    adapter = replace(adapter, spec=replace(adapter.spec, search=record))
+    return SearchResult(allocation, adapter, vectors, seconds, record, history)
+
+
+def cut(adapter: Adapter, allocation: Allocation) -> Adapter:
+    """Of an adapter with the largest counts everywhere, the part that an allocation names.
+
+    A count's mask has the first experts, and the first rank rows of each: this computes what the
+    layers of a search compute under the allocation's masks.
+
+    Args:
+        adapter: its experts all have the rank `allocation.max_rank`.
+        allocation: of the same modules.
+    """
+    weights = {}
+    for module, ranks in allocation.ranks.items():
+        whole = adapter.weights[module]
+        begins = [e * allocation.max_rank for e in range(len(ranks))]
+        rows = torch.cat([torch.arange(b, b + r) for b, r in zip(begins, ranks, strict=True)])
+        weights[module] = ModuleWeights(
+            lora_a=whole.lora_a[rows],
+            lora_b=whole.lora_b[:, rows].contiguous(),
+            router=whole.router[: len(ranks)].clone()
+            if whole.router is not None and len(ranks) > 1
+            else None,
+        )
+    experts = allocation.experts(adapter.spec.lora_alpha)
+    return Adapter(replace(adapter.spec, experts=experts), weights)
 
 
 def search_budget(space: SearchSpace, budget: str | None, base_parameters: int) -> int:

@@ -105,6 +105,7 @@ def test_the_page_says_what_the_run_cost_and_saved(run: Path, tiny_base: Path) -
     seconds = record["search"]["seconds"], record["finetune_seconds"]
     assert f"{seconds[0] / sum(seconds):.0%} of search and fine-tuning together" in page
     assert "**Evaluation.** 8 rows: exact match" in page
+    assert re.search(r"\*\*Fine-tuning.\*\* \d+ s from the search's weights;", page)
     assert "**Control.** None given" in page
     for layer in grid(allocation)[0]:
         assert re.search(rf"^\| {layer} \| \d+ \| 0\.\d+ \| \d", page, re.MULTILINE)
@@ -129,6 +130,7 @@ def test_a_control_is_compared_in_what_both_have(
         f"| parameters | {ours['parameters']:,} | {theirs['parameters']:,} | {share:+.2%} |" in page
     )
     assert "`balance_coefficient` is 0.01 here and 0.0 there" in page
+    assert "fine-tuning began with the search's weights here and fresh weights there" in page
     assert "None given" not in page
     assert theirs["scores"]["rows"] == 16
     assert "`eval_rows` is 8 here and 16 there" in page

@@ -104,6 +104,8 @@ def test_a_run_killed_in_both_stages_and_resumed_equals_an_uninterrupted_one(
     assert (broken / "allocation.json").exists()
     assert not (broken / "run.json").exists()
     searched = (broken / "allocation.json").stat().st_mtime_ns
+    assert main([*arguments, "--resume", "--fresh"]) == 2
+    assert "--resume: start is 'fresh weights', but" in capsys.readouterr().err.splitlines()[-1]
     changed = ["--save_steps", "5", "--gradient_checkpointing"]  # which have no effect on a result
     assert main([*arguments, "--resume", *changed]) == 0
     said = capsys.readouterr().err
