@@ -4,8 +4,10 @@
 
 Both files have a prompt, completion and answer a line. For each seed: `guilomo-train search`
 finds an allocation, `guilomo-train baseline` makes controls with as many parameters, and each of
-them is fine-tuned with the same rows, steps and seed, then scored on the test rows by generated
-answers. A seed draws the rows too, so `ahead` is the mean of differences by seed.
+them is fine-tuned from fresh weights with the same rows and seed, then scored on the test rows by
+generated answers. `run` is the searched allocation fine-tuned from the weights of its search, as
+`guilomo-train run` does; `--control-epochs` gives the controls the time that the search took. A
+seed draws the rows too, so differences are taken by seed.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ def main() -> None:
     parser = task_parser(__doc__, epochs=1.0)
     parser.add_argument("--budget", help="as of guilomo-train search")
     parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=list(CONTROLS))
+    parser.add_argument("--control-epochs", type=float, help="instead of --epochs, for controls")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
 
@@ -42,8 +45,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
             work = Path(folder) / str(seed)
-            for name, allocation in allocations(args, seed, work).items():
-                run = fine_tuned(args, seed, allocation, work / f"{name}-run")
+            for name, (allocation, *more) in allocations(args, seed, work).items():
+                run = fine_tuned(args, seed, allocation, work / f"{name}-run", *more)
                 runs.setdefault(name, []).append(run)
                 print(
                     f"seed {seed} {name:>10}: loss {run['scores']['loss']:.4f}, "
@@ -67,9 +70,10 @@ def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     result["seeds"] = len(runs["searched"])
     result["majority"] = runs["searched"][0]["scores"]["majority"]
     result["search_s"] = round(statistics.mean(r["search_s"] for r in runs["searched"]), 1)
-    result["finetune_s"] = round(
-        statistics.mean(r["finetune_seconds"] for of_name in runs.values() for r in of_name), 1
-    )
+    for name, of_name in runs.items():
+        result[name]["finetune_s"] = round(
+            statistics.mean(r["finetune_seconds"] for r in of_name), 1
+        )
     return result
 
 
@@ -86,32 +90,36 @@ def print_table(result: dict[str, Any], names: list[str]) -> None:
         print(line)
 
 
-def allocations(args: argparse.Namespace, seed: int, work: Path) -> dict[str, Path]:
-    """The searched allocation of a seed and its controls, as files."""
+def allocations(args: argparse.Namespace, seed: int, work: Path) -> dict[str, list[object]]:
+    """What is fine-tuned of a seed: an allocation's file, and further arguments."""
     found = work / "search" / "allocation.json"
     guilomo_train(
         *("search", *data(args, seed), "--output", found.parent),
         *("--search_epochs", args.search_epochs),
         *(("--budget", args.budget) if args.budget is not None else ()),
     )
-    files = {"searched": found}
+    epochs = ["--epochs", args.epochs]
+    tuned = {"searched": [found, *epochs]}
+    tuned["run"] = [found, *epochs, "--start", found.with_name("start")]
+    if args.control_epochs is not None:
+        epochs = ["--epochs", args.control_epochs]
     for name in args.controls:
-        files[name] = work / f"{name}.json"
+        file = work / f"{name}.json"
         guilomo_train(
             *("baseline", "--base", args.base, "--kind", name, "--like", found),
-            *("--seed", seed, "--output", files[name], *CONTROLS[name]),
+            *("--seed", seed, "--output", file, *CONTROLS[name]),
         )
-    return files
+        tuned[name] = [file, *epochs]
+    return tuned
 
 
 def fine_tuned(
-    args: argparse.Namespace, seed: int, allocation: Path, output: Path
+    args: argparse.Namespace, seed: int, allocation: object, output: Path, *more: object
 ) -> dict[str, Any]:
     """run.json of an allocation's fine-tuning."""
     guilomo_train(
         *("finetune", *data(args, seed), "--allocation", allocation, "--output", output),
-        *("--epochs", args.epochs, "--eval", args.test, "--eval_rows", args.test_rows),
-        *("--max_new_tokens", 24),
+        *("--eval", args.test, "--eval_rows", args.test_rows, "--max_new_tokens", 24, *more),
     )
     run: dict[str, Any] = json.loads((output / "run.json").read_text())
     return run
