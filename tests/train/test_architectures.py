@@ -138,8 +138,9 @@ def train(base: Base, common: CommonConfig, work: Path) -> PeftModel:
     found = search(
         base, rows, None, common, SearchConfig(max_experts=2, max_rank=2), work / "search"
     )
+    tuning = FinetuneConfig(epochs=1)
     result = finetune(
-        base, rows, found.allocation, common, FinetuneConfig(epochs=1), work / "finetune"
+        base, rows, found.allocation, common, tuning, work / "finetune", start=found.adapter
     )
     write_adapter(result.adapter, work / "adapter", "card")
     return result.model
