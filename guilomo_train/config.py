@@ -12,9 +12,8 @@ from guilomo_train.errors import ConfigError
 WITHOUT_EFFECT = frozenset(
     {"output", "save_steps", "resume", "report_to", "gradient_checkpointing"}
 )
-FRESH = (
-    "fresh weights"  # in a run's record: what a fine-tuning began with, where no adapter was given
-)
+# In a run's record: what a fine-tuning began with, where no adapter was given.
+FRESH = "fresh weights"
 
 
 def option(default: Any, text: str) -> Any:
