@@ -123,8 +123,7 @@ def describe_start(start: Adapter | None) -> str:
     """A short text that tells the weights that a fine-tuning begins with from others."""
     if start is None:
         return FRESH
-    tensors = (t for w in start.weights.values() for t in (w.lora_a, w.lora_b, w.router))
-    raw = (t.view(torch.uint8).numpy().tobytes() for t in tensors if t is not None)
+    raw = (t.view(torch.uint8).numpy().tobytes() for t in start.tensors().values())
     return f"an adapter's weights, sha256 {_digest(raw)}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig
@@ -127,20 +127,14 @@ def _start_from(model: PeftModel, start: Adapter) -> None:
         module = sorted(config.experts.keys() ^ theirs.keys())[0]
         where = "only the adapter" if module in theirs else "only the allocation"
         raise ConfigError(f"--start: {where} has {module}, expected the modules of the allocation")
-    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules()}
-    for module, weights in start.weights.items():
+    for module, experts in theirs.items():
         expected = config.experts_of(module)
-        if theirs[module] != expected:
+        if experts != expected:
             raise ConfigError(
-                f"--start: the experts of {module} are {_short(theirs[module])}, expected those of "
-                f"the allocation and --lora_alpha, {_short(expected)}"
+                f"--start: the experts of {module} are {_short(experts)}, expected those of the "
+                f"allocation and --lora_alpha, {_short(expected)}"
             )
-        layer = layers[module]
-        with torch.no_grad():
-            layer.lora_A[name].weight.copy_(weights.lora_a)
-            layer.lora_B[name].weight.copy_(weights.lora_b)
-            if weights.router is not None:
-                layer.router[name].weight.copy_(weights.router)
+    set_peft_model_state_dict(model, start.tensors(), adapter_name=name)
 
 
 def _short(experts: Sequence[Expert]) -> str:

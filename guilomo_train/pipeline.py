@@ -296,12 +296,7 @@ class Run:
         if not self.writes:
             return
         spec = adapter.spec
-        parameters = sum(
-            t.numel()
-            for w in adapter.weights.values()
-            for t in (w.lora_a, w.lora_b, w.router)
-            if t is not None
-        )
+        parameters = sum(tensor.numel() for tensor in adapter.tensors().values())
         data = f"{self.common.train} ({len(self.train)} rows)"
         card = model_card(spec, data, parameters, scores.to_json() if scores else None)
         write_adapter(adapter, self.output / folder, card)

@@ -73,6 +73,14 @@ class Adapter:
     spec: AdapterSpec
     weights: Mapping[str, ModuleWeights]
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by their names on disk, which are PEFT's."""
+        return {
+            name: tensor
+            for module, weights in self.weights.items()
+            for name, tensor in _named_tensors(module, weights)
+        }
+
 
 def is_guilomo_adapter(folder: str | Path) -> bool:
     """Whether the folder's config names itself a LoRA-MoE adapter (it may still be a bad one)."""
@@ -188,8 +196,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, card: str) -> None:
     tensors = {
         # A copy: save_file refuses tensors that share memory, as slices of one parameter do.
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for module, weights in adapter.weights.items()
-        for name, tensor in _named_tensors(module, weights)
+        for name, tensor in adapter.tensors().items()
     }
     headers = {
         name: (_DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
