@@ -12,8 +12,9 @@ teacher's outputs as data, and the teacher's number of parameters as its budget.
               loss of students trained afresh from the found allocation, and from a random and a
               uniform one of the same size.
 
-A rank row of the teacher carries the same energy in every layer, so that no layer is worth more
-for its size alone. `by` repeats the parallel bed with one choice of the search changed at a time.
+A search uses each training row once. A rank row of the teacher carries the same energy in every
+layer, so that no layer is worth more for its size alone. `by` repeats the parallel bed with one
+choice of the search changed at a time.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from guilomo_train.search.upper import UpperLevel
 LAYERS, WIDTH = 8, 64
 EXPERTS, RANK, TOP_K = 8, 8, 2
 ALPHA = 16.0
-ROWS, BATCH = 16384, 256  # half of the rows train, half validate
+BATCH, VALIDATION = 256, 8192  # rows
 LEARNING_RATE = 1e-2
 STEPS = {"parallel": 400, "deep": 800}
 STUDENT_STEPS = 800
@@ -58,7 +59,7 @@ class Variant:
     """A way to search; the defaults are those of `guilomo-train search`."""
 
     estimator: Estimator = "marginal"
-    order: str = "first"
+    order: str = "online"
     choice: Choice = "sample"
     initial: Initial = "uniform"
     budget: bool = True
@@ -66,12 +67,14 @@ class Variant:
 
 VARIANTS = {
     "default": Variant(),
+    "first order": Variant(order="first"),
     "second order": Variant(order="second"),
     "argmax choice": Variant(choice="argmax"),
     "initial random": Variant(initial="random"),
     "initial full": Variant(initial="full"),
     "no budget": Variant(budget=False),
     "cumulative": Variant("cumulative"),
+    "cumulative, first order": Variant("cumulative", order="first"),
     "cumulative, second order": Variant("cumulative", order="second"),
     "cumulative, initial random": Variant("cumulative", initial="random"),
     "cumulative, initial full": Variant("cumulative", initial="full"),
@@ -128,7 +131,8 @@ class Bed:
             strength = STRENGTH[kind] * (experts / TOP_K) ** 0.5
             nn.init.normal_(layer.lora_B["default"].weight, std=strength)
             nn.init.normal_(layer.router["default"].weight, std=3 * WIDTH**-0.5)
-        self.inputs = torch.randn(ROWS, WIDTH)
+        self.training = STEPS[kind] * BATCH  # rows; those after them validate
+        self.inputs = torch.randn(self.training + VALIDATION, WIDTH)
         with torch.no_grad():
             self.targets = teacher(self.inputs)
             self.scale = F.mse_loss(self.base(self.inputs), self.targets)
@@ -143,18 +147,21 @@ class Bed:
         model = get_peft_model(copy.deepcopy(self.base), config)
         return model, [m for m in model.modules() if isinstance(m, LoraMoeLayer)]
 
-    def batch(self, validation: bool, generator: torch.Generator) -> torch.Tensor:
-        half = ROWS // 2
-        return torch.randint(0, half, (BATCH,), generator=generator) + half * validation
+    def train_rows(self, step: int) -> slice:
+        start = step * BATCH % self.training
+        return slice(start, start + BATCH)
 
-    def loss(self, model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    def validation_rows(self, step: int) -> slice:
+        start = self.training + step * BATCH % VALIDATION
+        return slice(start, start + BATCH)
+
+    def loss(self, model: nn.Module, rows: slice) -> torch.Tensor:
         """Squared error as a share of the base's, which knows nothing of the teacher."""
         return F.mse_loss(model(self.inputs[rows]), self.targets[rows]) / self.scale
 
     def search(self, variant: Variant) -> Allocation:
         """The allocation that a search finds."""
         torch.manual_seed(self.seed)
-        rows = torch.Generator().manual_seed(self.seed)
         model, layers = self.adapted(Allocation.uniform(tuple(LINEARS), EXPERTS, RANK, TOP_K))
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(weights, lr=LEARNING_RATE)
@@ -171,41 +178,41 @@ class Bed:
             learning_rate=0.1,
             seed=self.seed,
         )
-        for _ in range(steps):
-            upper.draw()
-            train, validation = self.batch(False, rows), self.batch(True, rows)
+        online = variant.order == "online"
+        for step in range(steps):
+            upper.draw(online)
             optimizer.zero_grad()
-            self.loss(model, train).backward()
-            unrolled = None
-            if variant.order == "second":
+            self.loss(model, self.train_rows(step)).backward()
+            if online:
+                upper.step_online()
+            else:
                 lower = [w.grad for w in weights]
                 unrolled = UnrolledStep(
                     LEARNING_RATE, lower, lambda lower=lower: adam_scales(optimizer, weights, lower)
                 )
-            upper.step(
-                lambda train=train: self.loss(model, train),
-                lambda validation=validation: self.loss(model, validation),
-                weights,
-                unrolled,
-            )
+                upper.step(
+                    lambda step=step: self.loss(model, self.train_rows(step)),
+                    lambda step=step: self.loss(model, self.validation_rows(step)),
+                    weights,
+                    unrolled if variant.order == "second" else None,
+                )
             optimizer.step()
         return selection.allocation()
 
     def student(self, allocation: Allocation) -> float:
         """Validation loss of an allocation, trained afresh."""
         torch.manual_seed(self.seed)
-        rows = torch.Generator().manual_seed(self.seed)
         model, _ = self.adapted(allocation)
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(weights, lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STUDENT_STEPS)
-        for _ in range(STUDENT_STEPS):
+        for step in range(STUDENT_STEPS):
             optimizer.zero_grad()
-            self.loss(model, self.batch(False, rows)).backward()
+            self.loss(model, self.train_rows(step)).backward()
             optimizer.step()
             schedule.step()
         with torch.no_grad():
-            return self.loss(model, torch.arange(ROWS // 2, ROWS)).item()
+            return self.loss(model, slice(self.training, None)).item()
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from guilomo_train.errors import ConfigError
 WITHOUT_EFFECT = frozenset(
     {"output", "save_steps", "resume", "report_to", "gradient_checkpointing"}
 )
+VALIDATION_SHARE = 0.2  # of the training rows, where a search needs held-out ones
 # In a run's record: what a fine-tuning began with, where no adapter was given.
 FRESH = "fresh weights"
 
@@ -34,11 +35,11 @@ class CommonConfig:
         }
     )
     output: str = field(metadata={"help": "Folder for the results."})
-    validation: str | None = option(
-        None, "Rows the search validates on; by default a share of the training rows."
-    )
-    validation_share: float = option(
-        0.2, "Share of the training rows the search validates on, without --validation."
+    validation: str | None = option(None, "Held-out rows for the search to validate on.")
+    validation_share: float | None = option(
+        None,
+        "Share of the training rows to hold out for the search to validate on; "
+        f"{VALIDATION_SHARE} where it needs some.",
     )
     train_rows: int | None = option(None, "Use this many training rows, drawn by the seed.")
     max_length: int = option(1024, "Tokens of a row; longer ones are cut at the end.")
@@ -79,7 +80,7 @@ class CommonConfig:
         at_least("save_steps", self.save_steps, 0)
         if self.train_rows is not None:
             at_least("train_rows", self.train_rows, 1)
-        if not 0 < self.validation_share < 1:
+        if self.validation_share is not None and not 0 < self.validation_share < 1:
             raise ConfigError(f"validation_share is {self.validation_share}, expected 0 < s < 1")
         positive("lora_alpha", self.lora_alpha)
         if self.report_to == "tensorboard" and find_spec("tensorboard") is None:
@@ -99,8 +100,12 @@ class SearchConfig:
 
     max_experts: int = option(8, "Most experts a layer can get.")
     max_rank: int = option(8, "Largest rank an expert can get.")
-    order: Literal["first", "second"] = option(
-        "first", "Of the hypergradient; second differentiates through the weights' step as well."
+    order: Literal["auto", "online", "first", "second"] = option(
+        "auto",
+        "Where the vectors' gradient comes from: each training batch before the weights learn it "
+        "(online, no further pass), or held-out rows, second differentiating through the weights' "
+        "step as well. auto is online, or first where rows are held out (--validation, "
+        "--validation_share) or seen again (--search_epochs above 1).",
     )
     estimator: Literal["marginal", "cumulative", "argmax"] = option(
         "marginal",
@@ -128,9 +133,31 @@ class SearchConfig:
         at_least("max_rank", self.max_rank, 1)
         at_least("search_batch_size", self.search_batch_size, 1)
         positive("search_epochs", self.search_epochs)
+        if self.order == "online" and self.search_epochs > 1:
+            raise ConfigError(
+                f"search_epochs is {self.search_epochs:g}, expected at most 1 with --order online: "
+                "a second pass would validate on rows that were learned; use --order first"
+            )
         positive("search_learning_rate", self.search_learning_rate)
         positive("selection_learning_rate", self.selection_learning_rate)
         at_least("search_balance_coefficient", self.search_balance_coefficient, 0)
+
+
+def order_of(common: CommonConfig, search: SearchConfig) -> Literal["online", "first", "second"]:
+    """A search's `order`, without `auto`.
+
+    Raises:
+        ConfigError: rows are held out for an online search, which has no use for them.
+    """
+    held_out = common.validation is not None or common.validation_share is not None
+    if search.order == "auto":
+        return "first" if held_out or search.search_epochs > 1 else "online"
+    if search.order == "online" and held_out:
+        raise ConfigError(
+            "order is online, which validates on the training rows themselves: leave out "
+            "--validation and --validation_share, or use --order first"
+        )
+    return search.order
 
 
 @dataclass

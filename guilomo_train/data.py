@@ -19,11 +19,11 @@ from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from guilomo_train.config import CommonConfig
+from guilomo_train.config import VALIDATION_SHARE, CommonConfig
 from guilomo_train.errors import DataError
 
 FORMS = "prompt and completion, or messages, or instruction and output"
-_SMALLEST_VALIDATION = 8
+_FEWEST_ROWS = 8  # that a search can judge by
 
 
 def load_rows(
@@ -63,23 +63,31 @@ def load_rows(
     return dataset
 
 
-def split_validation(
-    train: Dataset, common: CommonConfig, validation: Dataset | None = None
-) -> tuple[Dataset, Dataset]:
-    """Training and validation rows of a search: `validation`, or a share split off `train`.
+def search_rows(
+    train: Dataset, common: CommonConfig, validation: Dataset | None, held_out: bool
+) -> tuple[Dataset, Dataset | None]:
+    """Rows of a search's two levels.
+
+    Args:
+        train: the training rows.
+        common: the settings.
+        validation: rows of the upper level; None splits a share off `train`.
+        held_out: whether the upper level has rows of its own; else its rows are None.
 
     Raises:
-        DataError: too few rows are left to validate on.
+        DataError: the upper level has too few rows.
     """
-    if validation is not None:
-        lower, upper = train, validation
-    else:
-        parts = train.train_test_split(test_size=common.validation_share, seed=common.seed)
+    lower, upper = train, validation
+    if held_out and validation is None:
+        share = common.validation_share or VALIDATION_SHARE
+        parts = train.train_test_split(test_size=share, seed=common.seed)
         lower, upper = parts["train"], parts["test"]
-    if len(upper) < _SMALLEST_VALIDATION:
+    judging = lower if upper is None else upper
+    if len(judging) < _FEWEST_ROWS:
+        remedy = ", a larger --validation_share or --validation" if held_out else ""
         raise DataError(
-            f"{len(upper)} rows to validate on are too few for a search, expected at least "
-            f"{_SMALLEST_VALIDATION}: give more rows, a larger --validation_share or --validation"
+            f"{len(judging)} rows to validate on are too few for a search, expected at least "
+            f"{_FEWEST_ROWS}: give more rows{remedy}"
         )
     return lower, upper
 

@@ -42,7 +42,7 @@ from guilomo_train.checkpoints import (
     half_written,
     made_with,
 )
-from guilomo_train.config import CommonConfig, EvalConfig, FinetuneConfig, SearchConfig
+from guilomo_train.config import CommonConfig, EvalConfig, FinetuneConfig, SearchConfig, order_of
 from guilomo_train.data import load_rows
 from guilomo_train.errors import ConfigError, ResumeError
 from guilomo_train.evaluate import Scores, completion_text, evaluate, hits
@@ -134,7 +134,9 @@ class Run:
         )
         if validation is not None:
             self.record["inputs"]["rows of --validation"] = describe_rows(validation)
-        say(f"search: {len(self.train)} rows, {config.order} order")
+        order = order_of(self.common, config)
+        how = "online" if order == "online" else f"{order} order"
+        say(f"search: {len(self.train)} rows, {how}")
         work = self.checkpoints / "search"
         checkpointing = self._checkpointing(work)
         space = (

@@ -28,10 +28,16 @@ from dataclasses import dataclass
 import torch
 
 Loss = Callable[[], torch.Tensor]
+Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 # ||eps v|| as a share of ||w||. Small enough for the curvature, large enough that the
 # difference of two bfloat16 passes is more than rounding.
 RELATIVE_STEP = 0.01
+
+
+def unchanged(gradient: torch.Tensor) -> torch.Tensor:
+    """The `Reduce` of one process."""
+    return gradient
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def hypergradient(
     masks: Sequence[torch.Tensor],
     unrolled: UnrolledStep | None,
     relative_step: float = RELATIVE_STEP,
-    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient,
+    reduce: Reduce = unchanged,
 ) -> list[torch.Tensor]:
     """dL_val/dM; see the head of this file.
 

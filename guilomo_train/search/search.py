@@ -1,9 +1,11 @@
-"""The search: fine-tuning steps on training data, each followed by one of the selection vectors.
+"""The search: fine-tuning steps on training data, each with one of the selection vectors.
 
 A step draws one allocation of the budget's size (the masks), takes the lower level's gradient
-under it, and then the upper step with the same masks: the hypergradient on a validation batch
-moves the selection vectors. The lower optimiser steps last, so that its gradient serves the
-unrolled step too.
+under it, then the upper step with the same masks, and the lower optimiser's step last. The upper
+step needs dL/dM of rows that the weights have not learned. In the first pass over the training
+rows that is each batch until the optimiser's step, so the lower level's backward pass gives both
+gradients (`online`). Otherwise a batch of held-out rows gives the upper one, as hypergradient.py
+has it, and the lower gradient serves as the unrolled step.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from torch import nn
 from guilomo_serve.adapter import Adapter, BaseModel, ModuleWeights
 from guilomo_train.batches import Batches, with_blank
 from guilomo_train.checkpoints import Checkpointing
-from guilomo_train.config import CommonConfig, SearchConfig
-from guilomo_train.data import split_validation
+from guilomo_train.config import CommonConfig, SearchConfig, order_of
+from guilomo_train.data import search_rows
 from guilomo_train.errors import ConfigError
 from guilomo_train.finetune import adapter_of, log_callbacks, training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig
@@ -62,9 +64,10 @@ class SearchTrainer(LoraMoeTrainer):
     Args:
         selection: the selection vectors; the model's adapter has the full search space.
         estimator: how they learn; see estimators.py.
-        second_order: differentiate through the unrolled lower step.
         selection_learning_rate: of the estimators that use Adam.
-        validation_dataset: rows of the upper level, prepared as `train_dataset` is.
+        validation_dataset: rows of the upper level, prepared as `train_dataset` is; None to learn
+            online, from each training batch before the weights do.
+        second_order: differentiate through the unrolled lower step; needs `validation_dataset`.
     """
 
     learning_rate_option = "--search_learning_rate"
@@ -74,12 +77,13 @@ class SearchTrainer(LoraMoeTrainer):
         *args: Any,
         selection: SelectionVectors,
         estimator: Estimator,
-        second_order: bool,
         selection_learning_rate: float,
-        validation_dataset: Dataset,
+        validation_dataset: Dataset | None = None,
+        second_order: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, eval_dataset=validation_dataset, **kwargs)
+        self.online = validation_dataset is None
         self.second_order = second_order
         steps = math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
         self.upper = UpperLevel(
@@ -91,15 +95,16 @@ class SearchTrainer(LoraMoeTrainer):
             seed=self.args.seed,
         )
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
-        rows = self.eval_dataset.select_columns(["input_ids", "labels"])
-        self.validation_rows = with_blank(rows)
-        self.validation_batches = Batches(
-            len(rows),
-            self.args.per_device_train_batch_size,
-            self.args.seed,
-            self.args.world_size,
-            self.args.process_index,
-        )
+        if not self.online:
+            rows = self.eval_dataset.select_columns(["input_ids", "labels"])
+            self.validation_rows = with_blank(rows)
+            self.validation_batches = Batches(
+                len(rows),
+                self.args.per_device_train_batch_size,
+                self.args.seed,
+                self.args.world_size,
+                self.args.process_index,
+            )
 
     def training_step(
         self,
@@ -107,9 +112,11 @@ class SearchTrainer(LoraMoeTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        self.upper.draw()
+        self.upper.draw(self.online)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
+        if self.online:
+            self.upper.step_online(self._mean_over_processes)
+        elif self.accelerator.sync_gradients:
             self._upper_step(self._prepare_inputs(inputs))
         return loss
 
@@ -187,7 +194,7 @@ def search(
     Args:
         base: the base model; it is wrapped while the search runs and unwrapped afterwards.
         train: rows as `data.load_rows` gives them.
-        validation: rows of the upper level; None splits a share off `train`.
+        validation: rows of the upper level, of `common.validation`.
         common, config: the settings.
         work: a folder for the trainer's files, checkpoints among them.
         checkpointing: how often, and where to go on; None for no checkpoints.
@@ -197,7 +204,8 @@ def search(
         DivergedError: a loss is not finite.
     """
     started = time.monotonic()
-    lower, upper = split_validation(train, common, validation)
+    order = order_of(common, config)
+    lower, upper = search_rows(train, common, validation, held_out=order != "online")
     torch.manual_seed(common.seed)
     linears = BaseModel.from_module(base.model).linears
     base_parameters = base.model.num_parameters()
@@ -234,9 +242,9 @@ def search(
         checkpointing=checkpointing,
         selection=SelectionVectors(space, config.choice, budget=budget),
         estimator=config.estimator,
-        second_order=config.order == "second",
         selection_learning_rate=config.selection_learning_rate,
         validation_dataset=upper,
+        second_order=order == "second",
         callbacks=log_callbacks(common, "search"),
     )
     trainer.train()
@@ -247,7 +255,7 @@ def search(
     seconds = trainer.seconds_before + time.monotonic() - started
     record = {
         "method": "guilomo",
-        "order": config.order,
+        "order": order,
         "estimator": config.estimator,
         "choice": config.choice,
         "budget": budget,

@@ -6,14 +6,20 @@ and on a bare model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from guilomo_train.lora_moe.layer import LoraMoeLayer, Masks
 from guilomo_train.search.estimators import AdamSteps, Estimator, MarginalWorth
-from guilomo_train.search.hypergradient import Loss, UnrolledStep, hypergradient
+from guilomo_train.search.hypergradient import (
+    Loss,
+    Reduce,
+    UnrolledStep,
+    hypergradient,
+    unchanged,
+)
 from guilomo_train.search.selection import SelectionVectors
 
 
@@ -48,10 +54,26 @@ class UpperLevel:
             self.learner = AdamSteps(selection, estimator, learning_rate)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def draw(self) -> None:
-        """Draws the masks of one step and puts them into the layers."""
+    def draw(self, online: bool = False) -> None:
+        """Draws the masks of one step and puts them into the layers.
+
+        Args:
+            online: the next backward pass leaves its gradient in the masks, for `step_online`.
+        """
         self.drawn = self.selection.draw(self.generator)
-        self._apply(*self._on_device())
+        self.masks = [mask.requires_grad_(online) for mask in self._on_device()]
+        self._apply(*self.masks)
+
+    def step_online(self, reduce: Reduce = unchanged) -> None:
+        """Moves the selection vectors by what the last backward pass left in the masks.
+
+        Args:
+            reduce: makes one gradient of those of several processes.
+        """
+        experts, ranks = (mask.grad for mask in self.masks)
+        assert experts is not None
+        assert ranks is not None
+        self._learn(experts, ranks, reduce)
 
     def step(
         self,
@@ -59,9 +81,9 @@ class UpperLevel:
         validation_loss: Loss,
         weights: Sequence[torch.Tensor],
         unrolled: UnrolledStep | None,
-        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient,
+        reduce: Reduce = unchanged,
     ) -> None:
-        """Moves the selection vectors, under the masks that were drawn.
+        """Moves the selection vectors by held-out rows, under the masks that were drawn.
 
         Weights, their gradients and their optimiser stay as they are.
 
@@ -73,10 +95,14 @@ class UpperLevel:
         """
         masks = [mask.requires_grad_() for mask in self._on_device()]
         self._apply(*masks)
-        gradients = hypergradient(
+        experts, ranks = hypergradient(
             train_loss, validation_loss, weights, masks, unrolled, reduce=reduce
         )
-        self.learner.step(self.drawn, *(reduce(g).to(self.drawn.experts) for g in gradients))
+        self._learn(experts, ranks, reduce)
+
+    def _learn(self, experts: torch.Tensor, ranks: torch.Tensor, reduce: Reduce) -> None:
+        gradients = (reduce(g).to(self.drawn.experts) for g in (experts, ranks))
+        self.learner.step(self.drawn, *gradients)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later process needs to go on where this one stands."""

@@ -112,6 +112,16 @@ def test_too_few_rows_to_validate_on(refused: Refused, tmp_path: Path) -> None:
     expected = "3 rows to validate on are too few for a search, expected at least 8"
     assert expected in refused("search", "--validation", few)
     assert "too few for a search" in refused("search", "--validation_share", 0.1)
+    assert "3 rows to validate on" in refused("search", "--train_rows", 3)
+
+
+def test_an_online_search_has_no_use_for_held_out_rows(refused: Refused, tmp_path: Path) -> None:
+    held_out = write(tmp_path / "held_out.jsonl", ROWS)
+    for option in (("--validation", held_out), ("--validation_share", 0.2)):
+        line = refused("search", "--order", "online", *option)
+        assert "leave out --validation and --validation_share, or use --order first" in line
+    line = refused("search", "--order", "online", "--search_epochs", 1.5)
+    assert "search_epochs is 1.5, expected at most 1 with --order online" in line
 
 
 @pytest.mark.parametrize("targets", ["q_proj,query", "query", r".*\.query"])

@@ -54,9 +54,7 @@ def finetuning(work: Path, model: PeftModel, checkpointing: bool) -> LoraMoeTrai
     )
 
 
-def searching(
-    work: Path, model: PeftModel, checkpointing: bool, second_order: bool
-) -> SearchTrainer:
+def searching(work: Path, model: PeftModel, checkpointing: bool, order: str) -> SearchTrainer:
     linears = {
         name.removeprefix("base_model.model."): (layer.out_features, layer.in_features)
         for name, layer in model.named_modules()
@@ -71,9 +69,9 @@ def searching(
         balance_coefficient=BALANCE,
         selection=SelectionVectors(space, budget=space.parameters(3, 2) // 2),
         estimator="marginal",
-        second_order=second_order,
         selection_learning_rate=0.1,
-        validation_dataset=ROWS,
+        validation_dataset=None if order == "online" else ROWS,
+        second_order=order == "second",
     )
 
 
@@ -90,8 +88,7 @@ def trained(trainer: LoraMoeTrainer) -> tuple[list[float], list[torch.Tensor]]:
 
 STAGES: dict[str, Any] = {
     "finetune": finetuning,
-    "first": lambda *a: searching(*a, second_order=False),
-    "second": lambda *a: searching(*a, second_order=True),
+    **{o: lambda *a, o=o: searching(*a, order=o) for o in ("online", "first", "second")},
 }
 
 
@@ -111,7 +108,7 @@ def test_checkpointing_changes_nothing_but_memory(
     model.get_base_model().model.layers[0].mlp.up_proj.register_forward_hook(count)
     trainer = STAGES[stage](tmp_path, model, True)
     checkpointed = trained(trainer)
-    forwards = {"finetune": 1, "first": 2, "second": 4}[stage]
+    forwards = {"finetune": 1, "online": 1, "first": 2, "second": 4}[stage]
     assert runs == 3 * 2 * forwards  # each again in its backward pass
     assert all(layer.routing is None for layer in trainer.layers), "it holds activations"
     torch.testing.assert_close(checkpointed[0], plain[0])

@@ -103,8 +103,9 @@ def test_run_makes_an_adapter_and_the_same_seed_makes_the_same(
     search = ["search", *settings(tiny_base, data, third), "--seed", 1, "--budget", 5000]
     assert call(*search) == 0
     assert (third / "allocation.json").read_text() != one
-    size = json.loads((third / "run.json").read_text())["parameters"]
-    assert 0.95 * 5000 <= size <= 5000
+    searched = json.loads((third / "run.json").read_text())
+    assert 0.95 * 5000 <= searched["parameters"] <= 5000
+    assert searched["search"]["order"] == "online"
 
     # The stages by hand, from the allocation that was found.
     tuned = tmp_path / "tuned"

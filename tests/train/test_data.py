@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from guilomo_train.config import CommonConfig
-from guilomo_train.data import load_rows, split_validation
+from guilomo_train.data import load_rows, search_rows
 from guilomo_train.errors import DataError
 
 PROMPT = [{"role": "user", "content": "2 + 2?"}]
@@ -119,9 +119,12 @@ def test_a_missing_file_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_validation_rows_are_split_off_and_too_few_are_refused() -> None:
     rows = Dataset.from_list([{"answer": str(i)} for i in range(100)])
     common = CommonConfig(base="", train="", output="")
-    lower, upper = split_validation(rows, common)
+    lower, upper = search_rows(rows, common, None, held_out=True)
+    assert upper is not None
     assert (len(lower), len(upper)) == (80, 20)
     assert set(lower["answer"]).isdisjoint(upper["answer"])
-    with pytest.raises(DataError, match="too few"):
-        split_validation(rows.select(range(20)), common)
-    assert split_validation(rows, common, upper) == (rows, upper)
+    for few, held_out in ((20, True), (7, False)):
+        with pytest.raises(DataError, match="too few"):
+            search_rows(rows.select(range(few)), common, None, held_out)
+    assert search_rows(rows, common, upper, held_out=True) == (rows, upper)
+    assert search_rows(rows, common, None, held_out=False) == (rows, None)

@@ -121,6 +121,26 @@ def test_two_processes_find_and_train_what_one_does_and_resume_what_they_began(
     assert [run["inputs"]["number of processes"] for run in runs] == [1, 2]
 
 
+@pytest.mark.slow
+def test_two_processes_learn_online_what_one_does(
+    tiny_base: Path, data: list[str], tmp_path: Path
+) -> None:
+    """Each has the gradient of its own rows in the masks, in the last batch of none."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    search = ["search", "--base", tiny_base, *data[:2], "--max_experts", 3, "--max_rank", 2]
+    torchrun = ("torchrun", "-m", "guilomo_train.cli", *search, "--output", two)
+    process = launched(*torchrun, "--search_batch_size", 2, stderr=subprocess.PIPE)
+    whole = [*search, "--output", one, "--search_batch_size", 4]
+    assert main([str(item) for item in whole]) == 0
+    error = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, error
+    assert ", online" in error
+    a, b = (load_file(o / "selection.safetensors") for o in (one, two))
+    for name in a:
+        assert a[name].abs().max() > 0.5
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-3)
+
+
 def assert_same_health(one: Path, other: Path, stages: tuple[str, ...]) -> None:
     """Router health is that of all processes' tokens: in the log, and of each router at the end."""
     names = ("router_entropy", "max_load", "dead_experts")
