@@ -155,7 +155,7 @@ def test_a_half_precision_base_is_loaded_as_this_machine_is_fast(
         (["--train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--base", "nowhere"], "--base nowhere: not a causal language model"),
         (["--top_k", "0"], "top_k is 0, expected at least 1"),
-        (["--train_rows", "9"], "too few for a search"),
+        (["--train_rows", "7"], "too few for a search"),
         (["--target_modules", "query"], "target_modules"),
         (["--budget", "half"], "budget is 'half', expected a share"),
         (
