@@ -36,6 +36,7 @@ CONTROLS: dict[str, list[str]] = {
 def main() -> None:
     parser = task_parser(__doc__, epochs=1.0)
     parser.add_argument("--budget", help="as of guilomo-train search")
+    parser.add_argument("--order", default="auto", help="as of guilomo-train search")
     parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=list(CONTROLS))
     parser.add_argument("--control-epochs", type=float, help="instead of --epochs, for controls")
     parser.add_argument("--seeds", type=int, default=3)
@@ -95,7 +96,7 @@ def allocations(args: argparse.Namespace, seed: int, work: Path) -> dict[str, li
     found = work / "search" / "allocation.json"
     guilomo_train(
         *("search", *data(args, seed), "--output", found.parent),
-        *("--search_epochs", args.search_epochs),
+        *("--search_epochs", args.search_epochs, "--order", args.order),
         *(("--budget", args.budget) if args.budget is not None else ()),
     )
     epochs = ["--epochs", args.epochs]
