@@ -136,7 +136,7 @@ def test_a_search_that_died_after_its_last_step_takes_no_further_one(
         output = tmp_path / name
         arguments = [
             "search", "--base", tiny_base, "--train", data, "--output", output, "--save_steps", 4,
-            "--max_experts", 3, "--max_rank", 2, "--search_batch_size", 4, "--search_epochs", 0.7,
+            "--max_experts", 3, "--max_rank", 2, "--search_batch_size", 4, "--search_epochs", 0.55,
         ]  # fmt: skip
         if name == "broken":
             obstacle = output / "allocation.json"
