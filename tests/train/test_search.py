@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from guilomo_train.config import CommonConfig, SearchConfig, order_of
 from tests.train.test_checkpointing import ROWS, searching, wrapped
 
 
@@ -57,3 +58,21 @@ def test_an_online_search_judges_a_batch_by_the_weights_before_they_learn_it(
     trainer.upper.learner.step = watched_step  # type: ignore[method-assign]
     trainer.train()
     assert steps == 3
+
+
+@pytest.mark.parametrize(
+    ("common", "search", "expected"),
+    [
+        ({}, {}, "online"),
+        ({}, {"search_epochs": 0.5}, "online"),
+        ({}, {"search_epochs": 1.5}, "first"),
+        ({"validation": "held_out.jsonl"}, {}, "first"),
+        ({"validation_share": 0.1}, {}, "first"),
+        ({}, {"order": "second"}, "second"),
+    ],
+)
+def test_a_search_is_online_while_it_can_be(
+    common: dict[str, Any], search: dict[str, Any], expected: str
+) -> None:
+    made = CommonConfig(base="", train="", output="", **common)
+    assert order_of(made, SearchConfig(**search)) == expected
