@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -195,6 +195,7 @@ def training_arguments(
     epochs: float,
     batch_size: int,
     learning_rate: float,
+    schedule: Literal["cosine", "constant_with_warmup"] = "cosine",
     gradient_accumulation_steps: int = 1,
     save_steps: int = 0,
 ) -> SFTConfig:
@@ -205,7 +206,7 @@ def training_arguments(
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=schedule,
         warmup_steps=WARMUP,
         max_length=common.max_length,
         completion_only_loss=True,

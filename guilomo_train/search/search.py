@@ -234,6 +234,8 @@ def search(
             epochs=config.search_epochs,
             batch_size=config.search_batch_size,
             learning_rate=config.search_learning_rate,
+            # Fine-tuning goes on from these weights: the rate falls at its end, not here.
+            schedule="constant_with_warmup",
             save_steps=checkpointing.save_steps if checkpointing else 0,
         ),
         train_dataset=lower,

@@ -103,6 +103,21 @@ def test_a_run_goes_on_from_the_weights_of_its_search(
     assert all(t.abs().max() < 1e-12 for name, t in fresh.items() if "lora_B" in name)
 
 
+def test_the_learning_rate_falls_at_the_end_of_fine_tuning_alone(
+    tiny_base: Path, data: list[str], tmp_path: Path
+) -> None:
+    sizes = ["--max_experts", "2", "--max_rank", "1", "--search_batch_size", "2"]
+    sizes += ["--batch_size", "2", "--epochs", "1"]  # 24 steps of either stage, every tenth logged
+    assert main(["run", "--base", str(tiny_base), *data, "--output", str(tmp_path), *sizes]) == 0
+    history = json.loads((tmp_path / "history.json").read_text())
+    rates = {
+        stage: [line["learning_rate"] for line in history[stage]["log"] if "loss" in line]
+        for stage in ("search", "finetune")
+    }
+    assert rates["search"] == [1e-3, 1e-3]
+    assert rates["finetune"][0] > 2 * rates["finetune"][1] > 0
+
+
 def test_a_run_can_start_from_fresh_weights(
     tiny_base: Path, data: list[str], tmp_path: Path
 ) -> None:
