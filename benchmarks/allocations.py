@@ -6,8 +6,8 @@ Both files have a prompt, completion and answer a line. For each seed: `guilomo-
 finds an allocation, `guilomo-train baseline` makes controls with as many parameters, and each of
 them is fine-tuned from fresh weights with the same rows and seed, then scored on the test rows by
 generated answers. `run` is the searched allocation fine-tuned from the weights of its search, as
-`guilomo-train run` does; `--control-epochs` gives the controls the time that the search took. A
-seed draws the rows too, so differences are taken by seed.
+`guilomo-train run` does; `--fresh-epochs` gives those that start afresh the passes over the rows
+that the search took. A seed draws the rows too, so differences are taken by seed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--budget", help="as of guilomo-train search")
     parser.add_argument("--order", default="auto", help="as of guilomo-train search")
     parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=list(CONTROLS))
-    parser.add_argument("--control-epochs", type=float, help="instead of --epochs, for controls")
+    parser.add_argument("--fresh-epochs", type=float, help="instead of --epochs, but for `run`")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
 
@@ -99,18 +99,18 @@ def allocations(args: argparse.Namespace, seed: int, work: Path) -> dict[str, li
         *("--search_epochs", args.search_epochs, "--order", args.order),
         *(("--budget", args.budget) if args.budget is not None else ()),
     )
-    epochs = ["--epochs", args.epochs]
-    tuned = {"searched": [found, *epochs]}
-    tuned["run"] = [found, *epochs, "--start", found.with_name("start")]
-    if args.control_epochs is not None:
-        epochs = ["--epochs", args.control_epochs]
+    fresh = ["--epochs", args.epochs if args.fresh_epochs is None else args.fresh_epochs]
+    tuned: dict[str, list[object]] = {
+        "searched": [found, *fresh],
+        "run": [found, "--epochs", args.epochs, "--start", found.with_name("start")],
+    }
     for name in args.controls:
         file = work / f"{name}.json"
         guilomo_train(
             *("baseline", "--base", args.base, "--kind", name, "--like", found),
             *("--seed", seed, "--output", file, *CONTROLS[name]),
         )
-        tuned[name] = [file, *epochs]
+        tuned[name] = [file, *fresh]
     return tuned
 
 
