@@ -16,7 +16,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import openai
@@ -321,9 +321,11 @@ def test_an_engine_that_is_killed_ends_the_server_with_an_error(limited):
         limited.engine.kill()
         with pytest.raises(openai.APIError):
             list(running)
-    refused = complete(limited, "free")
-    assert refused.status_code in (500, 503), refused.text
-    assert refused.json()["error"]["message"]
+    # The server looks after its engine every few seconds, so it may have ended by now.
+    with suppress(requests.ConnectionError):
+        refused = complete(limited, "free")
+        assert refused.status_code in (500, 503), refused.text
+        assert refused.json()["error"]["message"]
     eventually(lambda: limited.process.poll() is not None, "the process ends")
     assert limited.process.returncode == 1
 
