@@ -3,9 +3,10 @@
 Importing this package registers the type "GUILOMO", after which `get_peft_model`,
 `PeftModel.from_pretrained` and TRL's trainers take a `LoraMoeConfig` like any other.
 
-    config.py  LoraMoeConfig, what `adapter_config.json` holds
-    layer.py   the layer: a frozen linear layer and its experts in fused form
-    model.py   which layers of a model are adapted, and how
+    config.py   LoraMoeConfig, what `adapter_config.json` holds
+    layer.py    the layer: a frozen linear layer and its experts in fused form
+    routing.py  weights of its experts, and what they would be with one more or less
+    model.py    which layers of a model are adapted, and how
 """
 
 from peft.utils import PeftType, register_peft_method

@@ -8,14 +8,10 @@
 so that neither tokens nor experts are looped over. `guilomo_serve.ops.reference` is the same
 maths expert by expert.
 
-While a search runs, masks in [0, 1] weigh experts (`M_E`) and their rank rows (`M_R`):
+While a search runs, masks of 0 and 1 say which experts (`M_E`, see routing.py) and which of their
+rank rows (`M_R`) are there, and have derivatives:
 
-    w_e = M_e t_e exp(z_e) / sum_j M_j t_j exp(z_j)   t_e = 1 if z_e reaches the top_k-th largest
-                                                      logit among the experts with M > 0
-    y   = W x + B ((A x) * (w (S * M_R)))
-
-With hard masks that is exactly a layer of the chosen experts and ranks, yet an expert that is
-masked out now has the derivative it would enter with.
+    y  = W x + B ((A x) * (w(M_E) (S * M_R)))
 """
 
 from __future__ import annotations
@@ -30,11 +26,12 @@ from torch.nn import functional as F
 
 from guilomo_serve.adapter import Expert
 from guilomo_train.lora_moe.config import LoraMoeConfig
+from guilomo_train.lora_moe.routing import masked_top_k_softmax, top_k_softmax
 
 
 @dataclass
 class Masks:
-    """Selection masks of one layer during a search: `experts [E]`, `ranks [E, r]`, in [0, 1]."""
+    """Selection masks of one layer during a search: `experts [E]`, `ranks [E, r]`, 0 or 1."""
 
     experts: torch.Tensor
     ranks: torch.Tensor
@@ -202,36 +199,3 @@ def expansion(experts: tuple[Expert, ...]) -> torch.Tensor:
     """
     blocks = [torch.full((1, e.rank), e.scaling) for e in experts]
     return torch.block_diag(*blocks)
-
-
-def top_k_softmax(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Softmax over the `top_k` largest logits of `[..., E]`, 0 elsewhere (all E if fewer)."""
-    if top_k >= logits.shape[-1]:
-        return torch.softmax(logits, dim=-1)
-    dropped = torch.ones_like(logits, dtype=torch.bool)
-    dropped.scatter_(-1, logits.detach().topk(top_k, dim=-1).indices, False)
-    return torch.softmax(logits.masked_fill(dropped, -torch.inf), dim=-1)
-
-
-def masked_top_k_softmax(
-    logits: torch.Tensor, expert_mask: torch.Tensor, top_k: int
-) -> torch.Tensor:
-    """The routing weights under a mask of experts; see the head of this file.
-
-    Args:
-        logits: [..., E].
-        expert_mask: [E], in [0, 1], at least one entry > 0.
-        top_k: experts that a token uses among those with a mask > 0.
-
-    Returns:
-        [..., E], 0 for experts that are masked out or not chosen.
-    """
-    available = expert_mask.detach() > 0
-    among = logits.detach().masked_fill(~available, -torch.inf)
-    k = min(top_k, int(available.sum()))
-    threshold = among.topk(k, dim=-1).values[..., -1:]
-    # Shifted so that an available expert has exp(0); a masked one may lie above, but e^60 is far
-    # within float32.
-    shifted = (logits - among.amax(dim=-1, keepdim=True)).clamp(max=60.0)
-    scores = shifted.exp() * (logits.detach() >= threshold) * expert_mask
-    return scores / scores.sum(dim=-1, keepdim=True)

@@ -26,7 +26,7 @@ from torch import nn
 
 from guilomo_train.search.allocation import Allocation
 
-Choice = Literal["sample", "argmax", "relaxed"]
+Choice = Literal["sample", "argmax"]
 Initial = Literal["uniform", "random", "full"]
 
 _BISECTIONS = 50
@@ -80,7 +80,7 @@ class SelectionVectors(nn.Module):
     Args:
         space: what can be chosen.
         choice: `sample` draws counts from p in each step (Gumbel-max); `argmax` takes the most
-            likely count; `relaxed` applies the masks expected under p, which are not hard.
+            likely count.
         initial: `uniform` makes every count equally likely; `random` draws the vectors from a
             normal distribution, as the authors' release does; `full` prefers the largest counts.
         budget: parameters to keep to; None for no price on size.
@@ -120,8 +120,6 @@ class SelectionVectors(nn.Module):
         """The masks of one step."""
         priced = self._at_budget()
         p = self._probabilities(*priced)
-        if self.choice == "relaxed":
-            return Draw(expected_mask(p[0]), expected_mask(p[1]), *p)
         chosen = []
         for logits in priced:
             if self.choice == "sample":
@@ -209,24 +207,25 @@ class SelectionVectors(nn.Module):
         )
 
     def _filled(self, below: Allocation, above: Allocation) -> Allocation:
-        """`below` with rows of `above` added, in the modules' order, while the budget lasts."""
+        """`below` with rows of `above` added, one to each module in turn, while budget is left."""
         assert self.budget is not None
         left = self.budget - below.parameters(self.space.linears)
-        filled = []
-        for module, (out_features, in_features) in self.space.linears.items():
-            ranks = list(below.ranks[module])
-            for e, rank in enumerate(above.ranks[module]):
-                new = e == len(ranks)
-                cost = out_features + in_features
-                first = cost + (in_features if new else 0)  # a new expert brings a router row
-                if new and left >= first:
-                    ranks.append(1)
-                    left -= first
-                while e < len(ranks) and ranks[e] < rank and left >= cost:
-                    ranks[e] += 1
+        filled = {module: list(ranks) for module, ranks in below.ranks.items()}
+        grew = True
+        while grew:
+            grew = False
+            for module, wanted in above.ranks.items():
+                ranks, (out_features, in_features) = filled[module], self.space.linears[module]
+                expert = next((e for e, r in enumerate(ranks) if r < wanted[e]), len(ranks))
+                new = expert == len(ranks)
+                cost = out_features + in_features + (in_features if new else 0)  # a router row
+                if expert < len(wanted) and cost <= left:
+                    if new:
+                        ranks.append(0)
+                    ranks[expert] += 1
                     left -= cost
-            filled.append(ranks)
-        return self._allocation(filled)
+                    grew = True
+        return self._allocation(list(filled.values()))
 
     def _allocation(self, ranks: list[list[int]]) -> Allocation:
         modules = zip(self.space.linears, map(tuple, ranks), strict=True)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from guilomo_train.health import RouterHealth
-from guilomo_train.lora_moe.layer import Routing, masked_top_k_softmax, top_k_softmax
+from guilomo_train.lora_moe.layer import Routing
+from guilomo_train.lora_moe.routing import masked_top_k_softmax, top_k_softmax
 from guilomo_train.trainer import balance_loss
 
 

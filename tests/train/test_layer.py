@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +11,10 @@ from torch import nn
 from guilomo_serve.adapter import Expert
 from guilomo_serve.ops import reference
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLinear
-from guilomo_train.lora_moe.layer import Masks, Routing, masked_top_k_softmax
+from guilomo_train.lora_moe.layer import Masks, Routing
+from guilomo_train.lora_moe.routing import masked_top_k_softmax
 from guilomo_train.trainer import balance_loss
+from tests.train.routing_reference import masked_routing
 
 IN, OUT, TOKENS = 12, 10, 7
 
@@ -91,32 +95,62 @@ def test_hard_masks_give_the_layer_of_the_chosen_experts_and_ranks() -> None:
         torch.testing.assert_close(full(x), small(x), rtol=1e-12, atol=1e-12)
 
 
-def test_masks_have_the_derivative_of_the_relaxed_formula() -> None:
+@pytest.mark.parametrize("there", [[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1], [1, 1, 1, 1]])
+def test_the_derivative_in_a_mask_is_the_whole_change_it_makes(there: list[int]) -> None:
     torch.manual_seed(1)
     layer = random_layer((3, 3, 3, 3), 2, torch.float64)
-    x = torch.randn(TOKENS, IN, dtype=torch.float64)
+    x, weight = torch.randn(TOKENS, IN).double(), torch.randn(TOKENS, OUT).double()
 
     def loss(experts: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+        """Linear in the layer's output, so that the change is not cut short to first order."""
         layer.masks = Masks(experts, ranks)
-        return layer(x).square().sum()
+        return (layer(x) * weight).sum()
 
-    inside = torch.rand(4, dtype=torch.float64) * 0.8 + 0.1
-    assert torch.autograd.gradcheck(
-        loss, (inside.requires_grad_(), torch.rand(4, 3).double().requires_grad_())
-    )
+    experts = torch.tensor(there).double().requires_grad_()
+    ranks = (torch.rand(4, 3) > 0.5).double().requires_grad_()
+    gradients = torch.autograd.grad(loss(experts, ranks), (experts, ranks))
+
+    with torch.no_grad():
+        for which, mask in enumerate((experts, ranks)):
+            for entry in range(mask.numel()):
+                with_, without = ([experts.clone(), ranks.clone()] for _ in range(2))
+                with_[which].view(-1)[entry], without[which].view(-1)[entry] = 1.0, 0.0
+                change = loss(*with_) - loss(*without)
+                torch.testing.assert_close(gradients[which].view(-1)[entry], change)
+    assert gradients[0].abs().min() > 0
 
 
-def test_an_expert_that_is_masked_out_has_the_derivative_it_would_enter_with() -> None:
-    logits = torch.tensor([[2.0, 1.0, 3.0, 0.0]], dtype=torch.float64)
-    mask = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("spread", [1.0, 100.0])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5])
+@pytest.mark.parametrize("there", [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 1, 0], [1] * 5])
+def test_masked_routing_is_its_reference(there: list[int], top_k: int, spread: float) -> None:
+    torch.manual_seed(0)
+    logits = (spread * torch.randn(3, 40, 5)).requires_grad_()
+    mask = torch.tensor(there).float().requires_grad_()
+    weight = torch.randn(3, 40, 5)
+
+    def value_and_gradients(routing: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        weights = routing(logits, mask, top_k)
+        return weights, *torch.autograd.grad((weights * weight).sum(), (logits, mask))
+
+    found = value_and_gradients(masked_top_k_softmax)
+    expected = value_and_gradients(masked_routing)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert found[2].abs().max() > 0
+
+
+def test_an_expert_that_is_masked_out_cannot_promise_more_than_the_weight_1() -> None:
+    # Some tokens of real models have logits this far apart.
+    logits = torch.tensor([[2.0, 1.0, 99.0, 0.0]])
+    mask = torch.tensor([1.0, 1.0, 0.0, 0.0], requires_grad=True)
     weights = masked_top_k_softmax(logits, mask, top_k=2)
     assert weights.detach()[0, 2:].tolist() == [0.0, 0.0]
-    (gradient,) = torch.autograd.grad(weights[0, 2], mask)
-    scores = logits[0].exp()
-    # Expert 2 reaches the threshold: letting it in by d gives it d e^z2 / (e^z0 + e^z1).
-    assert gradient[2].item() == pytest.approx((scores[2] / (scores[0] + scores[1])).item())
-    # Expert 3 stays below the top 2, so its mask changes nothing.
-    assert torch.autograd.grad(masked_top_k_softmax(logits, mask, 2)[0, 0], mask)[0][3] == 0
+    first, third = (torch.autograd.grad(weights[0, e], mask, retain_graph=True) for e in (0, 2))
+    assert third[0].tolist() == [0.0, 0.0, 1.0, 0.0]  # it would take over
+    # Expert 0 alone has the weight 1 without expert 1; without itself, 0; with expert 3, as before.
+    share = weights[0, 0].item()
+    assert first[0].tolist() == pytest.approx([share, share - 1, -share, 0.0])
 
 
 def test_balance_loss_is_the_switch_formula_and_ignores_padding() -> None:
