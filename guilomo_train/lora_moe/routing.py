@@ -89,9 +89,8 @@ def if_flipped(
     Returns:
         [..., E].
     """
-    experts = len(there)
     among = logits.masked_fill(~there, _lowest(logits))
-    best = among.topk(min(top_k + 1, experts), dim=-1)
+    best = among.topk(min(top_k + 1, len(there)), dim=-1)
     chosen = best.indices[..., :top_k]
     last, first = chosen[..., -1:], chosen[..., :1]
     now = weights * values
@@ -102,13 +101,10 @@ def if_flipped(
     rest = mean - now.gather(-1, last), 1 - weights.gather(-1, last)
     with_it = (rest[0] + score * values) / (rest[1] + score)
 
-    if experts > top_k:
-        next_in_line = best.indices[..., top_k:]
-        is_there = there[next_in_line]
-        joins = score.gather(-1, next_in_line) * is_there
-        joining = joins * values.gather(-1, next_in_line)
-    else:
-        joins = joining = torch.zeros_like(mean)
+    next_in_line = best.indices[..., top_k:]  # one, or none where top_k is all
+    joins = score.gather(-1, next_in_line) * there[next_in_line]
+    joining = (joins * values.gather(-1, next_in_line)).sum(-1, keepdim=True)
+    joins = joins.sum(-1, keepdim=True)
     without_it = (mean - now + joining) / (1 - weights + joins)
     # 1 - weight would lose what is left where the first takes nearly all.
     others = best.indices[..., 1:]

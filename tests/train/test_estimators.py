@@ -135,10 +135,8 @@ def test_marginal_vectors_are_sharp_when_the_search_ends() -> None:
         assert spread() == pytest.approx(min(step, 20))
 
 
-def slopes_seen(
-    worths: torch.Tensor, seen: torch.Tensor, noise: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Counts, sums and squares of noisy slopes at entries `[2, M, ...]`, `seen` of each."""
+def slopes_seen(worths: torch.Tensor, seen: torch.Tensor, noise: float) -> torch.Tensor:
+    """Counts, sums and squares `[3, 2, M, ...]`, of `seen` noisy slopes at each entry."""
     counts, sums, squares = (torch.zeros_like(worths) for _ in range(3))
     for number in range(int(seen.max())):
         slopes = worths + noise * torch.randn_like(worths)
@@ -146,15 +144,16 @@ def slopes_seen(
         counts += there
         sums += there * slopes
         squares += there * slopes.square()
-    return counts, sums, squares
+    return torch.stack([counts, sums, squares])
 
 
 def test_expected_slopes_by_hand() -> None:
     """Module by module and entry by entry in plain numbers: two levels, an edge of one entry."""
     torch.manual_seed(0)
     worths = torch.randn(2, 3, 4, dtype=torch.float64)
-    counts, sums, squares = slopes_seen(worths, torch.randint(0, 5, (2, 3, 4)), 0.5)
-    found = expected_slopes(torch.stack([counts, sums, squares]), groups=[(-1,)])
+    slopes = slopes_seen(worths, torch.randint(0, 5, (2, 3, 4)), 0.5)
+    found = expected_slopes(slopes, groups=[(-1,)])
+    counts, sums, squares = slopes
 
     edges, modules, entries = range(2), range(3), range(4)
     unit, variance = {}, {}
@@ -202,11 +201,12 @@ def test_expected_slopes_are_nearer_to_the_truth_than_means() -> None:
     of_module, of_entry = torch.randn(60, 1, 1), torch.randn(60, 5, 4)
     worths = (size * (alike + of_module + 0.3 * of_entry) * 0.1).expand(2, -1, -1, -1)
     many = slopes_seen(worths, torch.full(worths.shape, 400), noise=0.01)
-    found = expected_slopes(torch.stack(many), groups=[(-2, -1), (-1,)])
+    found = expected_slopes(many, groups=[(-2, -1), (-1,)])
     torch.testing.assert_close(found, worths, rtol=1e-2, atol=3e-3)
 
-    counts, sums, squares = slopes_seen(worths, torch.full(worths.shape, 2), noise=1.0)
-    found = expected_slopes(torch.stack([counts, sums, squares]), groups=[(-2, -1), (-1,)])
+    two = slopes_seen(worths, torch.full(worths.shape, 2), noise=1.0)
+    found = expected_slopes(two, groups=[(-2, -1), (-1,)])
+    counts, sums, _ = two
 
     def error(guess: torch.Tensor) -> float:
         return (guess - worths).square().mean().item()
