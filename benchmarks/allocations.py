@@ -7,7 +7,8 @@ finds an allocation, `guilomo-train baseline` makes controls with as many parame
 them is fine-tuned from fresh weights with the same rows and seed, then scored on the test rows by
 generated answers. `run` is the searched allocation fine-tuned from the weights of its search, as
 `guilomo-train run` does; `--fresh-epochs` gives those that start afresh the passes over the rows
-that the search took. A seed draws the rows too, so differences are taken by seed.
+that the search took. A seed draws the rows too, so differences are taken by seed, and what the
+allocations of two seeds have in common is the task's.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from common import report, task_parser
+
+from guilomo_train.compare import Comparison, spearman
 
 CONTROLS: dict[str, list[str]] = {
     "lora": [],
@@ -58,6 +62,8 @@ def main() -> None:
             runs["searched"][-1]["search_s"] = searched["seconds"]
             # After each seed, so that a run that is stopped keeps the seeds it has.
             result = compared(runs)
+            found = [Path(folder) / str(s) / "search" / "allocation.json" for s in range(seed + 1)]
+            result["rank_correlation_of_seeds"] = agreement(found)
             print_table(result, list(runs))
             report(result, args, args.out)
 
@@ -76,6 +82,12 @@ def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             statistics.mean(r["finetune_seconds"] for r in of_name), 1
         )
     return result
+
+
+def agreement(allocations: list[Path]) -> float | None:
+    """Rank correlation of two allocations' total ranks over layers, mean of all pairs."""
+    pairs = [Comparison.read(*pair).total_ranks for pair in combinations(allocations, 2)]
+    return round(statistics.mean(spearman(*pair) for pair in pairs), 3) if pairs else None
 
 
 def print_table(result: dict[str, Any], names: list[str]) -> None:

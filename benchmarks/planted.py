@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import random
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,22 +225,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps is not None:
         STEPS.update(parallel=args.steps, deep=args.steps)
-    torch.set_num_threads(1)  # the products are too small to share
+    torch.set_num_threads(1)  # the products are too small to share: a core takes a seed
 
-    by = {name: parallel(name, VARIANTS[name], args.seeds) for name in args.only}
-    deep_by = {name: deep(name, VARIANTS[name], args.seeds) for name in DEEP if name in args.only}
+    seeds = range(args.seeds)
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        by = {name: parallel(name, seeds, pool) for name in args.only}
+        deep_by = {name: deep(name, seeds, pool) for name in DEEP if name in args.only}
     report({"by": by, "deep_by": deep_by}, args, args.out)
 
 
-def parallel(name: str, variant: Variant, seeds: int) -> dict[str, float]:
+def parallel(name: str, seeds: range, pool: ProcessPoolExecutor) -> dict[str, float]:
     """Mean rank correlation and largest budget error of a variant, over seeds."""
-    correlations, errors = [], []
     started = time.monotonic()
-    for seed in range(seeds):
-        bed = Bed("parallel", seed)
-        found = bed.search(variant)
-        correlations.append(spearman(total_ranks(found), total_ranks(bed.planted)))
-        errors.append(abs(found.parameters(LINEARS) / bed.parameters - 1))
+    measured = list(pool.map(parallel_seed, [VARIANTS[name]] * len(seeds), seeds))
+    correlations, errors = zip(*measured, strict=True)
     row = {
         "spearman": round(statistics.mean(correlations), 3),
         "spearman_least": round(min(correlations), 3),
@@ -252,35 +252,51 @@ def parallel(name: str, variant: Variant, seeds: int) -> dict[str, float]:
     return row
 
 
-def deep(name: str, variant: Variant, seeds: int) -> dict[str, Any]:
+def parallel_seed(variant: Variant, seed: int) -> tuple[float, float]:
+    """Rank correlation and budget error of one search."""
+    bed = Bed("parallel", seed)
+    found = bed.search(variant)
+    error = abs(found.parameters(LINEARS) / bed.parameters - 1)
+    return spearman(total_ranks(found), total_ranks(bed.planted)), error
+
+
+def deep(name: str, seeds: range, pool: ProcessPoolExecutor) -> dict[str, Any]:
     """How often students of the found allocation beat those of controls of the same size."""
     losses: dict[str, list[float]] = {}
     correlations = []
-    for seed in range(seeds):
-        bed = Bed("deep", seed)
-        found = bed.search(variant)
-        correlations.append(spearman(total_ranks(found), total_ranks(bed.planted)))
-        allocations = {
-            "found": found,
-            "random": random_allocation(LINEARS, bed.parameters, seed, EXPERTS, RANK, TOP_K),
-            "uniform": at_size(uniform(LINEARS, 4, RANK, TOP_K), LINEARS, bed.parameters),
-            "planted": bed.planted,
-        }
-        for which, allocation in allocations.items():
-            losses.setdefault(which, []).append(bed.student(allocation))
-        row = "  ".join(f"{which} {values[-1]:.3f}" for which, values in losses.items())
+    measured = pool.map(deep_seed, [VARIANTS[name]] * len(seeds), seeds)
+    for seed, (correlation, of_seed) in zip(seeds, measured, strict=True):
+        correlations.append(correlation)
+        for which, loss in of_seed.items():
+            losses.setdefault(which, []).append(loss)
+        row = "  ".join(f"{which} {loss:.3f}" for which, loss in of_seed.items())
         print(f"deep  {name:>12}  seed {seed}  {row}", flush=True)
 
     def beats(control: str) -> float:
         pairs = zip(losses["found"], losses[control], strict=True)
-        return sum(found < other for found, other in pairs) / seeds
+        return sum(found < other for found, other in pairs) / len(seeds)
 
     return {
         "beats_random": beats("random"),
         "beats_uniform": beats("uniform"),
         "spearman": round(statistics.mean(correlations), 3),
-        "loss": {which: round(statistics.mean(values), 4) for which, values in losses.items()},
+        "loss": {which: [round(v, 4) for v in values] for which, values in losses.items()},
+        "loss_mean": {which: round(statistics.mean(v), 4) for which, v in losses.items()},
     }
+
+
+def deep_seed(variant: Variant, seed: int) -> tuple[float, dict[str, float]]:
+    """Rank correlation of one search, and the losses of students of its size."""
+    bed = Bed("deep", seed)
+    found = bed.search(variant)
+    allocations = {
+        "found": found,
+        "random": random_allocation(LINEARS, bed.parameters, seed, EXPERTS, RANK, TOP_K),
+        "uniform": at_size(uniform(LINEARS, 4, RANK, TOP_K), LINEARS, bed.parameters),
+        "planted": bed.planted,
+    }
+    losses = {which: bed.student(allocation) for which, allocation in allocations.items()}
+    return spearman(total_ranks(found), total_ranks(bed.planted)), losses
 
 
 def total_ranks(allocation: Allocation) -> list[float]:
