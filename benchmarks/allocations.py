@@ -62,7 +62,7 @@ def main() -> None:
             runs["searched"][-1]["search_s"] = searched["seconds"]
             # After each seed, so that a run that is stopped keeps the seeds it has.
             result = compared(runs)
-            found = [Path(folder) / str(s) / "search" / "allocation.json" for s in range(seed + 1)]
+            found = sorted(Path(folder).glob("*/search/allocation.json"))
             result["rank_correlation_of_seeds"] = agreement(found)
             print_table(result, list(runs))
             report(result, args, args.out)

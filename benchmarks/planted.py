@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import multiprocessing
 import os
 import random
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,16 +230,18 @@ def main() -> None:
     torch.set_num_threads(1)  # the products are too small to share: a core takes a seed
 
     seeds = range(args.seeds)
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    cores = len(os.sched_getaffinity(0))
+    # Forked, so that each has the steps that were asked for.
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("fork")) as pool:
         by = {name: parallel(name, seeds, pool) for name in args.only}
-        deep_by = {name: deep(name, seeds, pool) for name in DEEP if name in args.only}
+        deep_by = deep([name for name in DEEP if name in args.only], seeds, pool)
     report({"by": by, "deep_by": deep_by}, args, args.out)
 
 
 def parallel(name: str, seeds: range, pool: ProcessPoolExecutor) -> dict[str, float]:
     """Mean rank correlation and largest budget error of a variant, over seeds."""
     started = time.monotonic()
-    measured = list(pool.map(parallel_seed, [VARIANTS[name]] * len(seeds), seeds))
+    measured = pool.map(partial(parallel_seed, VARIANTS[name]), seeds)
     correlations, errors = zip(*measured, strict=True)
     row = {
         "spearman": round(statistics.mean(correlations), 3),
@@ -260,21 +264,44 @@ def parallel_seed(variant: Variant, seed: int) -> tuple[float, float]:
     return spearman(total_ranks(found), total_ranks(bed.planted)), error
 
 
-def deep(name: str, seeds: range, pool: ProcessPoolExecutor) -> dict[str, Any]:
-    """How often students of the found allocation beat those of controls of the same size."""
-    losses: dict[str, list[float]] = {}
-    correlations = []
-    measured = pool.map(deep_seed, [VARIANTS[name]] * len(seeds), seeds)
-    for seed, (correlation, of_seed) in zip(seeds, measured, strict=True):
-        correlations.append(correlation)
-        for which, loss in of_seed.items():
-            losses.setdefault(which, []).append(loss)
-        row = "  ".join(f"{which} {loss:.3f}" for which, loss in of_seed.items())
-        print(f"deep  {name:>12}  seed {seed}  {row}", flush=True)
+def deep(names: list[str], seeds: range, pool: ProcessPoolExecutor) -> dict[str, Any]:
+    """How often students of the allocations found beat those of controls of the same size."""
+    correlations: dict[str, list[float]] = {name: [] for name in names}
+    losses: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    measured = pool.map(partial(deep_seed, names), seeds)
+    for seed, of_seed in zip(seeds, measured, strict=True):
+        for name, (correlation, students) in of_seed.items():
+            correlations[name].append(correlation)
+            for which, loss in students.items():
+                losses[name].setdefault(which, []).append(loss)
+            row = "  ".join(f"{which} {loss:.3f}" for which, loss in students.items())
+            print(f"deep  {name:>12}  seed {seed}  {row}", flush=True)
+    return {name: deep_result(correlations[name], losses[name]) for name in names}
+
+
+def deep_seed(names: list[str], seed: int) -> dict[str, tuple[float, dict[str, float]]]:
+    """Rank correlation of each search, and the losses of students of its size."""
+    bed = Bed("deep", seed)
+    allocations = {
+        "random": random_allocation(LINEARS, bed.parameters, seed, EXPERTS, RANK, TOP_K),
+        "uniform": at_size(uniform(LINEARS, 4, RANK, TOP_K), LINEARS, bed.parameters),
+        "planted": bed.planted,
+    }
+    controls = {which: bed.student(allocation) for which, allocation in allocations.items()}
+    measured = {}
+    for name in names:
+        found = bed.search(VARIANTS[name])
+        correlation = spearman(total_ranks(found), total_ranks(bed.planted))
+        measured[name] = correlation, {"found": bed.student(found), **controls}
+    return measured
+
+
+def deep_result(correlations: list[float], losses: dict[str, list[float]]) -> dict[str, Any]:
+    """A variant's part of the benchmark's result, from its seeds."""
 
     def beats(control: str) -> float:
         pairs = zip(losses["found"], losses[control], strict=True)
-        return sum(found < other for found, other in pairs) / len(seeds)
+        return sum(found < other for found, other in pairs) / len(correlations)
 
     return {
         "beats_random": beats("random"),
@@ -283,20 +310,6 @@ def deep(name: str, seeds: range, pool: ProcessPoolExecutor) -> dict[str, Any]:
         "loss": {which: [round(v, 4) for v in values] for which, values in losses.items()},
         "loss_mean": {which: round(statistics.mean(v), 4) for which, v in losses.items()},
     }
-
-
-def deep_seed(variant: Variant, seed: int) -> tuple[float, dict[str, float]]:
-    """Rank correlation of one search, and the losses of students of its size."""
-    bed = Bed("deep", seed)
-    found = bed.search(variant)
-    allocations = {
-        "found": found,
-        "random": random_allocation(LINEARS, bed.parameters, seed, EXPERTS, RANK, TOP_K),
-        "uniform": at_size(uniform(LINEARS, 4, RANK, TOP_K), LINEARS, bed.parameters),
-        "planted": bed.planted,
-    }
-    losses = {which: bed.student(allocation) for which, allocation in allocations.items()}
-    return spearman(total_ranks(found), total_ranks(bed.planted)), losses
 
 
 def total_ranks(allocation: Allocation) -> list[float]:
