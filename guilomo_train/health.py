@@ -10,7 +10,7 @@ a logging step reads them. Over the tokens of a window, padding left out,
     dead                chosen by less than DEAD of the tokens
 
 A router whose experts are all used by every token (as many as top_k) has load 1 everywhere: it
-only weighs them. While a search runs, an expert counts in the steps that it was there.
+only weighs them. While a search runs, an expert counts in the steps that it was there with another.
 """
 
 from __future__ import annotations
@@ -94,17 +94,18 @@ class RouterHealth:
             probabilities: [routers, tokens, E], the routers' softmax.
             available: [routers, E], False for experts that a search has masked out.
         """
-        tokens = probabilities.shape[1]
         there = torch.ones_like(choices) if available is None else available.to(choices.dtype)
-        experts = there.sum(-1)  # [routers]
-        entropy = torch.special.entr(probabilities).sum((1, 2)) / experts.clamp(min=2).log()
-        even = there * (choices.sum(-1) / experts)[:, None]
+        there = there * (there.sum(-1, keepdim=True) > 1)
+        experts = there.sum(-1)  # [routers], 0 where the router had no choice
+        routed = (experts > 0).to(choices.dtype)
+        tokens = probabilities.shape[1] * routed
+        chosen = choices * routed[:, None]
         batch = _Counts(
-            choices,
-            even,
-            tokens * there,
-            entropy,
-            torch.full_like(entropy, tokens),
+            chosen,
+            there * (chosen.sum(-1) / experts.clamp(min=1))[:, None],
+            there * tokens[:, None],
+            torch.special.entr(probabilities).sum((1, 2)) * routed / experts.clamp(min=2).log(),
+            tokens,
         )
         before = self._counts.get(places)
         self._counts[places] = batch if before is None else before + batch
@@ -113,7 +114,7 @@ class RouterHealth:
         """Figures for a log line, of the window since the last call; it ends here.
 
         `router_entropy` and `max_load` (of a router's experts the largest load) are means over
-        routers; `dead_experts` is a share of all experts. Empty where nothing was counted.
+        routers; `dead_experts` is a share of their experts. Empty where nothing was counted.
 
         Args:
             reduce: sums a tensor of counts over processes.
@@ -125,6 +126,8 @@ class RouterHealth:
         self._last_two = {p: c + self._last[p] if p in self._last else c for p, c in window.items()}
         self._last = window
         found = _figures(window).values()
+        if not found:
+            return {}
         experts = sum(len(f.load) for f in found)
         return {
             "router_entropy": sum(f.entropy for f in found) / len(found),
@@ -162,15 +165,15 @@ def _reduced(window: _Window, reduce: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 def _figures(counts: _Window) -> dict[int, RouterFigures]:
-    """The figures of each router by its place. Reads the device, once a tensor."""
+    """The figures of each router that had a choice, by its place. Reads the device by tensors."""
     figures = {}
     for places, c in counts.items():
         # An expert that was never there while a search ran has no load; it counts as even.
         load = torch.where(c.even > 0, c.chosen / c.even, 1.0).tolist()
         dead = (c.chosen < DEAD * c.could).tolist()
-        entropy = (c.entropy / c.tokens).tolist()
+        entropy, tokens = (c.entropy / c.tokens).tolist(), c.tokens.tolist()
         for i, place in enumerate(places):
-            figures[place] = RouterFigures(
-                tuple(load[i]), entropy[i], tuple(e for e, is_dead in enumerate(dead[i]) if is_dead)
-            )
+            if tokens[i]:
+                of_router = tuple(e for e, is_dead in enumerate(dead[i]) if is_dead)
+                figures[place] = RouterFigures(tuple(load[i]), entropy[i], of_router)
     return dict(sorted(figures.items()))

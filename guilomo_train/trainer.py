@@ -4,7 +4,8 @@
 
 L_balance is the load-balance loss of Switch Transformers (Fedus et al. 2022, eq. 4), averaged
 over layers: `E sum_e f_e P_e` with f_e the share of choices that fell on expert e and P_e the
-mean router probability of e, over the tokens that are not padding. It is 1 for an even load.
+mean router probability of e, over the tokens that are not padding. It is 1 for an even load. A
+layer with fewer than two experts, as a search may draw it too, has none.
 
 Both are those of the batch that all processes take together, so that P processes with b rows do
 what one does with P b: the NLL is divided by the tokens of all of them, f_e counts the choices of
@@ -364,7 +365,7 @@ def balance_loss(
     by_experts: dict[int, list[int]] = defaultdict(list)
     for place, routing in enumerate(routings):
         by_experts[routing.logits.shape[-1]].append(place)
-    experts, choices, probabilities = [], [], []
+    experts, choices, probabilities = [], [], []  # experts to choose from: 0 for no choice
     for places in by_experts.values():
         same = [routings[place] for place in places]
         logits = torch.stack([r.logits[tokens] for r in same])  # [layers, T, E]
@@ -373,10 +374,13 @@ def balance_loss(
         available = None
         if masks:  # a search runs: all layers have one
             available = torch.stack(masks)
-            logits = logits.masked_fill(~available[:, None], -torch.inf)
-            experts.append(available.sum(-1))
+            there = available.sum(-1)
+            routed = there > 1
+            # The others have no loss, but a softmax of nothing would make NaN of its gradient.
+            logits = logits.masked_fill(~available[:, None] & routed[:, None, None], -torch.inf)
+            experts.append(there * routed)
         else:
-            experts.append(torch.tensor(logits.shape[-1], device=logits.device))
+            experts.append(torch.full((len(same),), logits.shape[-1], device=logits.device))
         probability = torch.softmax(logits, dim=-1)
         choices.append(chosen.to(logits.dtype).sum(1))
         probabilities.append(probability.sum(1))
@@ -388,6 +392,6 @@ def balance_loss(
     loss = torch.zeros((), device=tokens.device)
     for number, count, probability in zip(experts, counts, probabilities, strict=True):
         share = count.view_as(probability)
-        share = share / share.sum(-1, keepdim=True)
+        share = share / share.sum(-1, keepdim=True).clamp(min=1)
         loss = loss + (number * (share * probability / total).sum(-1)).sum()
-    return loss / len(routings)
+    return loss / torch.cat(experts).count_nonzero().clamp(min=1)

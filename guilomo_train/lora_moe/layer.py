@@ -9,7 +9,7 @@ so that neither tokens nor experts are looped over. `guilomo_serve.ops.reference
 maths expert by expert.
 
 While a search runs, masks of 0 and 1 say which experts (`M_E`, see routing.py) and which of their
-rank rows (`M_R`) are there, and have derivatives:
+rank rows (`M_R`) are there, and have derivatives. Without any expert the layer is `W x`:
 
     y  = W x + B ((A x) * (w(M_E) (S * M_R)))
 """
@@ -150,9 +150,10 @@ class LoraMoeLinear(nn.Module, LoraMoeLayer):
         if self.masks is not None:
             expand = expand.to(self.masks.ranks.dtype) * self.masks.ranks.reshape(1, -1)
         h = F.linear(self.lora_dropout[adapter](x), a)
-        if adapter not in self.router:
-            return F.linear(h * expand[0].to(x.dtype), b)
-        gates = self._expert_weights(adapter, x) @ expand
+        if adapter in self.router:
+            gates = self._expert_weights(adapter, x) @ expand
+        else:  # one expert, whose weight is 1 while it is there
+            gates = expand[0] if self.masks is None else self.masks.experts @ expand
         return F.linear(h * gates.to(x.dtype), b)
 
     def _expert_weights(self, adapter: str, x: torch.Tensor) -> torch.Tensor:

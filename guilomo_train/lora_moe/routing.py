@@ -6,6 +6,8 @@ experts with M = 1. The derivative in M is the whole change when an expert comes
     dw/dM_e = w(M with e) - w(M without e)
 
 so that an expert that is masked out says what it would change, and one that is there what it does.
+A single expert has the weight 1 and without any all weights are 0, so the first to come says what
+it would do alone.
 The slope of a softmax whose terms are weighted by M would not do: in it an expert that is masked
 out has exp(z_e - z), which single tokens drive to any size, though its weight ends at 1.
 """
@@ -34,7 +36,7 @@ def masked_top_k_softmax(
 
     Args:
         logits: [..., E].
-        expert_mask: [E], 0 or 1; at least one is 1.
+        expert_mask: [E], 0 or 1.
         top_k: experts that a token uses among those that are there.
 
     Returns:

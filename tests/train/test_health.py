@@ -88,6 +88,25 @@ def test_experts_that_a_search_masks_out_are_not_dead() -> None:
     assert 0.5 < figures.entropy < 1
 
 
+def test_steps_in_which_a_search_leaves_a_router_no_choice_do_not_count() -> None:
+    torch.manual_seed(3)
+    tokens = torch.ones(1, 200)
+    chosen, other = torch.randn(200, 4), torch.randn(200, 4)
+    masks = [torch.tensor([1.0, 1, 1, 0]), torch.tensor([1.0, 0, 0, 0]), torch.zeros(4)]
+    never = [routing(torch.randn(200, 4), mask=masks[i]) for i in (1, 2)]
+
+    alone, beside = RouterHealth(), RouterHealth()
+    balance_loss([routing(chosen, mask=masks[0])], tokens, health=alone)
+    for mask, logits, idle in zip(masks, (chosen, other, other), [*never, never[0]], strict=True):
+        balance_loss([idle, routing(logits, mask=mask)], tokens, health=beside)
+    assert beside.scalars(same) == pytest.approx(alone.scalars(same))
+    assert beside.figures == {1: alone.figures[0]}, "the first router never had a choice"
+
+    balance_loss(never, tokens, health=beside)
+    assert beside.scalars(same) == {}
+    assert beside.figures == {1: alone.figures[0]}, "of the last two windows"
+
+
 def test_a_log_line_ends_a_window_and_the_figures_that_stay_look_at_two() -> None:
     health = RouterHealth()
     tokens = torch.ones(1, 2)
