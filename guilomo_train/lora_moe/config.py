@@ -16,7 +16,8 @@ class LoraMoeConfig(PeftConfig):
     """What each adapted linear layer gets.
 
     Either every target gets `num_experts` experts of rank `expert_rank`, or `experts` says for
-    each module, by its full name, what it gets; then the modules it names are the targets.
+    each module, by its full name, what it gets; then the modules it names are the targets, and all
+    others stay as they are.
 
     Raises:
         ValueError: a field is out of its range.
@@ -74,6 +75,13 @@ class LoraMoeConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected an integer >= 1")
+        if self.experts is not None and not (self.experts and all(self.experts.values())):
+            empty = next((m for m, listed in self.experts.items() if not listed), None)
+            where = "" if empty is None else f" for {empty!r}"
+            raise ValueError(
+                f"experts has none{where}: expected a module at least, and in each at least one; "
+                "a module without experts is left out"
+            )
         if not self.lora_alpha > 0:
             raise ValueError(f"lora_alpha is {self.lora_alpha!r}, expected a number > 0")
         if not 0.0 <= self.lora_dropout < 1.0:

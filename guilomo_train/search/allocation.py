@@ -1,4 +1,8 @@
-"""An allocation: the ranks of the experts of each module, as a small readable value."""
+"""An allocation: the ranks of the experts of each module, as a small readable value.
+
+A module may have several experts and a router, one expert without a router, or none: then it is as in
+the base, and the adapter does not name it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from guilomo_train.errors import AllocationError
 from guilomo_train.limits import replace_file
 
 FORMAT_VERSION = 1
+NO_EXPERTS = "gives no module an expert, so there is no adapter to train: expected one at least"
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Allocation:
     """How many experts each module has, and the rank of each.
 
     Attributes:
-        ranks: full module name -> the ranks of its experts.
+        ranks: full module name -> the ranks of its experts; empty for no adapter there.
         top_k: experts that a token uses.
         max_rank: the largest rank an expert could have had. All experts share the scaling
             lora_alpha / max_rank: the one under which the search measured them.
@@ -55,9 +60,19 @@ class Allocation:
         return count
 
     def experts(self, lora_alpha: float) -> dict[str, tuple[Expert, ...]]:
-        """The experts as the adapter format has them."""
+        """The experts as the adapter format has them: of the modules that have any.
+
+        Raises:
+            AllocationError: none has.
+        """
+        if not self.total_experts:
+            raise AllocationError(f"the allocation {NO_EXPERTS}")
         scaling = lora_alpha / self.max_rank
-        return {m: tuple(Expert(r, scaling) for r in ranks) for m, ranks in self.ranks.items()}
+        return {
+            module: tuple(Expert(rank, scaling) for rank in ranks)
+            for module, ranks in self.ranks.items()
+            if ranks
+        }
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -88,7 +103,8 @@ class Allocation:
         """Reads what `save` wrote.
 
         Raises:
-            AllocationError: the file is missing or no allocation; the message names the key.
+            AllocationError: the file is missing or no allocation, or has no expert in any module;
+                the message names the key.
         """
         try:
             value = json.loads(path.read_text())
@@ -105,13 +121,13 @@ class Allocation:
         if not isinstance(modules, dict) or not modules:
             raise AllocationError(f"{path}: ranks is not an object of module -> list of ranks")
         for module, ranks in modules.items():
-            if (
-                not isinstance(ranks, list)
-                or not ranks
-                or not all(isinstance(r, int) and 1 <= r <= value["max_rank"] for r in ranks)
+            if not isinstance(ranks, list) or not all(
+                isinstance(r, int) and 1 <= r <= value["max_rank"] for r in ranks
             ):
                 raise AllocationError(
                     f"{path}: ranks[{module!r}] is {ranks!r}, expected a list of integers "
-                    f"from 1 to max_rank ({value['max_rank']})"
+                    f"from 1 to max_rank ({value['max_rank']}), or [] for no adapter there"
                 )
+        if not any(modules.values()):
+            raise AllocationError(f"{path}: {NO_EXPERTS}")
         return cls({m: tuple(r) for m, r in modules.items()}, value["top_k"], value["max_rank"])

@@ -282,11 +282,15 @@ def cut(adapter: Adapter, allocation: Allocation) -> Adapter:
 
     Args:
         adapter: its experts all have the rank `allocation.max_rank`.
-        allocation: of the same modules.
+        allocation: of the same modules; those without experts are not in the part.
+
+    Raises:
+        AllocationError: no module has an expert.
     """
+    experts = allocation.experts(adapter.spec.lora_alpha)
     weights = {}
-    for module, ranks in allocation.ranks.items():
-        whole = adapter.weights[module]
+    for module in experts:
+        whole, ranks = adapter.weights[module], allocation.ranks[module]
         begins = [e * allocation.max_rank for e in range(len(ranks))]
         rows = torch.cat([torch.arange(b, b + r) for b, r in zip(begins, ranks, strict=True)])
         weights[module] = ModuleWeights(
@@ -296,8 +300,8 @@ def cut(adapter: Adapter, allocation: Allocation) -> Adapter:
             if whole.router is not None and len(ranks) > 1
             else None,
         )
-    experts = allocation.experts(adapter.spec.lora_alpha)
-    return Adapter(replace(adapter.spec, experts=experts), weights)
+    targets = tuple(sorted({module.split(".")[-1] for module in experts}))
+    return Adapter(replace(adapter.spec, experts=experts, target_modules=targets), weights)
 
 
 def search_budget(space: SearchSpace, budget: str | None, base_parameters: int) -> int:

@@ -230,6 +230,8 @@ def test_the_router_stays_float32_on_a_bfloat16_base(tmp_path: Path) -> None:
         ({"lora_alpha": 0}, "lora_alpha is 0"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"experts": {"model.layers.9.mlp.up_proj": [{"rank": 1, "scaling": 1.0}]}}, "layers.9"),
+        ({"experts": {}}, "experts has none: expected a module at least"),
+        ({"experts": {**RAGGED, "lm_head": []}}, "experts has none for 'lm_head'"),
         ({"target_modules": ["embed_tokens"]}, "linear layers alone"),
         ({"target_modules": ["q_proj", "query"]}, "target_modules has 'query'.*q_proj, k_proj"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is .*lm_head.*, expected none"),
@@ -251,8 +253,7 @@ def test_a_task_with_a_new_head_is_refused() -> None:
 
 def test_parameters_of_an_allocation_are_those_of_its_adapter() -> None:
     model = trained(LoraMoeConfig(experts=RAGGED))
-    allocation = Allocation(
-        {m: tuple(int(e["rank"]) for e in listed) for m, listed in RAGGED.items()}, 2, 5
-    )
+    ranks = {m: tuple(int(e["rank"]) for e in listed) for m, listed in RAGGED.items()}
+    allocation = Allocation({**ranks, "model.layers.0.self_attn.k_proj": ()}, 2, 5)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert allocation.parameters(BaseModel.from_module(tiny_llama(64)).linears) == count
