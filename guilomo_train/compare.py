@@ -1,10 +1,14 @@
-"""Two allocations of one base side by side: how far does an allocation depend on the task?"""
+"""Two allocations of one base side by side: how far does an allocation depend on the task?
+
+A module without adapter has the total rank 0. An allocation.json lists it; an adapter folder names
+the modules with experts alone, so what it lacks of the other's has none.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from guilomo_serve.adapter import read_spec
@@ -36,11 +40,15 @@ class Comparison:
             )
         for here, there, path in ((a, b, second), (b, a, first)):
             missing = [module for module in here.ranks if module not in there.ranks]
-            if missing:
+            if missing and not path.is_dir():
                 raise AllocationError(
                     f"{path} lacks {len(missing)} of the modules of the other, such as "
                     f"{missing[0]}: expected two allocations of the same layers of one base"
                 )
+        # In the order of the one that has more, all of them if it is an allocation.json.
+        fewer, more = sorted((a.ranks, b.ranks), key=len)
+        modules = dict.fromkeys([*more, *fewer])
+        a, b = (replace(x, ranks={m: x.ranks.get(m, ()) for m in modules}) for x in (a, b))
         return cls((str(first), str(second)), (a, b))
 
     @property
@@ -52,7 +60,7 @@ class Comparison:
     def table(self) -> str:
         """A line a layer; a cell has experts x total rank of both and the difference in rank."""
         a, b = self.allocations
-        layers, kinds, cells = grid(a)
+        layers, kinds, cells = grid(a.ranks)
         rows = [["layer", *kinds, "rank"]]
         for layer in layers:
             row, totals = [layer], [0, 0]
@@ -76,7 +84,7 @@ class Comparison:
         return [
             f"A: {self.names[0]}",
             f"B: {self.names[1]}",
-            "Cells: experts x total rank of A, of B, and the rank B has more.",
+            "Cells: experts x total rank of A, of B (-: no adapter), and the rank B has more.",
         ]
 
     def _totals(self) -> list[str]:
@@ -116,7 +124,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 def picture(comparison: Comparison, path: Path) -> None:
     """Draws experts and total rank of both, and their differences, into a PNG."""
-    layers, kinds, cells = grid(comparison.allocations[0])
+    layers, kinds, cells = grid(comparison.allocations[0].ranks)
     figure, axes = subplots(
         2, 3, width=2.2 + 1.35 * len(kinds), height=2 * (1.2 + 0.17 * len(layers))
     )
@@ -162,7 +170,7 @@ def _read(path: Path) -> tuple[Allocation, str | None]:
 
 
 def _cell(experts: list[int], ranks: list[int]) -> str:
-    first, second = (f"{n}x{r}" for n, r in zip(experts, ranks, strict=True))
+    first, second = (f"{n}x{r}" if n else "-" for n, r in zip(experts, ranks, strict=True))
     return f"{first:>4} {second:>4} {ranks[1] - ranks[0]:+3d}"
 
 

@@ -15,7 +15,14 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig
 
-from guilomo_serve.adapter import Adapter, AdapterSpec, BaseFingerprint, Expert, ModuleWeights
+from guilomo_serve.adapter import (
+    Adapter,
+    AdapterSpec,
+    BaseFingerprint,
+    BaseModel,
+    Expert,
+    ModuleWeights,
+)
 from guilomo_train.checkpoints import KEPT, Checkpointing
 from guilomo_train.config import CommonConfig, FinetuneConfig
 from guilomo_train.errors import ConfigError, DivergedError
@@ -31,7 +38,8 @@ WARMUP = 0.05  # share of the steps over which the learning rate rises
 class FinetuneResult:
     """A trained adapter. The base it was trained on carries it as a PEFT model.
 
-    `history` has the trainer's log, and the health of each router in the last steps.
+    `history` has the allocation's modules, the trainer's log, and the health of each router in the
+    last steps.
     """
 
     adapter: Adapter
@@ -67,9 +75,14 @@ def finetune(
     Raises:
         DivergedError: the loss is not finite.
         ConfigError: the allocation names a module that the base lacks, or `start` has another one.
+        AllocationError: the allocation has no expert in any module.
     """
     started = time.monotonic()
     torch.manual_seed(common.seed)
+    linears = BaseModel.from_module(base.model).linears
+    for module in allocation.ranks:
+        if module not in linears:
+            raise ConfigError(f"--allocation: the base has no linear layer {module!r}")
     experts = allocation.experts(common.lora_alpha)
     peft_config = LoraMoeConfig(
         task_type="CAUSAL_LM",
@@ -111,6 +124,7 @@ def finetune(
         )
     seconds = trainer.seconds_before + time.monotonic() - started
     history = {
+        "modules": list(allocation.ranks),
         "log": trainer.state.log_history,
         "routers": {module: figures.to_json() for module, figures in trainer.routers().items()},
     }

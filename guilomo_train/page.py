@@ -1,9 +1,9 @@
 """The report page of a run: `report.md` and its pictures, made from the files that a run leaves.
 
 run.json        settings, times, sizes, scores
-history.json    per stage the trainer's log; of a search the modules and its allocations over the
-                steps; of a fine-tuning the health of each router in its last steps; of an
-                evaluation 1 for each row that a score counts, 0 for the others
+history.json    per stage the modules that could be adapted and the trainer's log; of a search its
+                allocations over the steps; of a fine-tuning the health of each router in its last
+                steps; of an evaluation 1 for each row that a score counts, 0 for the others
 allocation.json or adapter/adapter_config.json: the allocation
 """
 
@@ -49,7 +49,8 @@ class Finished:
         """
         record, history = (read_json(folder / name) for name in (RUN_FILE, HISTORY_FILE))
         if "finetune" in history:
-            allocation = allocation_of(read_spec(folder / "adapter"))
+            modules = history["finetune"].get("modules", ())  # a run of before has none
+            allocation = allocation_of(read_spec(folder / "adapter"), modules)
         else:
             allocation = Allocation.load(folder / "allocation.json")
         return cls(folder, record, history, allocation)
@@ -134,11 +135,13 @@ def _head(run: Finished) -> str:
 def _summary(run: Finished, other: Finished | None) -> str:
     allocation, record = run.allocation, run.record
     parameters, whole = record["parameters"], record["uniform_parameters"]
+    modules, adapted = len(allocation.ranks), len(allocation.adapted)
+    layers = f"{adapted} of {modules}" if adapted < modules else f"{modules}"
     lines = [
-        f"- **Size.** {allocation.total_experts:,} experts in {len(allocation.ranks)} linear "
+        f"- **Size.** {allocation.total_experts:,} experts in {layers} linear "
         f"layers, total rank {allocation.total_rank:,}: {parameters:,} parameters, "
         f"{parameters / record['base_parameters']:.2%} of the base. That is "
-        f"{_saved(parameters, whole)} than 8 experts of rank 8 in each of them "
+        f"{_saved(parameters, whole)} than 8 experts of rank 8 in all {modules} "
         f"({whole:,})."
     ]
     seconds = run.seconds
@@ -248,7 +251,7 @@ def _search(run: Finished) -> str:
     log = run.history["search"]["log"]
     # By step: the last one is logged twice, with the figures of the whole search.
     snapshots = list({e["step"]: e for e in log if "total_ranks" in e}.values())
-    layers, kinds, cells = grid(Allocation(dict.fromkeys(modules, (1,)), 1, 1))
+    layers, kinds, cells = grid(modules)
     by_kind: dict[str, list[int]] = {kind: [] for kind in kinds}
     by_layer: dict[str, list[int]] = {layer: [] for layer in layers}
     place = {module: i for i, module in enumerate(modules)}
@@ -294,7 +297,7 @@ def _routers(run: Finished) -> str:
             "## Routers\n\nNot watched: no layer has a router, or `balance_coefficient` is 0 "
             "(health is read off the load-balance loss)."
         )
-    layers, kinds, cells = grid(run.allocation)
+    layers, kinds, cells = grid(run.allocation.ranks)
     router_picture(routers, layers, kinds, cells, run.folder / "routers.png")
     rows = ["| layer | routers | entropy | largest load | dead experts |", "|---|---|---|---|---|"]
     for layer in layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,31 @@ from guilomo_train.search.allocation import Allocation
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
-def allocation_of(spec: AdapterSpec) -> Allocation:
-    """The allocation that an adapter has."""
+def allocation_of(spec: AdapterSpec, modules: Iterable[str] = ()) -> Allocation:
+    """The allocation that an adapter has.
+
+    Args:
+        spec: it names the modules with experts alone.
+        modules: those that it could have adapted, where that is known.
+    """
     ranks = {m: tuple(e.rank for e in experts) for m, experts in spec.experts.items()}
-    return Allocation(ranks, spec.top_k, max(r for listed in ranks.values() for r in listed))
+    max_rank = max(r for listed in ranks.values() for r in listed)
+    return Allocation({**dict.fromkeys(modules, ()), **ranks}, spec.top_k, max_rank)
 
 
-def grid(allocation: Allocation) -> tuple[list[str], list[str], dict[tuple[str, str], str]]:
-    """Layers, kinds of module (`q_proj`, ...), and the module at each (layer, kind)."""
+def grid(modules: Iterable[str]) -> tuple[list[str], list[str], dict[tuple[str, str], str]]:
+    """Layers by their number, kinds (`q_proj`, ...), and the module at each (layer, kind)."""
     layers: dict[str, None] = {}
     kinds: dict[str, None] = {}
     cells = {}
-    for module in allocation.ranks:
+    for module in modules:
         found = _LAYER.search(module)
         layer = found.group(1) if found else "-"
         kind = module.split(".")[-1]
         layers[layer], kinds[kind] = None, None
         cells[layer, kind] = module
-    return list(layers), list(kinds), cells
+    by_number = sorted(layers, key=lambda layer: int(layer) if layer.isdigit() else -1)
+    return by_number, list(kinds), cells
 
 
 def table(allocation: Allocation) -> str:
@@ -39,7 +46,7 @@ def table(allocation: Allocation) -> str:
 
     A `*` marks a module whose experts are all used by each token: its router only weighs them.
     """
-    layers, kinds, cells = grid(allocation)
+    layers, kinds, cells = grid(allocation.ranks)
     width = max(9, *(len(k) + 1 for k in kinds))
     lines = ["layer" + "".join(k.rjust(width) for k in kinds) + "     rank"]
     for layer in layers:
@@ -50,9 +57,10 @@ def table(allocation: Allocation) -> str:
             line += (f"{len(ranks)}{dense} x {sum(ranks)}" if ranks else "-").rjust(width)
             total += sum(ranks)
         lines.append(line + str(total).rjust(9))
-    modules = len(allocation.ranks)
+    modules, adapted = len(allocation.ranks), len(allocation.adapted)
+    without = f", {modules - adapted} without adapter" if adapted < modules else ""
     lines.append(
-        f"{modules} modules: {allocation.total_experts} experts "
+        f"{modules} modules{without}: {allocation.total_experts} experts "
         f"({allocation.total_experts / modules:.2f} a module), total rank {allocation.total_rank} "
         f"({allocation.total_rank / modules:.1f} a module). Cells: experts x total rank; "
         f"* = every token uses all of them."
@@ -62,7 +70,7 @@ def table(allocation: Allocation) -> str:
 
 def heat_map(allocation: Allocation, path: Path) -> None:
     """Draws experts and total rank over layers and kinds of module into a PNG."""
-    layers, kinds, cells = grid(allocation)
+    layers, kinds, cells = grid(allocation.ranks)
     figure, axes = subplots(1, 2, width=3 + 1.1 * len(kinds), height=1.6 + 0.24 * len(layers))
     for axis, title in zip(axes[0], ("experts", "total rank"), strict=True):
         values = {

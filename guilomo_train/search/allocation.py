@@ -1,7 +1,7 @@
 """An allocation: the ranks of the experts of each module, as a small readable value.
 
-A module may have several experts and a router, one expert without a router, or none: then it is as in
-the base, and the adapter does not name it.
+A module may have several experts and a router, one expert without a router, or none. Then it is as
+in the base, and the adapter does not name it.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ class Allocation:
         return cls(dict.fromkeys(modules, (rank,) * experts), top_k, rank)
 
     @property
+    def adapted(self) -> tuple[str, ...]:
+        """The modules that have an adapter."""
+        return tuple(module for module, ranks in self.ranks.items() if ranks)
+
+    @property
     def total_experts(self) -> int:
         return sum(len(ranks) for ranks in self.ranks.values())
 
@@ -65,14 +70,10 @@ class Allocation:
         Raises:
             AllocationError: none has.
         """
-        if not self.total_experts:
+        if not self.adapted:
             raise AllocationError(f"the allocation {NO_EXPERTS}")
         scaling = lora_alpha / self.max_rank
-        return {
-            module: tuple(Expert(rank, scaling) for rank in ranks)
-            for module, ranks in self.ranks.items()
-            if ranks
-        }
+        return {m: tuple(Expert(rank, scaling) for rank in self.ranks[m]) for m in self.adapted}
 
     def to_json(self) -> dict[str, Any]:
         return {

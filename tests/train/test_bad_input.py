@@ -138,10 +138,18 @@ def test_a_target_module_that_cannot_be_adapted(refused: Refused) -> None:
 
 
 def test_an_allocation_of_another_base(refused: Refused, tmp_path: Path) -> None:
-    path = tmp_path / "other.json"
-    Allocation.uniform(("model.layers.7.mlp.up_proj",), 2, 2).save(path)
+    path, module = tmp_path / "other.json", "model.layers.7.mlp.up_proj"
+    for ranks in ((2, 2), ()):  # an adapter would not name the latter
+        Allocation({MODULES[0]: (2,), module: ranks}, 2, 2).save(path)
+        line = refused("finetune", "--allocation", path)
+        assert f"--allocation: the base has no linear layer {module!r}" in line
+
+
+def test_an_allocation_without_experts(refused: Refused, tmp_path: Path) -> None:
+    path = tmp_path / "empty.json"
+    Allocation.uniform(MODULES, 0, 2).save(path)
     line = refused("finetune", "--allocation", path)
-    assert "--allocation: experts names 'model.layers.7.mlp.up_proj'" in line
+    assert f"{path}: gives no module an expert" in line
 
 
 def test_a_base_without_tokenizer(refused: Refused, tmp_path: Path) -> None:

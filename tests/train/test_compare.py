@@ -52,6 +52,41 @@ def test_an_adapter_and_an_allocation_are_laid_side_by_side(tmp_path: Path) -> N
     assert png.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_module_without_adapter_has_rank_0_whether_the_file_lists_it_or_the_folder_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = saved(tmp_path / "a.json", (4, 4), (), (), ())
+    second = saved(tmp_path / "b.json", (), (5,), (), (2, 2))
+    expected = [
+        ["0", "2x8", "-", "-8", "-", "1x5", "+5", "8", "5", "-3"],
+        ["1", "-", "-", "+0", "-", "2x4", "+4", "0", "4", "+4"],
+    ]
+
+    def compared(a: Path, b: Path) -> list[str]:
+        png = tmp_path / "compare.png"
+        assert main(["compare", str(a), str(b), "--png", str(png)]) == 0
+        assert png.read_bytes()[:4] == b"\x89PNG"
+        return capsys.readouterr().out.splitlines()
+
+    folders = adapter(tmp_path / "first", first), adapter(tmp_path / "second", second)
+    for a, b in ((first, second), (folders[0], second), (first, folders[1])):
+        lines = compared(a, b)
+        assert [line.split() for line in lines if line.strip().startswith(("0 ", "1 "))] == expected
+        assert "4 modules, 1 with as many experts; total rank differs by 4.2 a module" in "\n".join(
+            lines
+        )
+        # Ranks 8 0 0 0 and 0 5 0 4: places 4 2 2 2 and 1.5 4 1.5 3.
+        assert lines[-1].endswith(f"over modules: {-2 / math.sqrt(3 * 4.5):.2f}")
+    # Two folders have no more than the union of their modules, in the order of the layers.
+    lines = compared(*folders)
+    assert lines[4].split() == ["layer", "down_proj", "up_proj", "rank"]
+    assert [line.split() for line in lines[5:7]] == [
+        ["0", "-", "1x5", "+5", "2x8", "-", "-8", "8", "5", "-3"],
+        ["1", "-", "2x4", "+4", "-", "0", "4", "+4"],
+    ]
+    assert "3 modules, 0 with as many experts" in "\n".join(lines)
+
+
 def test_allocations_of_different_bases_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
