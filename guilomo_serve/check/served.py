@@ -48,7 +48,8 @@ class Served:
 
     Attributes:
         logprobs: [T - 1] float32, of each token but the first, given those before it.
-        products: module -> what was added, in the model's order; all modules of an adapted layer.
+        products: module -> what was added, in the model's order; all modules of the layers that the
+            adapter has something in.
     """
 
     logprobs: torch.Tensor

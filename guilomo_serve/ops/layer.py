@@ -175,6 +175,7 @@ class Batch:
     Attributes:
         order: [n] int32, the tokens that use an adapter, those of one slot together.
         segments: [s, 3] int32, rows (slot, begin, end) into `order`.
+        slots: of the segments.
         size: tokens in the batch.
     """
 
@@ -190,6 +191,7 @@ class Batch:
         self.segments = np.ascontiguousarray(
             np.stack([slots[begins], begins, ends], axis=1), dtype=np.int32
         )
+        self.slots: list[int] = self.segments[:, 0].tolist()
         # What the C++ op takes of it; the arrays live as long as the batch does.
         self.addresses = (
             self.segments.ctypes.data,

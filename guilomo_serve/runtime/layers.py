@@ -54,6 +54,7 @@ class RoutedLayer:
     Attributes:
         layer_index: names the layer in the custom op.
         output_slices: the output columns of each module that the layer packs.
+        filled: the slots whose adapter has something in this layer.
         served_name: vLLM's name of the layer; the manager sets it.
     """
 
@@ -75,6 +76,7 @@ class RoutedLayer:
         self.lora_config = lora_config
         if self.n_slices == 1:
             self.output_slices = (self.output_size,)
+        self.filled: set[int] = set()
         self.layer_index = next(_indices)
         _layers[self.layer_index] = self
         self.slots = (
@@ -119,9 +121,12 @@ class RoutedLayer:
 
     def set_lora(self, index: int, lora_a: LayerWeights, lora_b: None) -> None:
         """Puts an adapter into a slot; `lora_b` is vLLM's, `lora_a` holds both factors."""
+        self.filled.discard(index)  # until all of it is there
         self.slots.set(index, lora_a.to(self.device))
+        self.filled.add(index)
 
     def reset_lora(self, index: int) -> None:
+        self.filled.discard(index)
         self.slots.set(index, None)
 
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -173,8 +178,8 @@ class SplitSlots(Slots):
 def _routed_linear(y: torch.Tensor, x: torch.Tensor, layer_index: int) -> None:
     layer = _layers[layer_index]
     batch = layer.punica_wrapper.batch
-    if not len(batch.segments):
-        return
+    if layer.filled.isdisjoint(batch.slots):
+        return  # base requests alone, or adapters that leave this layer as it is
     if batch.size > x.shape[0]:
         raise RuntimeError(
             f"the batch has {batch.size} tokens, its layer was given {x.shape[0]}: "

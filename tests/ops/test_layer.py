@@ -95,6 +95,7 @@ def test_mixed_batch_equals_the_reference(
         for _ in range(3)
     ]
     slots[1][-1] = None  # this adapter leaves a slice alone,
+    slots[2][:-1] = [None] * (len(widths) - 1)  # this one all but one,
     slots.append(None)  # this one the whole layer
     if all(s is None for s in slots[1]):
         slots[1] = None
@@ -135,5 +136,6 @@ def test_batch_groups_tokens_by_slot_and_leaves_the_base_out():
     batch = Batch(np.array([2, -1, 0, 2, -1, 0]))
     assert batch.order.tolist() == [2, 5, 0, 3]
     assert batch.segments.tolist() == [[0, 0, 2], [2, 2, 4]]
+    assert batch.slots == [0, 2]
     assert Batch(np.array([-1, -1])).segments.tolist() == []
     assert Batch(np.array([], dtype=np.int64)).segments.tolist() == []

@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from tests.serve.helpers import (
+    SPARSE,
     Server,
     byte_tokenizer,
     guilomo_serve,
@@ -77,6 +78,13 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         ),
         "plain": random_lora(tiny_model, folder / "plain", seed=3),
     }
+
+
+@pytest.fixture(scope="session")
+def sparse(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that leaves most of the tiny model alone."""
+    folder = tmp_path_factory.mktemp("sparse") / "sparse"
+    return random_adapter(tiny_model, folder, seed=6, ranks=SPARSE)
 
 
 @pytest.fixture(scope="package")

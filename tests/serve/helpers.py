@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,14 @@ from guilomo_serve.adapter import (
 
 START_TIMEOUT_S = 240
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Of the tiny model: most modules have no adapter, among them all of layer 1 and, in layer 0, parts
+# of what vLLM packs and a row-parallel layer. The others have several experts or one.
+SPARSE = {
+    "model.layers.0.self_attn.k_proj": (3, 1, 4),
+    "model.layers.0.self_attn.v_proj": (5,),
+    "model.layers.0.mlp.gate_proj": (2,),
+    "model.layers.0.mlp.down_proj": (1, 6),
+}
 
 
 @dataclass
@@ -215,10 +223,12 @@ def random_adapter(
     seed: int,
     targets: Sequence[str] = ALL_LINEAR,
     change: Callable[[Adapter], Adapter] | None = None,
+    ranks: Mapping[str, Sequence[int]] | None = None,
 ) -> Path:
     """Writes a LoRA-MoE adapter with a random allocation: 1 to 8 experts of rank 1 to 8.
 
-    Its effect on a layer's output is about as large as the output. `change` may spoil it.
+    With `ranks` it has those, and the modules that these leave out have no adapter. Its effect on a
+    layer's output is about as large as the output. `change` may spoil it.
     """
     described = BaseModel.from_config(transformers.AutoConfig.from_pretrained(base))
     generator = torch.Generator().manual_seed(seed)
@@ -228,17 +238,17 @@ def random_adapter(
 
     experts, weights = {}, {}
     for module, (out_features, in_features) in described.linears.items():
-        if module.rsplit(".", 1)[-1] not in targets:
+        if module.rsplit(".", 1)[-1] not in targets or (ranks is not None and module not in ranks):
             continue
-        ranks = [integer(8) for _ in range(integer(8))]
-        experts[module] = tuple(Expert(rank, 0.5 + 0.25 * (rank % 3)) for rank in ranks)
-        rows = sum(ranks)
+        drawn = [integer(8) for _ in range(integer(8))] if ranks is None else ranks[module]
+        experts[module] = tuple(Expert(rank, 0.5 + 0.25 * (rank % 3)) for rank in drawn)
+        rows = sum(drawn)
         size = (0.02 if in_features > 256 else 0.2) * (in_features**0.5)  # as the base's weights
         weights[module] = ModuleWeights(
             torch.randn(rows, in_features, generator=generator) / in_features**0.5,
             torch.randn(out_features, rows, generator=generator) * size / 8,
-            torch.randn(len(ranks), in_features, generator=generator) / in_features**0.5
-            if len(ranks) > 1
+            torch.randn(len(drawn), in_features, generator=generator) / in_features**0.5
+            if len(drawn) > 1
             else None,
         )
     spec = AdapterSpec(

@@ -133,25 +133,30 @@ def keeping(function: Callable, results: list) -> Callable:
 
 @pytest.mark.slow
 def test_an_int8_base_and_what_makes_a_difference(
-    int8_model, adapters, tmp_path, capsys, monkeypatch
+    int8_model, adapters, sparse, tmp_path, capsys, monkeypatch
 ):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(SHORT)
-    arguments = (int8_model, adapters["second"], adapters["plain"], "--prompts", prompts)
+    folders = (adapters["second"], adapters["plain"], sparse)
+    arguments = (int8_model, *folders, "--prompts", prompts)
     records: list[Record] = []
     monkeypatch.setattr(command, "record", keeping(record, records))
     status, lines = run(capsys, *arguments, "--enforce-eager")
     assert status == 0, lines
-    assert sum(line.startswith("EQUAL") for line in lines) == 2
-    assert [row[:2] for row in rows_of(lines)] == 2 * [["1", "44"], ["2", "7"]]
+    assert sum(line.startswith("EQUAL") for line in lines) == 3
+    assert [row[:2] for row in rows_of(lines)] == 3 * [["1", "44"], ["2", "7"]]
     assert records[0].quantization == "compressed-tensors"
-    (first, second), plain = records[0].adapters
+    (first, second), plain, of_few = records[0].adapters
+    # Layers in which an adapter has nothing compute nothing for it.
+    packed = [*(f"self_attn.{name}_proj" for name in "qkv"), "mlp.gate_proj", "mlp.up_proj"]
+    ran = {f"model.layers.0.{name}" for name in (*packed, "mlp.down_proj")}
+    assert all(served.products.keys() == ran for served in of_few)
 
     def verdict(quantization: str | None = "compressed-tensors", **changes: object) -> str:
         """Of the same record, but for something in the first adapter's second prompt."""
         changed = dataclasses.replace(second, **changes)
         altered = dataclasses.replace(
-            records[0], quantization=quantization, adapters=[[first, changed], plain]
+            records[0], quantization=quantization, adapters=[[first, changed], plain, of_few]
         )
         monkeypatch.setattr(command, "record", lambda *_: altered)
         status, lines = run(capsys, *arguments)

@@ -17,6 +17,7 @@ import torch
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from tests.serve import hf_reference
 from tests.serve.helpers import (
+    SPARSE,
     Server,
     ask,
     eventually,
@@ -98,6 +99,21 @@ def check_mixed(server, names):
 
 def test_mixed_batch_gives_what_each_gives_alone(server, adapters):
     check_mixed(server, ("base", *adapters))
+
+
+def test_an_adapter_of_few_modules_is_served_exactly_beside_others(
+    server, tiny_model, adapters, sparse
+):
+    """Some of them with one expert and no router, and none in a whole layer of the model."""
+    assert server.load("sparse", sparse).ok
+    details = server.admin("GET", "/sparse").json()
+    assert details["allocation"] == {module: list(ranks) for module, ranks in SPARSE.items()}
+    assert (details["modules"], details["experts"], details["rank"]) == (4, 7, 22)
+    check_against_hf(server, tiny_model, {"sparse": sparse}, FLOAT32_TOLERANCE)
+    answers = {text_of(server, name, PROMPTS[0]) for name in ("base", "first", "sparse")}
+    assert len(answers) == 3
+    check_mixed(server, ("base", *adapters, "sparse"))
+    assert server.post("/v1/unload_lora_adapter", lora_name="sparse").ok
 
 
 def test_with_expert_load_off_nothing_is_sampled(server):

@@ -35,8 +35,9 @@ def answer(server: Server, model: str, prompt: str) -> tuple[list[int], list[int
 
 
 def test_two_processes_answer_as_one(
-    tiny_model: Path, adapters: dict[str, Path], tmp_path: Path
+    tiny_model: Path, adapters: dict[str, Path], sparse: Path, tmp_path: Path
 ) -> None:
+    adapters = {**adapters, "sparse": sparse}
     # vLLM's CPU build turns asynchronous scheduling off (vllm/platforms/cpu.py), whatever is asked.
     flags = ("-tp", "2", "--enforce-eager", "--dtype", "float32", "--served-model-name", "base")
     command = guilomo_serve(tiny_model, adapters, *flags)
