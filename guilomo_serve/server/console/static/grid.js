@@ -29,8 +29,13 @@ export function moduleGrid(modules, label, hint, fill) {
         const cell = element("td", { tabindex: "-1", onfocus: () => move(cell) });
         cell.addEventListener("pointerenter", () => say(cell));
         const module = places.get(`${layer} ${kind}`);
-        if (module) cell.dataset.module = module;
-        else cell.append("–");
+        if (module) {
+          cell.dataset.module = module;
+        } else {
+          cell.append("–");
+          cell.setAttribute("aria-label", "no adapter");
+          words.set(cell, `${kind} of layer ${layer}: no adapter`);
+        }
         row.append(cell);
         return cell;
       }),
