@@ -63,7 +63,7 @@ def table(allocation: Allocation) -> str:
         f"{modules} modules{without}: {allocation.total_experts} experts "
         f"({allocation.total_experts / modules:.2f} a module), total rank {allocation.total_rank} "
         f"({allocation.total_rank / modules:.1f} a module). Cells: experts x total rank; "
-        f"* = every token uses all of them."
+        f"* = every token uses all of them; - = no adapter."
     )
     return "\n".join(lines)
 
