@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.fill import split
-from guilomo_train.search.selection import SearchSpace
+from guilomo_train.search.space import SearchSpace
 
 LAYERS, WIDTH = 8, 64
 EXPERTS, RANK, TOP_K = 8, 8, 2

@@ -177,13 +177,13 @@ def search(bed: Bed, variant: Variant, steps: int) -> Allocation:
                 LEARNING_RATE, lower, lambda lower=lower: adam_scales(optimizer, weights, lower)
             )
             upper.step(
-                lambda train=train: bed.loss(model, train),
-                lambda validation=validation: bed.loss(model, validation),
+                [lambda train=train: bed.loss(model, train)],
+                [lambda validation=validation: bed.loss(model, validation)],
                 weights,
                 unrolled if variant.order == "second" else None,
             )
         optimizer.step()
-    return selection.allocation()
+    return upper.allocation()
 
 
 def one_shot_allocations(bed: Bed) -> dict[str, Allocation]:

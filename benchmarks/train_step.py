@@ -33,7 +33,8 @@ from guilomo_train.finetune import training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLinear
 from guilomo_train.models import load_base
 from guilomo_train.search.search import SearchTrainer
-from guilomo_train.search.selection import SearchSpace, SelectionVectors
+from guilomo_train.search.selection import SelectionVectors
+from guilomo_train.search.space import SearchSpace
 from guilomo_train.trainer import LoraMoeTrainer
 
 EXPERTS, RANK, TOP_K = 8, 8, 2
@@ -134,7 +135,7 @@ def build(name: str, args: argparse.Namespace) -> Callable[[int], list[float]]:
         space = SearchSpace({m: linears[m] for m in config.experts}, EXPERTS, RANK, TOP_K)
         trainer: LoraMoeTrainer = SearchTrainer(
             **shared,
-            selection=SelectionVectors(space, budget=space.parameters(EXPERTS, RANK) // 3),
+            selection=SelectionVectors(space, budget=space.cost(EXPERTS, RANK) // 3),
             estimator="marginal",
             selection_learning_rate=0.1,
             validation_dataset=None if name == "search_online" else rows,

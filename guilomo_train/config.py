@@ -117,8 +117,17 @@ class SearchConfig:
     )
     budget: str | None = option(
         None,
-        "Size of the adapter: a share of the base's parameters (0.01) or a number of parameters. "
-        "By default what random counts have on average, about a third of the largest layers.",
+        "Size of the adapter: a share of the base's parameters (0.01) or a number of parameters; "
+        "with --budget_in latency a share of the serving time of the largest layers. By default a "
+        "third of the largest layers.",
+    )
+    budget_in: Literal["parameters", "latency"] = option(
+        "parameters", "What the budget counts: parameters, or the time of serving."
+    )
+    prices: str | None = option(
+        None,
+        "What a layer's experts and rank rows cost in serving: a result of "
+        "benchmarks/serving_prices.py, for --budget_in latency.",
     )
     search_epochs: float = option(1.0, "Passes over the training rows.")
     search_batch_size: int = option(8, "Rows a step, in each process.")
@@ -131,6 +140,11 @@ class SearchConfig:
     def __post_init__(self) -> None:
         at_least("max_experts", self.max_experts, 1)
         at_least("max_rank", self.max_rank, 1)
+        if (self.budget_in == "latency") != (self.prices is not None):
+            raise ConfigError(
+                f"budget_in is {self.budget_in} and prices is {self.prices}, expected prices with "
+                "budget_in latency alone"
+            )
         at_least("search_batch_size", self.search_batch_size, 1)
         positive("search_epochs", self.search_epochs)
         if self.order == "online" and self.search_epochs > 1:

@@ -22,7 +22,7 @@ from guilomo_train.errors import ConfigError
 from guilomo_train.health import DEAD
 from guilomo_train.limits import replace_file
 from guilomo_train.pictures import Curve, loss_picture, router_picture, search_picture
-from guilomo_train.report import allocation_of, grid, heat_map
+from guilomo_train.report import allocation_of, finding, grid, heat_map
 from guilomo_train.search.allocation import Allocation
 
 RUN_FILE = "run.json"
@@ -279,7 +279,7 @@ def _search(run: Finished) -> str:
     return (
         "## Search\n\n![The allocation over the steps of the search](search.png)\n\n"
         "*Most likely* is the allocation that the search would end in at that step, *expected* the "
-        f"mean over what it may still draw. Its record: {facts}."
+        f"mean over what it may still draw. {finding(found)} Its record: {facts}."
     )
 
 

@@ -50,7 +50,7 @@ from guilomo_train.finetune import FinetuneResult, finetune
 from guilomo_train.limits import enough_memory, replace_file
 from guilomo_train.models import Base, load_base, processes, take_fsdp_request
 from guilomo_train.page import HISTORY_FILE, RUN_FILE, read_json, write_page
-from guilomo_train.report import heat_map, model_card, table
+from guilomo_train.report import finding, heat_map, model_card, table
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.search import SearchResult, search
 from guilomo_train.versions import versions
@@ -154,6 +154,8 @@ class Run:
                 partial.write_bytes(save(result.vectors))  # save_file's are for their owner alone
             self._write_adapter(result.adapter, START_FOLDER, None)
             print(table(result.allocation))
+        if finding(result.record):
+            say(finding(result.record))
         say(f"search took {result.seconds:.0f} s: {self.output / ALLOCATION_FILE}")
         facts = {"search": result.record, **self._sizes(result.allocation)}
         self._note("search", facts, result.history)

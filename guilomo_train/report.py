@@ -68,6 +68,24 @@ def table(allocation: Allocation) -> str:
     return "\n".join(lines)
 
 
+def finding(search: Mapping[str, Any]) -> str:
+    """What the record of a search says of its own evidence, as a sentence; "" if nothing.
+
+    Args:
+        search: as `SearchResult.record` has it.
+    """
+    if "told_apart" not in search:  # an estimator that does not weigh its evidence
+        return ""
+    steps = f"{search['evidence_steps']} steps"
+    if search["told_apart"]:
+        p = min(search[key] for key in ("p_modules", "p_curves", "p_entries"))
+        return f"The data tell layers apart ({steps}; chance shows as much with p = {p:g})."
+    return (
+        f"Nothing found: the data do not tell layers apart ({steps}; chance shows as much with "
+        f"p = {search['p_modules']:.2g}), so each layer got as much. More rows may tell."
+    )
+
+
 def heat_map(allocation: Allocation, path: Path) -> None:
     """Draws experts and total rank over layers and kinds of module into a PNG."""
     layers, kinds, cells = grid(allocation.ranks)
@@ -104,7 +122,7 @@ def model_card(
     ]
     if spec.search is not None:
         found = ", ".join(f"{k} {v}" for k, v in spec.search.items())
-        lines.append(f"- Allocation: searched ({found})")
+        lines.append(f"- Allocation: searched ({found}). {finding(spec.search)}".rstrip())
     if metrics is not None:
         lines.append(
             f"- Evaluation ({metrics['rows']} rows, greedy): exact match "

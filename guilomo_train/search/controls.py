@@ -6,6 +6,8 @@
     random_allocation  drawn by a seed, at a given number of parameters
     at_size            any of the first three with its ranks fitted to a number of parameters
     authors_allocation the files of the authors' release (arXiv 2506.14646)
+    shuffled           a found one, dealt out anew among modules of the same shape
+    rescaled           a found one at another size
 
 A comparison is fair at equal size alone: `at_size` and `random_allocation` land within TOLERANCE of
 the number of parameters they are given (routers included).
@@ -23,13 +25,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from guilomo_train.errors import AllocationError, ConfigError
 from guilomo_train.search.allocation import Allocation
-from guilomo_train.search.selection import SearchSpace, SelectionVectors
+from guilomo_train.search.fill import fill, row_costs
+from guilomo_train.search.selection import SelectionVectors
+from guilomo_train.search.space import SearchSpace
 
 Linears = Mapping[str, tuple[int, int]]
 
-TOLERANCE = 0.01  # of the number of parameters that was asked for
+TOLERANCE = 0.01  # of the number of parameters that was asked for, where a row is no more
+DRAWS = 200  # of which a random allocation is one
 MOLA_PATTERNS = ("2468", "8642", "5555")
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -90,8 +97,9 @@ def mola(linears: Linears, pattern: str, rank: int, top_k: int = 2) -> Allocatio
 def at_size(allocation: Allocation, linears: Linears, parameters: int) -> Allocation:
     """The same experts with other ranks, as even as can be, at a number of parameters.
 
-    All ranks are q or q + 1, with the larger ones spread over modules. The scaling stays where
-    ranks stay within `max_rank`; plain LoRA keeps PEFT's lora_alpha / rank.
+    All ranks are q or q + 1, with the larger ones spread over modules; a module without experts
+    stays without. The scaling stays where ranks stay within `max_rank`; plain LoRA keeps PEFT's
+    lora_alpha / rank.
 
     Raises:
         AllocationError: rank 1 everywhere is too large already, or single rank rows are too
@@ -112,9 +120,9 @@ def at_size(allocation: Allocation, linears: Linears, parameters: int) -> Alloca
     at = {module: i * _GOLDEN % 1 for i, module in enumerate(counts)}
     modules = sorted(counts, key=at.__getitem__)
     positions = [(m, e) for e in range(max(counts.values())) for m in modules if e < counts[m]]
-    _repair(ranks, positions, allocation.top_k, linears, parameters, even + 1)
-    largest = max(max(r) for r in ranks.values())
-    is_lora = smallest.total_experts == len(counts)
+    _repair(ranks, positions, allocation.top_k, linears, parameters, (even, even + 1))
+    largest = max(rank for listed in ranks.values() for rank in listed)
+    is_lora = max(counts.values()) == 1
     max_rank = largest if is_lora else max(largest, allocation.max_rank)
     return Allocation({m: tuple(r) for m, r in ranks.items()}, allocation.top_k, max_rank)
 
@@ -129,35 +137,43 @@ def random_allocation(
 ) -> Allocation:
     """A random point of the search space at a number of parameters.
 
-    Counts of experts (`top_k` to `max_experts`) and ranks (1 to `max_rank`) are drawn as a search
-    with this budget draws them before it has learned anything: of all distributions that expect
-    this size, from the one nearest to uniform. Single rank rows then make up for what the draw
-    missed.
+    Counts of experts (0 to `max_experts`) and ranks (1 to `max_rank`) are drawn as a search with
+    this budget draws them before it has learned anything: of all distributions that expect this
+    size, from the one nearest to uniform. Sizes of draws are far apart, so the nearest of DRAWS is
+    taken; single rank rows then make up for what it misses.
 
     Raises:
         AllocationError: the search space has no allocation of that size.
     """
-    _enough(max_experts, top_k)
     space = SearchSpace(linears, max_experts, max_rank, top_k)
-    smallest, largest = space.parameters(top_k, 1), space.parameters(max_experts, max_rank)
+    smallest, largest = float(space.sizes.row.min()), space.cost(max_experts, max_rank)
     slack = TOLERANCE * parameters
     if not smallest - slack <= parameters <= largest + slack:
         raise AllocationError(
-            f"{parameters:,} parameters cannot be reached: {top_k} to {max_experts} experts of "
-            f"rank 1 to {max_rank} have {smallest:,} to {largest:,}"
+            f"{parameters:,} parameters cannot be reached: one row in one module has "
+            f"{smallest:,.0f}, and {max_experts} experts of rank {max_rank} in each {largest:,.0f}"
         )
     p_experts, p_ranks = SelectionVectors(space, budget=parameters).probabilities()
     generator = random.Random(seed)
-    ranks: dict[str, list[int]] = {}
     # All experts of a module have the same p of their ranks.
-    for module, of_count, (of_rank, *_) in zip(
-        linears, p_experts.tolist(), p_ranks.tolist(), strict=True
-    ):
-        (count,) = generator.choices(range(1, max_experts + 1), of_count)
-        ranks[module] = generator.choices(range(1, max_rank + 1), of_rank, k=count)
+    vectors = list(zip(p_experts.tolist(), p_ranks[:, 0].tolist(), strict=True))
+
+    def draw() -> list[list[int]]:
+        counts = [generator.choices(range(max_experts + 1), p)[0] for p, _ in vectors]
+        return [
+            generator.choices(range(1, max_rank + 1), p, k=count)
+            for count, (_, p) in zip(counts, vectors, strict=True)
+        ]
+
+    def distance(drawn: list[list[int]]) -> float:
+        cost = space.sizes.cost(space.allocation(drawn))
+        return abs(cost - parameters) if cost > 0 else math.inf  # without experts: no adapter
+
+    drawn = min((draw() for _ in range(DRAWS)), key=distance)
+    ranks = dict(zip(linears, drawn, strict=True))
     positions = [(m, e) for m, listed in ranks.items() for e in range(len(listed))]
     generator.shuffle(positions)
-    _repair(ranks, positions, top_k, linears, parameters, max_rank)
+    _repair(ranks, positions, top_k, linears, parameters, (1, max_rank))
     return Allocation({m: tuple(r) for m, r in ranks.items()}, top_k, max_rank)
 
 
@@ -204,20 +220,48 @@ def authors_allocation(
     return Allocation(ranks, top_k, max_rank)
 
 
+def shuffled(allocation: Allocation, linears: Linears, seed: int) -> Allocation:
+    """What each module has, dealt out at random among the modules of its shape.
+
+    Size, counts and ranks stay; which layer has them is left to chance.
+    """
+    by_shape: dict[tuple[int, int], list[str]] = {}
+    for module in allocation.ranks:
+        by_shape.setdefault(linears[module], []).append(module)
+    generator = random.Random(seed)
+    ranks = dict(allocation.ranks)
+    for modules in by_shape.values():
+        dealt = generator.sample(modules, len(modules))
+        for module, other in zip(modules, dealt, strict=True):
+            ranks[module] = allocation.ranks[other]
+    return Allocation(ranks, allocation.top_k, allocation.max_rank)
+
+
+def rescaled(allocation: Allocation, space: SearchSpace, budget: float) -> Allocation:
+    """An allocation at another cost: total ranks in the proportions of this one's, as near as whole
+    rows come (D'Hondt's rule), and split into experts anew."""
+    rows = torch.tensor([float(sum(allocation.ranks[module])) for module in space.linears])
+    costs = row_costs(space)
+    return fill(space, costs * rows[:, None] / torch.arange(1, costs.shape[-1] + 1), budget)
+
+
 def _repair(
     ranks: dict[str, list[int]],
     positions: Sequence[tuple[str, int]],
     top_k: int,
     linears: Linears,
     parameters: int,
-    max_rank: int,
+    bounds: tuple[int, int],
 ) -> None:
     """Adds or takes single rank rows, in the order of `positions`, until the size is met.
+
+    Ranks stay within `bounds`.
 
     Raises:
         AllocationError: it cannot come within TOLERANCE.
     """
-    found = Allocation({m: tuple(r) for m, r in ranks.items()}, top_k, max_rank)
+    least, most = bounds
+    found = Allocation({m: tuple(r) for m, r in ranks.items()}, top_k, most)
     missing = parameters - found.parameters(linears)
     changed = True
     while changed:
@@ -225,12 +269,12 @@ def _repair(
         for module, expert in positions:
             step = 1 if missing > 0 else -1
             row = step * sum(linears[module])
-            fits = 1 <= ranks[module][expert] + step <= max_rank
+            fits = least <= ranks[module][expert] + step <= most
             if fits and abs(missing - row) < abs(missing):
                 ranks[module][expert] += step
                 missing -= row
                 changed = True
-    if abs(missing) > TOLERANCE * parameters:
+    if abs(missing) > max(TOLERANCE * parameters, min(map(sum, linears.values()))):
         raise AllocationError(
             f"{parameters:,} parameters cannot be met within {TOLERANCE:.0%}: with whole rank "
             f"rows {parameters - missing:,} is as near as it gets"

@@ -13,8 +13,8 @@ decide what a search can see:
 2. To choose between layers under one budget, the worths of different layers must stay
    comparable. An optimiser that scales each entry by its own gradient's size, as Adam does, takes
    that away.
-3. A slope is mostly noise, and a search on a real task is short. What an entry has seen tells less
-   than what is common to its module, and that less than what is common to all.
+3. A slope is mostly noise, and a search on a real task is short. How sure a worth is matters as
+   much as how large it looks (evidence.py).
 
 `MarginalWorth` (`marginal`, the default) follows from all three. `AdamSteps` is the gradient
 descent of the paper, with two ways through the choice: `cumulative` passes the gradient through
@@ -24,20 +24,23 @@ the expected mask, dL/dp[n] = sum_{j <= n} dL/dM[j], to all entries (straight-th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
-from guilomo_train.search.selection import Draw, SelectionVectors
+from guilomo_train.search.allocation import Allocation
+from guilomo_train.search.evidence import Evidence, Worths
+from guilomo_train.search.fill import even
+from guilomo_train.search.selection import Draw, SelectionVectors, at_budget, last_on
 
 Estimator = Literal["marginal", "cumulative", "argmax"]
 
 # Adam as in DARTS (Liu et al. 2019): little momentum, the vectors' gradients are noisy.
 _BETAS = (0.5, 0.999)
-# Nats between the best and the worst count of an average module when the search ends.
-_SHARPNESS = 20.0
-_TINY = 1e-30  # instead of dividing by 0
+# Nats at most between the best and the worst count of an average module when the search ends: it
+# goes on looking at other counts, however sure it is.
+_SHARPEST = 5.0
+_UPDATES = 100  # of the vectors in a search, about: what one more step says changes little
 
 
 class AdamSteps:
@@ -61,16 +64,28 @@ class AdamSteps:
 
     def step(self, draw: Draw, experts: torch.Tensor, ranks: torch.Tensor) -> None:
         """Moves the vectors by dL/dM, `experts [M, E]` and `ranks [M, E, r]`, of a draw."""
-        self.selection.experts.grad = self._gradient(experts, draw.experts, draw.p_experts)
-        self.selection.ranks.grad = self._gradient(ranks, draw.ranks, draw.p_ranks)
+        # No expert at all gains nothing.
+        by_count = torch.nn.functional.pad(experts.cumsum(-1), (1, 0))
+        count = torch.nn.functional.one_hot(draw.experts.sum(-1).long(), by_count.shape[-1])
+        self.selection.experts.grad = self._gradient(by_count, count, draw.p_experts)
+        self.selection.ranks.grad = self._gradient(
+            ranks.cumsum(-1), last_on(draw.ranks), draw.p_ranks
+        )
         self.optimizer.step()
 
-    def _gradient(self, by_mask: torch.Tensor, mask: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        """dL/dg of vectors `[..., n]`."""
-        by_count = by_mask.cumsum(-1)
+    def _gradient(
+        self, by_count: torch.Tensor, chosen: torch.Tensor, p: torch.Tensor
+    ) -> torch.Tensor:
+        """dL/dg of vectors `[..., n]`, from what each count gains and which was chosen."""
         if self.estimator == "argmax":
-            return by_count * last_on(mask)
+            return by_count * chosen
         return p * (by_count - (p * by_count).sum(-1, keepdim=True))
+
+    def allocation(self) -> Allocation:
+        return self.selection.allocation()
+
+    def findings(self) -> dict[str, Any]:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -80,16 +95,17 @@ class AdamSteps:
 
 
 class MarginalWorth:
-    """Vectors as what each count is worth, by all that the search has seen.
+    """Vectors as what each count is worth over how sure that is, by all that the search has seen.
 
-    An entry j is worth `w[j]`: half the slope to expect where it is the last one on, and half where
-    it is the first one off. A count has the sum of its entries, and the vectors are
+    A count has the sum of its entries' worths, each times the parameters that it brings, and
 
-        g[n] = - sharpness * t / T * sum_{j <= n} w[j] / s
+        g[n] = t / T * sum_{j <= n} worth[j] / (standard error of a rank row's worth)
 
-    in step t of T, with one s for all modules (the mean spread of their expert vectors), so that
-    p goes from indifferent to decided. Only differences between counts matter, so an entry that
-    every count has (the first rank, experts below top_k) needs no worth.
+    in step t of T. So p goes from indifferent to what the evidence bears, and no further. Only
+    differences between counts matter.
+
+    The allocation is the one of the largest worth within the budget, by what chance does not
+    explain; where nothing is left of that, it is the even one.
 
     Args:
         selection: the vectors to set.
@@ -100,100 +116,75 @@ class MarginalWorth:
         self.selection = selection
         self.steps = steps
         self.taken = 0
-        # At both edges, last on and first off: how many slopes were seen, their sum and squares.
-        self._experts = torch.zeros(3, 2, *selection.experts.shape)
-        self._ranks = torch.zeros(3, 2, *selection.ranks.shape)
+        self.evidence = Evidence(selection.space)
 
     @torch.no_grad()
     def step(self, draw: Draw, experts: torch.Tensor, ranks: torch.Tensor) -> None:
         """Takes in dL/dM, `experts [M, E]` and `ranks [M, E, r]`, of a draw."""
         self.taken += 1
-        self._see(self._experts, experts, draw.experts, torch.ones_like(draw.experts))
-        # An expert that is off says nothing of its ranks.
-        self._see(self._ranks, ranks, draw.ranks, draw.experts[..., None])
-        by_experts = expected_slopes(self._experts, groups=[(-1,)]).mean(0)
-        by_experts[:, : self.selection.space.fewest_experts] = 0.0
-        by_ranks = expected_slopes(self._ranks, groups=[(-2, -1), (-1,)]).mean(0)
-        by_experts, by_ranks = by_experts.cumsum(-1), by_ranks.cumsum(-1)
-        spread = (by_experts.amax(-1) - by_experts.amin(-1)).mean()
-        if spread > 0:
-            sharpness = _SHARPNESS * min(1.0, self.taken / self.steps) / spread
-            self.selection.experts.copy_(-sharpness * by_experts)
-            self.selection.ranks.copy_(-sharpness * by_ranks)
+        self.evidence.see(draw, experts, ranks)
+        if self.evidence.steps < 2 or self.taken % max(1, self.steps // _UPDATES):
+            return
+        worths = self.evidence.worths()
+        by_experts, by_ranks = self._values(worths, worths.expected())
+        error = worths.error() * float(self.selection.space.sizes.row.mean())
+        by_experts = torch.nn.functional.pad(by_experts.cumsum(-1), (1, 0))
+        spread = float((by_experts.amax(-1) - by_experts.amin(-1)).mean())
+        if error > 0 and spread > 0:
+            sharpness = min(1 / error, _SHARPEST / spread) * min(1.0, self.taken / self.steps)
+            self.selection.experts.copy_(sharpness * by_experts)
+            self.selection.ranks.copy_(sharpness * by_ranks.cumsum(-1))
 
-    @staticmethod
-    def _see(
-        seen: torch.Tensor, slope: torch.Tensor, mask: torch.Tensor, exists: torch.Tensor
-    ) -> None:
-        edges = torch.stack([last_on(mask), first_off(mask)]) * exists
-        seen += torch.stack([edges, edges * slope, edges * slope.square()])
+    def allocation(self) -> Allocation:
+        """What the evidence so far bears."""
+        space, budget = self.selection.space, self.selection.budget
+        worths = self.evidence.worths()
+        if not worths.told_apart and budget is not None:
+            return even(space, budget)
+        by_experts, by_ranks = self._values(worths, worths.kept())
+        # The worth of an expert has that of the rows that it had; here it begins with one row.
+        later = (worths.trained / worths.trained[:, :1].clamp_min(1e-30))[..., 1:]
+        first = by_experts - (by_ranks[..., 1:] * later).sum(-1)
+
+        def best(price: float) -> Allocation:
+            """The most worth, less the price of what it costs: the best rank of each expert, and
+            then the best number of these."""
+            rows = by_ranks - price * space.costs.row[:, None, None]
+            rows[..., 0] = 0.0
+            gains = rows.cumsum(-1).max(-1)
+            each = first - price * (space.costs.row[:, None] + space.expert_costs) + gains.values
+            counts = torch.nn.functional.pad(each.cumsum(-1), (1, 0)).argmax(-1)
+            return space.allocation(
+                [(gains.indices[m, :n] + 1).tolist() for m, n in enumerate(counts.tolist())]
+            )
+
+        if budget is None:
+            return best(0.0)
+        dearest = float((by_ranks.abs().amax() + first.abs().amax()) / space.costs.row.min())
+        return at_budget(best, space, budget, 2 * dearest)
+
+    def findings(self) -> dict[str, Any]:
+        """Whether the data tell layers apart, by how many steps, and how likely chance is to show
+        as much at each level of evidence.py."""
+        worths = self.evidence.worths()
+        found: dict[str, Any] = {"told_apart": worths.told_apart, "evidence_steps": worths.steps}
+        for name, level in worths.levels.items():
+            found[f"p_{name}"] = round(level.p_value, 4)
+        return found
+
+    def _values(self, worths: Worths, each: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Worth of each expert, with the rows it had on average, and of each row: `[M, E]` and
+        `[M, E, r]`, from what a parameter is worth."""
+        sizes = self.selection.space.sizes
+        rows = worths.trained.sum(-1) / worths.trained[:, 0].clamp_min(1e-30)
+        expert = sizes.row[:, None] * rows + self.evidence.expert_sizes
+        by_ranks = each * sizes.row[:, None, None]
+        by_ranks[..., 0] = 0.0
+        return each[..., 0] * expert, by_ranks
 
     def state_dict(self) -> dict[str, Any]:
-        return {"taken": self.taken, "experts": self._experts, "ranks": self._ranks}
+        return {"taken": self.taken, "evidence": self.evidence.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.taken = state["taken"]
-        self._experts.copy_(state["experts"])
-        self._ranks.copy_(state["ranks"])
-
-
-def expected_slopes(seen: torch.Tensor, groups: Sequence[tuple[int, ...]]) -> torch.Tensor:
-    """The slope to expect at each entry, from few and noisy ones: empirical Bayes.
-
-    One slope is mostly noise, and an entry has seen few. So each starts from what is common to all
-    modules, in units of its module's slopes (a module with larger gradients has larger worths),
-    and goes as far towards what was seen there as this bears out: from groups of entries down to
-    single ones,
-
-        (mean of n slopes - what is expected so far)  times  rho n / (v + rho n)
-
-    with v the variance of slopes at one entry, and rho that between the groups of a level beyond
-    what v explains (by moments, as DerSimonian and Laird 1986 have it).
-
-    Args:
-        seen: `[3, 2, M, ..., n]`: how many slopes were seen, their sum and their squares' sum, for
-            an edge, a module and an entry.
-        groups: the axes over which the groups of each level go, from large groups to small ones.
-
-    Returns:
-        `[2, M, ..., n]`, in the units of a slope.
-    """
-    counts, sums, squares = seen
-    entries = tuple(range(2, counts.dim()))
-    of_module = (0, *entries)
-    total = counts.sum(of_module, keepdim=True)
-    unit = (squares.sum(of_module, keepdim=True) / total.clamp_min(_TINY)).sqrt()
-    means = sums / (counts * unit).clamp_min(_TINY)
-    # One slope more, of variance 1, until there are enough to tell.
-    explained = (counts * means.square()).sum(of_module, keepdim=True)
-    repeated = total - (counts > 0).sum(of_module, keepdim=True)
-    variance = (total - explained + 1) / (repeated + 1)
-
-    all_alike = tuple(range(1, counts.dim() - 1))
-    expected = weighted_mean(means, counts, all_alike)[0]
-    for axes in (*groups, ()):
-        mean, n = weighted_mean(means - expected, counts, axes)
-        between = torch.where(n > 0, n * mean.square() - variance, 0.0).sum() / n.sum()
-        signal = between.clamp_min(0) * n
-        expected = expected + mean * signal / (variance + signal)
-    return expected * unit
-
-
-def weighted_mean(
-    values: torch.Tensor, weights: torch.Tensor, axes: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean over axes, which stay with size 1, and the sum of its weights; 0 where that is 0."""
-    if not axes:
-        return values, weights
-    total = weights.sum(axes, keepdim=True)
-    return (weights * values).sum(axes, keepdim=True) / total.clamp_min(_TINY), total
-
-
-def last_on(mask: torch.Tensor) -> torch.Tensor:
-    """1 at the last entry that is 1 of hard masks `[..., n]`, 0 elsewhere."""
-    return mask - torch.nn.functional.pad(mask[..., 1:], (0, 1))
-
-
-def first_off(mask: torch.Tensor) -> torch.Tensor:
-    """1 at the first entry that is 0 of hard masks `[..., n]`, 0 elsewhere."""
-    return torch.nn.functional.pad(mask[..., :-1], (1, 0), value=1.0) - mask
+        self.evidence.load_state_dict(state["evidence"])

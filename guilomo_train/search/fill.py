@@ -1,7 +1,7 @@
 """An allocation of a given size from what each rank row is worth.
 
 R rows of a module have one split into experts (`split`), so an allocation is a number of rows for
-each module. Rows are handed out by worth per parameter: what a row adds, over its row of A, its
+each module. Rows are handed out by worth over cost: what a row adds, over its row of A, its
 column of B and the rows that its split adds to the router. So the numbers of rows that are worth
 most less a price for each parameter are found, whatever the price, when the budget is their size.
 """
@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from guilomo_train.search.allocation import Allocation
-
-if TYPE_CHECKING:  # so that selection.py may use this file
-    from guilomo_train.search.selection import SearchSpace
+from guilomo_train.search.space import SearchSpace
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def fill(space: SearchSpace, worths: torch.Tensor, budget: int) -> Allocation:
+def fill(space: SearchSpace, worths: torch.Tensor, budget: float) -> Allocation:
     """The allocation that a budget buys.
 
     Modules that are alike end within one row of each other. Once a row costs more than is left,
@@ -32,14 +29,14 @@ def fill(space: SearchSpace, worths: torch.Tensor, budget: int) -> Allocation:
         space: what can be chosen. A module may get fewer than `top_k` experts too, or none.
         worths: `[M, E * r]`: what the i-th row of each module is worth, in any unit that modules
             share. A row counts for no more than those before it.
-        budget: parameters, routers included.
+        budget: what the space's costs count: parameters (routers included), or seconds.
     """
     worths = worths.double().cummin(-1).values
     pairs = zip(worths.tolist(), row_costs(space).tolist(), strict=True)
     return _fill(space, [_densities(worth, cost) for worth, cost in pairs], budget)
 
 
-def even(space: SearchSpace, budget: int) -> Allocation:
+def even(space: SearchSpace, budget: float) -> Allocation:
     """As many rows in every module, or one more, as a budget buys."""
     return _fill(space, torch.ones_like(row_costs(space)).tolist(), budget)
 
@@ -56,12 +53,11 @@ def split(rows: int, max_experts: int, max_rank: int) -> tuple[int, ...]:
 
 
 def row_costs(space: SearchSpace) -> torch.Tensor:
-    """`[M, E * r]`: parameters that the i-th row of each module adds; integers."""
-    counts = range(space.max_experts * space.max_rank + 1)
-    experts = [len(split(rows, space.max_experts, space.max_rank)) for rows in counts]
-    routers = torch.tensor([n if n > 1 else 0 for n in experts]).diff()
-    sizes = torch.tensor(list(space.linears.values()))
-    return sizes.sum(-1, keepdim=True) + sizes[:, 1:] * routers
+    """`[M, E * r]`: what the i-th row of each module adds to the cost, float64."""
+    rows = range(space.max_experts * space.max_rank + 1)
+    experts = torch.tensor([len(split(n, space.max_experts, space.max_rank)) for n in rows])
+    of_experts = torch.nn.functional.pad(space.expert_costs.cumsum(-1), (1, 0))[:, experts]
+    return space.costs.row[:, None] + of_experts.diff(dim=-1)
 
 
 def spread(count: int) -> list[float]:
@@ -70,7 +66,7 @@ def spread(count: int) -> list[float]:
     return [i * _GOLDEN % 1 for i in range(count)]
 
 
-def _fill(space: SearchSpace, densities: list[list[float]], budget: int) -> Allocation:
+def _fill(space: SearchSpace, densities: list[list[float]], budget: float) -> Allocation:
     """`fill` from the worth per parameter of each row, which never rises along a module."""
     costs = row_costs(space).tolist()
     order = [
@@ -90,13 +86,13 @@ def _fill(space: SearchSpace, densities: list[list[float]], budget: int) -> Allo
     return Allocation(dict(zip(space.linears, ranks, strict=True)), space.top_k, space.max_rank)
 
 
-def _densities(worths: Sequence[float], costs: Sequence[int]) -> list[float]:
+def _densities(worths: Sequence[float], costs: Sequence[float]) -> list[float]:
     """Worth per parameter of each row of a module, which never rises.
 
     A row that brings a router row along may pay less than the next one does. Such rows count
     together, by the mean of what they pay (pool adjacent violators).
     """
-    pools: list[tuple[float, int, int]] = []  # worth, parameters, rows
+    pools: list[tuple[float, float, int]] = []  # worth, cost, rows
     for worth, cost in zip(worths, costs, strict=True):
         rows = 1
         while pools and pools[-1][0] / pools[-1][1] < worth / cost:

@@ -65,8 +65,8 @@ class UnrolledStep:
 
 
 def hypergradient(
-    train_loss: Loss,
-    validation_loss: Loss,
+    train_losses: Sequence[Loss],
+    validation_losses: Sequence[Loss],
     weights: Sequence[torch.Tensor],
     masks: Sequence[torch.Tensor],
     unrolled: UnrolledStep | None,
@@ -76,8 +76,9 @@ def hypergradient(
     """dL_val/dM; see the head of this file.
 
     Args:
-        train_loss, validation_loss: a loss of the current weights and masks, each with its
-            batch fixed; called anew for each pass.
+        train_losses: of the current weights and masks, on the parts of one batch; L_train is their
+            sum. Each is called anew for each pass.
+        validation_losses: likewise L_val, of another batch.
         weights: the lower level's parameters w.
         masks: M, leaf tensors with `requires_grad`.
         unrolled: the step to differentiate through (second order); None for first order.
@@ -89,13 +90,13 @@ def hypergradient(
         One gradient a mask tensor, of this process's losses.
     """
     if unrolled is None:
-        return _in_masks(validation_loss, masks, weights)
+        return _in_masks(validation_losses, masks, weights)
 
     before = [w.detach().clone() for w in weights]
     eta = unrolled.learning_rate
     try:
         _move(weights, before, unrolled.scaled(unrolled.train_gradient), -eta)
-        gradients = torch.autograd.grad(validation_loss(), [*masks, *weights])
+        gradients = _gradient(validation_losses, [*masks, *weights])
         direct, v = gradients[: len(masks)], gradients[len(masks) :]
         # In place and tensor by tensor: a search holds no more copies of the weights than it must.
         for by_weight, scaled in zip(v, unrolled.scaled(reduce(g) for g in v), strict=True):
@@ -105,9 +106,9 @@ def hypergradient(
             return list(direct)
         step = relative_step * _norm(before) / v_norm
         _move(weights, before, v, step)
-        plus = _in_masks(train_loss, masks, weights)
+        plus = _in_masks(train_losses, masks, weights)
         _move(weights, before, v, -step)
-        minus = _in_masks(train_loss, masks, weights)
+        minus = _in_masks(train_losses, masks, weights)
         return [d - eta * (p - m) / (2 * step) for d, p, m in zip(direct, plus, minus, strict=True)]
     finally:
         with torch.no_grad():
@@ -139,9 +140,9 @@ def adam_scales(
 
 
 def _in_masks(
-    loss: Loss, masks: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+    losses: Sequence[Loss], masks: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """The gradient of a loss in the masks alone.
+    """The gradient of a sum of losses in the masks alone, one graph after the other.
 
     The weights are constants meanwhile, so that the layers do not keep what only a gradient in
     the weights would need: the inputs of each layer, more than the adapter itself.
@@ -150,10 +151,19 @@ def _in_masks(
     for w in weights:
         w.requires_grad_(False)
     try:
-        return list(torch.autograd.grad(loss(), list(masks)))
+        return _gradient(losses, masks)
     finally:
         for w, learns in zip(weights, learn, strict=True):
             w.requires_grad_(learns)
+
+
+def _gradient(losses: Sequence[Loss], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Of the sum of losses, with one graph in memory at a time."""
+    gradient = list(torch.autograd.grad(losses[0](), list(inputs)))
+    for loss in losses[1:]:
+        for total, part in zip(gradient, torch.autograd.grad(loss(), list(inputs)), strict=True):
+            total += part
+    return gradient
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

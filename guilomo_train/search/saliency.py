@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from guilomo_train.search.hypergradient import Loss
-from guilomo_train.search.selection import SearchSpace
+from guilomo_train.search.space import SearchSpace
 
 Score = Literal["gradient", "snip", "spectrum"]
 

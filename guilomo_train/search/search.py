@@ -5,7 +5,15 @@ under it, then the upper step with the same masks, and the lower optimiser's ste
 step needs dL/dM of rows that the weights have not learned. In the first pass over the training
 rows that is each batch until the optimiser's step, so the lower level's backward pass gives both
 gradients (`online`). Otherwise a batch of held-out rows gives the upper one, as hypergradient.py
-has it, and the lower gradient serves as the unrolled step.
+has it, and the lower gradient serves as the unrolled step. Both judge the loss that the weights
+learn from. Where gradients are accumulated, a step is all of its parts: one draw, one observation.
+
+In Python, without the command line:
+
+    trainer = SearchTrainer(model=model, args=args, train_dataset=rows, selection=selection, ...)
+    trainer.train()
+    allocation = trainer.allocation()      # the model computes what this allocation does
+    trainer.upper.findings()               # and how sure it is
 """
 
 from __future__ import annotations
@@ -13,6 +21,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +42,8 @@ from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.controls import parameter_budget
 from guilomo_train.search.estimators import Estimator
 from guilomo_train.search.hypergradient import UnrolledStep, adam_scales
-from guilomo_train.search.selection import SearchSpace, SelectionVectors
+from guilomo_train.search.selection import SelectionVectors
+from guilomo_train.search.space import SearchSpace, latency_prices
 from guilomo_train.search.upper import UpperLevel
 from guilomo_train.trainer import LoraMoeTrainer
 
@@ -85,7 +95,9 @@ class SearchTrainer(LoraMoeTrainer):
         super().__init__(*args, eval_dataset=validation_dataset, **kwargs)
         self.online = validation_dataset is None
         self.second_order = second_order
-        steps = math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
+        parts = self.args.gradient_accumulation_steps
+        of_pass = math.ceil(len(self.get_train_dataloader()) / parts)
+        steps = math.ceil(self.args.num_train_epochs * of_pass)
         self.upper = UpperLevel(
             self.layers,
             selection,
@@ -94,13 +106,14 @@ class SearchTrainer(LoraMoeTrainer):
             learning_rate=selection_learning_rate,
             seed=self.args.seed,
         )
+        self.parts: list[dict[str, Any]] = []  # of the step that is under way
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         if not self.online:
             rows = self.eval_dataset.select_columns(["input_ids", "labels"])
             self.validation_rows = with_blank(rows)
             self.validation_batches = Batches(
                 len(rows),
-                self.args.per_device_train_batch_size,
+                self.args.per_device_train_batch_size * parts,
                 self.args.seed,
                 self.args.world_size,
                 self.args.process_index,
@@ -112,20 +125,34 @@ class SearchTrainer(LoraMoeTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        self.upper.draw(self.online)
+        if not self.parts:
+            self.upper.draw(self.online)
+        self.parts.append(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.online:
-            self.upper.step_online(self._mean_over_processes)
-        elif self.accelerator.sync_gradients:
-            self._upper_step(self._prepare_inputs(inputs))
+        if self.accelerator.sync_gradients:
+            if self.online:
+                self.upper.step_online(self._mean_over_processes)
+            else:
+                self._upper_step(num_items_in_batch)
+            self.parts = []
         return loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's; afterwards the model computes what the allocation found does."""
+        result = super().train(*args, **kwargs)
+        self.upper.settle()
+        return result
+
+    def allocation(self) -> Allocation:
+        """What the search has found so far."""
+        return self.upper.allocation()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs["expected_rank"] = round(self.upper.selection.expected_total_rank(), 1)
         super().log(logs, start_time)
         # Into the trainer's state, so that a checkpoint has it.
         if self.state.global_step >= self.state.max_steps or self._is_snapshot():
-            ranks = self.upper.selection.allocation().ranks
+            ranks = self.allocation().ranks
             self.state.log_history[-1]["total_ranks"] = [sum(r) for r in ranks.values()]
 
     def _is_snapshot(self) -> bool:
@@ -133,44 +160,60 @@ class SearchTrainer(LoraMoeTrainer):
         every = max(1, self.state.max_steps // int(SNAPSHOTS * self.args.logging_steps))
         return logged % every == 0
 
-    def _upper_step(self, inputs: dict[str, torch.Tensor]) -> None:
+    def _upper_step(self, num_items: torch.Tensor | int | None) -> None:
         """Moves the selection vectors; weights, gradients and lower optimiser stay as they are."""
-        validation = self._prepare_inputs(self._validation_batch())
+        parts = [self._prepare_inputs(part) for part in self.parts]
+        held_out = [self._prepare_inputs(part) for part in self._validation_parts()]
+        scored = sum((part["labels"][:, 1:] != -100).sum() for part in held_out)
+        held_out_items = self._over_processes(scored)
 
-        def train_loss() -> torch.Tensor:
-            nll, balance = self.losses(self.model, inputs)
-            return nll + self.balance_coefficient * balance
+        def train_loss(part: dict[str, torch.Tensor]) -> torch.Tensor:
+            nll, balance = self.losses(self.model, part, num_items)
+            return nll + self.balance_coefficient * balance / len(parts)
 
-        def validation_loss() -> torch.Tensor:
-            nll = self.losses(self.model, validation)[0]
+        def validation_loss(part: dict[str, torch.Tensor]) -> torch.Tensor:
+            nll, balance = self.losses(self.model, part, held_out_items)
             self._finite(self._mean_over_processes(nll.detach()), "the validation loss")
-            return nll
+            return nll + self.balance_coefficient * balance / len(held_out)
 
         unrolled = None
         if self.second_order:
-            lower = [w.grad for w in self.weights]
+            lower = self._clipped([w.grad for w in self.weights])
             unrolled = UnrolledStep(
                 learning_rate=self._get_learning_rate(),
                 train_gradient=lower,
                 scales=lambda: adam_scales(self.optimizer.optimizer, self.weights, lower),
             )
         self.upper.step(
-            train_loss,
-            validation_loss,
+            [partial(train_loss, part) for part in parts],
+            [partial(validation_loss, part) for part in held_out],
             self.weights,
             unrolled,
             reduce=self._mean_over_processes,
         )
+
+    def _clipped(self, gradient: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What the trainer's clipping will leave of the gradient in the step that follows."""
+        most = self.args.max_grad_norm
+        if not most:
+            return gradient
+        norms = torch.stack([torch.linalg.vector_norm(g) for g in gradient])
+        norm = torch.linalg.vector_norm(norms)
+        share = most / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
+        return gradient if share >= 1 else [g * share for g in gradient]
 
     def _mean_over_processes(self, gradient: torch.Tensor) -> torch.Tensor:
         if self.accelerator.num_processes == 1:
             return gradient  # accelerate would copy it
         return self.accelerator.reduce(gradient, reduction="mean")
 
-    def _validation_batch(self) -> dict[str, torch.Tensor]:
-        """The batch of this step: over and over through all rows, each pass in another order."""
-        rows = self.validation_batches.at(self.state.global_step)
-        return self.data_collator([self.validation_rows[row] for row in rows])
+    def _validation_parts(self) -> list[dict[str, torch.Tensor]]:
+        """The rows of this step: over and over through all of them, each pass in another order. In
+        as many parts as the training batch, which alone would fit into memory."""
+        rows, size = self.validation_batches.at(self.state.global_step), len(self.parts)
+        size = -(-len(rows) // size)
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        return [self.data_collator([self.validation_rows[row] for row in part]) for part in parts]
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "upper": self.upper.state_dict()}
@@ -219,11 +262,13 @@ def search(
     )
     model = with_adapter(base.model, peft_config)
     assert peft_config.experts is not None
+    adapted = {module: linears[module] for module in peft_config.experts}
     space = SearchSpace(
-        {module: linears[module] for module in peft_config.experts},
+        adapted,
         config.max_experts,
         config.max_rank,
         common.top_k,
+        prices=latency_prices(adapted, Path(config.prices)) if config.prices else None,
     )
     budget = search_budget(space, config.budget, base_parameters)
     trainer = SearchTrainer(
@@ -252,7 +297,7 @@ def search(
     trainer.train()
     largest = adapter_of(model)
     base.model = model.unload()
-    allocation = trainer.upper.selection.allocation()
+    allocation = trainer.allocation()
     vectors = {k: v.detach().cpu() for k, v in trainer.upper.selection.state_dict().items()}
     seconds = trainer.seconds_before + time.monotonic() - started
     record = {
@@ -261,7 +306,9 @@ def search(
         "estimator": config.estimator,
         "choice": config.choice,
         "budget": budget,
+        "budget_in": config.budget_in,
         "parameters": allocation.parameters(space.linears),
+        **trainer.upper.findings(),
         "seed": common.seed,
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
@@ -304,27 +351,35 @@ def cut(adapter: Adapter, allocation: Allocation) -> Adapter:
     return Adapter(replace(adapter.spec, experts=experts, target_modules=targets), weights)
 
 
-def search_budget(space: SearchSpace, budget: str | None, base_parameters: int) -> int:
-    """The number of parameters that a search keeps to.
+def search_budget(space: SearchSpace, budget: str | None, base_parameters: int) -> float:
+    """What a search keeps to: a number of parameters, or of seconds if the space has such prices.
 
     Args:
         space: what can be chosen.
-        budget: a share of the base's parameters, or a number of parameters; None for what counts
-            drawn at random have on average, about a third of the largest layers.
+        budget: a share of the base's parameters, or a number of parameters; of serving time a share
+            of what the largest layers cost. None for a third of the largest layers.
         base_parameters: of the base model.
 
     Raises:
         ConfigError: no allocation of the search space has that size.
     """
+    most = space.cost(space.max_experts, space.max_rank)
     if budget is None:
-        return SelectionVectors(space).expected_parameters()
+        return most / 3
+    if space.prices is not None:
+        share = float(budget)
+        if not 0 < share <= 1:
+            raise ConfigError(
+                f"budget is {budget}, expected with --budget_in latency a share of the time that "
+                "the largest layers take, more than 0 and at most 1"
+            )
+        return share * most
     parameters = parameter_budget(budget, base_parameters)
-    least = space.parameters(space.fewest_experts, 1)
-    most = space.parameters(space.max_experts, space.max_rank)
+    least = int(space.costs.row.min())
     if not least <= parameters <= most:
         raise ConfigError(
             f"budget is {budget}, which is {parameters:,} parameters, expected {least:,} "
-            f"({space.fewest_experts} experts of rank 1 in each layer) to {most:,} "
-            f"({space.max_experts} of rank {space.max_rank})"
+            f"(one row in one layer) to {most:,.0f} "
+            f"({space.max_experts} experts of rank {space.max_rank} in each)"
         )
     return parameters

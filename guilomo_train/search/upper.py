@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from guilomo_train.lora_moe.layer import LoraMoeLayer, Masks
+from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.estimators import AdamSteps, Estimator, MarginalWorth
 from guilomo_train.search.hypergradient import (
     Loss,
@@ -77,8 +78,8 @@ class UpperLevel:
 
     def step(
         self,
-        train_loss: Loss,
-        validation_loss: Loss,
+        train_losses: Sequence[Loss],
+        validation_losses: Sequence[Loss],
         weights: Sequence[torch.Tensor],
         unrolled: UnrolledStep | None,
         reduce: Reduce = unchanged,
@@ -88,7 +89,8 @@ class UpperLevel:
         Weights, their gradients and their optimiser stay as they are.
 
         Args:
-            train_loss, validation_loss: losses of the model on a fixed batch each.
+            train_losses: of the model on the parts of this step's batch, whose sum is its loss.
+            validation_losses: likewise, of a batch of held-out rows.
             weights: the lower level's parameters.
             unrolled: their next step, for second order; None for first order.
             reduce: makes one gradient of those of several processes.
@@ -96,13 +98,36 @@ class UpperLevel:
         masks = [mask.requires_grad_() for mask in self._on_device()]
         self._apply(*masks)
         experts, ranks = hypergradient(
-            train_loss, validation_loss, weights, masks, unrolled, reduce=reduce
+            train_losses, validation_losses, weights, masks, unrolled, reduce=reduce
         )
         self._learn(experts, ranks, reduce)
 
     def _learn(self, experts: torch.Tensor, ranks: torch.Tensor, reduce: Reduce) -> None:
         gradients = (reduce(g).to(self.drawn.experts) for g in (experts, ranks))
         self.learner.step(self.drawn, *gradients)
+
+    def allocation(self) -> Allocation:
+        """What the vectors have come to choose."""
+        return self.learner.allocation()
+
+    def findings(self) -> dict[str, Any]:
+        """How sure the evidence is, for a run's record; nothing of estimators that do not say."""
+        return self.learner.findings()
+
+    def settle(self) -> Allocation:
+        """Puts the masks of the allocation found into the layers, so that they compute what its
+        adapter does and no longer what the last step drew."""
+        found = self.allocation()
+        space = self.selection.space
+        counts = torch.tensor([len(ranks) for ranks in found.ranks.values()])
+        ranks = torch.zeros(len(counts), space.max_experts, dtype=torch.long)
+        for module, listed in enumerate(found.ranks.values()):
+            ranks[module, : len(listed)] = torch.tensor(listed, dtype=torch.long)
+        device = self._device
+        experts = torch.arange(space.max_experts) < counts[:, None]
+        rows = torch.arange(space.max_rank) < ranks[..., None]
+        self._apply(experts.float().to(device), rows.float().to(device))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later process needs to go on where this one stands."""
@@ -120,8 +145,11 @@ class UpperLevel:
 
     def _on_device(self) -> list[torch.Tensor]:
         """Fresh copies of the masks where the layers compute."""
-        device = next(self.layers[0].lora_A.parameters()).device
-        return [m.to(device, copy=True) for m in (self.drawn.experts, self.drawn.ranks)]
+        return [m.to(self._device, copy=True) for m in (self.drawn.experts, self.drawn.ranks)]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.layers[0].lora_A.parameters()).device
 
     def _apply(self, experts: torch.Tensor, ranks: torch.Tensor) -> None:
         for layer, e, r in zip(self.layers, experts.unbind(), ranks.unbind(), strict=True):

@@ -16,7 +16,8 @@ from guilomo_train.errors import ConfigError
 from guilomo_train.finetune import training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.search.search import SearchTrainer
-from guilomo_train.search.selection import SearchSpace, SelectionVectors
+from guilomo_train.search.selection import SelectionVectors
+from guilomo_train.search.space import SearchSpace
 from guilomo_train.trainer import LoraMoeTrainer
 from tests.train.tiny import tiny_llama, tiny_tokenizer
 
@@ -54,20 +55,24 @@ def finetuning(work: Path, model: PeftModel, checkpointing: bool) -> LoraMoeTrai
     )
 
 
-def searching(work: Path, model: PeftModel, checkpointing: bool, order: str) -> SearchTrainer:
+def searching(
+    work: Path, model: PeftModel, checkpointing: bool, order: str, batch: int = 4, parts: int = 1
+) -> SearchTrainer:
     linears = {
         name.removeprefix("base_model.model."): (layer.out_features, layer.in_features)
         for name, layer in model.named_modules()
         if isinstance(layer, LoraMoeLayer)
     }
     space = SearchSpace(linears, 3, 2)
+    args = arguments(work, checkpointing)
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = batch, parts
     return SearchTrainer(
         model=model,
-        args=arguments(work, checkpointing),
+        args=args,
         train_dataset=ROWS,
         processing_class=tiny_tokenizer(),
         balance_coefficient=BALANCE,
-        selection=SelectionVectors(space, budget=space.parameters(3, 2) // 2),
+        selection=SelectionVectors(space, budget=space.cost(3, 2) // 2),
         estimator="marginal",
         selection_learning_rate=0.1,
         validation_dataset=None if order == "online" else ROWS,

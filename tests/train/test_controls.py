@@ -55,6 +55,8 @@ def test_at_size_keeps_the_experts_and_evens_the_ranks_out() -> None:
         plain_lora(LINEARS, 8),
         uniform(LINEARS, 8, 8),
         *(mola(LINEARS, pattern, 8) for pattern in ("2468", "8642", "5555")),
+        Allocation({m: (8,) * (0, 1, 4)[i % 3] for i, m in enumerate(LINEARS)}, 2, 8),
+        Allocation({m: (8,) * (i % 2) for i, m in enumerate(LINEARS)}, 1, 8),  # LoRA here and there
     ):
         fitted = at_size(control, LINEARS, size)
         assert distance(fitted, size) < TOLERANCE
@@ -67,32 +69,35 @@ def test_at_size_keeps_the_experts_and_evens_the_ranks_out() -> None:
             assert fitted.max_rank == 8, "the scale is the searched allocation's"
         else:
             assert fitted.max_rank == max(ranks)
+    # A single row may be more than the tolerance.
+    assert at_size(plain_lora({"a": (100, 100)}, 1), {"a": (100, 100)}, 300).ranks == {"a": (1,)}
     # The rows left over are spread: each half of the layers has about half of them.
     fitted = at_size(uniform(LINEARS, 4, 8), LINEARS, 1_500_000)
     halves = [sum(map(sum, list(fitted.ranks.values())[a : a + 45])) for a in (0, 45)]
     assert abs(halves[0] - halves[1]) < 0.02 * sum(halves)
 
 
-@pytest.mark.parametrize("parameters", [600_000, 2_000_000, 4_000_000, 6_600_000])
+@pytest.mark.parametrize("parameters", [768, 100_000, 600_000, 2_000_000, 4_000_000, 6_600_000])
 def test_random_meets_its_size_within_the_search_space(parameters: int) -> None:
     drawn = [random_allocation(LINEARS, parameters, seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1]
-    assert drawn[0] != drawn[2]
+    assert drawn[0] != drawn[2] or parameters == 768  # one row, and one kind that has such a row
     for allocation in drawn:
         assert distance(allocation, parameters) < TOLERANCE
-        assert all(2 <= len(ranks) <= 8 for ranks in allocation.ranks.values())
+        assert allocation.total_experts >= 1
+        assert all(len(ranks) <= 8 for ranks in allocation.ranks.values())
         assert all(1 <= r <= 8 for ranks in allocation.ranks.values() for r in ranks)
         assert allocation.max_rank == 8
 
 
 def test_random_at_the_middle_of_the_space_draws_all_counts_and_ranks_alike() -> None:
-    # The expectation of a uniform draw: 5 experts of rank 4.5 and their routers.
-    middle = sum(5 * 4.5 * (o + i) + 5 * i for o, i in LINEARS.values())
+    # The expectation of a uniform draw: 4 experts of rank 4.5; one alone has no router.
+    middle = sum(4 * 4.5 * (o + i) + 35 / 9 * i for o, i in LINEARS.values())
     drawn = [random_allocation(LINEARS, round(middle), seed) for seed in range(20)]
     experts = [len(ranks) for a in drawn for ranks in a.ranks.values()]
     ranks = [r for a in drawn for listed in a.ranks.values() for r in listed]
-    for n in range(2, 9):
-        assert experts.count(n) / len(experts) == pytest.approx(1 / 7, abs=0.04)
+    for n in range(9):
+        assert experts.count(n) / len(experts) == pytest.approx(1 / 9, abs=0.04)
     for r in range(1, 9):
         assert ranks.count(r) / len(ranks) == pytest.approx(1 / 8, abs=0.02)
 
@@ -100,10 +105,8 @@ def test_random_at_the_middle_of_the_space_draws_all_counts_and_ranks_alike() ->
 def test_a_size_out_of_reach_is_refused_with_what_can_be_reached() -> None:
     with pytest.raises(AllocationError, match=r"100,000 parameters are too few for 720 experts"):
         at_size(uniform(LINEARS, 8, 8), LINEARS, 100_000)
-    with pytest.raises(AllocationError, match=r"9,000,000 parameters cannot be reached: 2 to 8"):
+    with pytest.raises(AllocationError, match=r"9,000,000 parameters cannot be reached: one row"):
         random_allocation(LINEARS, 9_000_000, seed=0)
-    with pytest.raises(AllocationError, match="cannot be met within 1%"):
-        at_size(plain_lora({"a": (100, 100)}, 1), {"a": (100, 100)}, 300)
     with pytest.raises(AllocationError, match=r"1 experts are fewer than top_k \(2\)"):
         uniform(LINEARS, 1, 8)
     with pytest.raises(AllocationError, match="a is in no numbered layer"):

@@ -10,7 +10,7 @@ import torch
 
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.fill import even, fill, row_costs, split
-from guilomo_train.search.selection import SearchSpace
+from guilomo_train.search.space import SearchSpace
 
 SPACES = [
     SearchSpace({"a": (5, 7), "b": (11, 3), "c": (2, 9)}, max_experts=2, max_rank=3),
@@ -80,7 +80,7 @@ def test_a_row_counts_for_no_more_than_those_before_it() -> None:
     worths[0, 1:] = 0.5
     worths[0, 2] = 9.0  # behind a row of 0.5
     # Room for all of the second module and six rows.
-    budget = space.parameters(8, 8) // 2 + 6 * 128 + 2 * 64
+    budget = space.cost(8, 8) // 2 + 6 * 128 + 2 * 64
     assert row_counts(fill(space, worths, budget)) == [6, 64]
 
 
@@ -88,7 +88,7 @@ def test_modules_without_worth_get_nothing_while_there_are_others() -> None:
     space = alike(3)
     worths = torch.zeros(3, 64)
     worths[1] = 1.0
-    found = fill(space, worths, space.parameters(8, 8) // 3)
+    found = fill(space, worths, space.cost(8, 8) // 3)
     assert list(found.ranks.values()) == [(), (8,) * 8, ()]
 
 
@@ -97,7 +97,7 @@ def test_modules_without_worth_get_nothing_while_there_are_others() -> None:
 def test_even_differs_by_a_row_at_most_and_spends_the_budget(
     space: SearchSpace, share: float
 ) -> None:
-    budget = int(share * space.parameters(8, 8))
+    budget = int(share * space.cost(8, 8))
     found = even(space, budget)
     rows = row_counts(found)
     assert max(rows) - min(rows) <= 1
@@ -112,7 +112,7 @@ def test_modules_that_are_alike_get_as_much_whatever_their_rows_are_worth(
     curve: torch.Tensor,
 ) -> None:
     space = alike()
-    for budget in range(0, space.parameters(8, 8), 9_973):
+    for budget in range(0, int(space.cost(8, 8)), 9_973):
         assert fill(space, curve.expand(34, -1), budget) == even(space, budget)
 
 

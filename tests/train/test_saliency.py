@@ -9,7 +9,7 @@ from torch import nn
 from guilomo_serve.adapter import BaseModel
 from guilomo_train.search.fill import fill
 from guilomo_train.search.saliency import mean_gradients, one_shot_worths, shared
-from guilomo_train.search.selection import SearchSpace
+from guilomo_train.search.space import SearchSpace
 from tests.train.test_quantized import Int8Linear
 from tests.train.tiny import tiny_llama
 

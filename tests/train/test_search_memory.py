@@ -23,7 +23,8 @@ from guilomo_train.config import CommonConfig
 from guilomo_train.finetune import training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.search.search import SearchTrainer
-from guilomo_train.search.selection import SearchSpace, SelectionVectors
+from guilomo_train.search.selection import SelectionVectors
+from guilomo_train.search.space import SearchSpace
 from guilomo_train.trainer import LoraMoeTrainer
 from tests.train.tiny import tiny_llama, tiny_tokenizer
 
@@ -57,7 +58,7 @@ def trained(search: bool, rank: int, length: int, folder: Path) -> int:
     }
     if search:
         space = SearchSpace({m: linears[m] for m in config.experts}, EXPERTS, rank)
-        budget = space.parameters(EXPERTS, rank) // 2
+        budget = space.cost(EXPERTS, rank) // 2
         trainer: LoraMoeTrainer = SearchTrainer(
             **shared,
             selection=SelectionVectors(space, budget=budget),
