@@ -162,7 +162,7 @@ def compared(row: dict[str, Any], name: str, form: str) -> str:
     text = f"  {row[name]:{form}}"
     if "interval" in row:
         low, high = row["interval"]
-        text += f" [{low:{form}}, {high:{form}}]"
+        text += f" [{low:{form}}, {high:{form}}] deviation {row['deviation']:{form[1:]}}"
     if "p_holm" in row:
         text += f" p {row['p_holm']:.3f} (Holm)"
     return f"{text}  ({row['seeds']} seeds)"
