@@ -15,6 +15,10 @@ budget (saliency.py over all training rows; base loss: the error on each layer's
     deep          a residual chain, whose layers can stand in for one another
     stand in      a chain in stages of one to four layers that can do each other's work
 
+Beside these: `null_even`, the share of 100 searches that return the even allocation where modules
+do not differ, for each kind of noise (null_beds.py); and `coverage`, how often credible intervals
+of known worths have the truth in them.
+
 On a chain planted ranks are not the only right ones, so there students are trained afresh from each
 allocation and their validation losses are compared too. `by` repeats the parallel bed with other
 choices of the search. An online search is meant for one pass over its rows; here it passes over few
@@ -31,7 +35,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,7 @@ from typing import Any
 import torch
 from beds import BATCH, BEDS, EXPERTS, LEARNING_RATE, LINEARS, RANK, ROWS, SPACE, TOP_K, Bed
 from common import report
+from null_beds import NULL, coverage, is_even
 
 from guilomo_train.compare import spearman
 from guilomo_train.search.allocation import Allocation
@@ -60,6 +65,7 @@ class Variant:
     choice: Choice = "sample"
     initial: Initial = "uniform"
     budget: bool = True
+    fewest_experts: int = 0
 
 
 VARIANTS = {
@@ -77,8 +83,11 @@ VARIANTS = {
     "cumulative, argmax choice": Variant("cumulative", choice="argmax"),
     "cumulative, no budget": Variant("cumulative", budget=False),
     "argmax": Variant("argmax"),
-    "as released": Variant("argmax", choice="argmax", initial="random", budget=False),
+    "as released": Variant(
+        "argmax", choice="argmax", initial="random", budget=False, fewest_experts=TOP_K
+    ),
 }
+NULL_SEEDS = 100
 # All of them on the parallel bed; on the others:
 MAIN = ("default", "first order", "cumulative")
 
@@ -121,7 +130,13 @@ def main() -> None:
             measured = list(pool.map(partial(measure, bed, names, args.steps), range(args.seeds)))
             results[bed] = result(measured)
             show(bed, results[bed], time.monotonic() - started)
-    report({"beds": results}, args, args.out)
+        null_even = {
+            kind: statistics.mean(pool.map(partial(is_even, kind), range(NULL_SEEDS)))
+            for kind in NULL
+        }
+    covered = coverage(range(NULL_SEEDS))
+    print(f"even where nothing differs: {null_even}\ncredible intervals cover: {covered}")
+    report({"beds": results, "null_even": null_even, "coverage": covered}, args, args.out)
 
 
 def measure(kind: str, names: Sequence[str], steps: int | None, seed: int) -> Measured:
@@ -153,7 +168,8 @@ def search(bed: Bed, variant: Variant, steps: int) -> Allocation:
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=LEARNING_RATE)
     budget = bed.parameters if variant.budget else None
-    selection = SelectionVectors(SPACE, variant.choice, variant.initial, budget)
+    space = replace(SPACE, fewest_experts=variant.fewest_experts)
+    selection = SelectionVectors(space, variant.choice, variant.initial, budget)
     upper = UpperLevel(
         layers,
         selection,

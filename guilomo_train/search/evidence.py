@@ -48,7 +48,7 @@ import torch
 from guilomo_train.search.selection import Draw, first_off, last_on
 from guilomo_train.search.space import SearchSpace, expert_costs
 
-BLOCKS = 128  # of steps; the memory of a search's evidence is bounded by it
+BLOCKS = 64  # of steps; the memory of a search's evidence is bounded by it
 SURE = 0.01  # of searches that have nothing to find, the share that finds something
 _FLIPS = 4999
 _LIMIT = 3.0  # robust standard deviations beyond which a module's step counts no further
@@ -136,10 +136,11 @@ class Evidence:
     def __init__(self, space: SearchSpace) -> None:
         self.row_sizes = space.sizes.row
         self.expert_sizes = expert_costs(space.sizes, space.max_experts)
-        shape = (BLOCKS, 2, len(space.linears), space.max_experts, space.max_rank)
-        # By block, edge (last on, first off), module and entry.
-        self.sums, self.seen = torch.zeros(shape), torch.zeros(shape)
-        self.on = torch.zeros(shape[3:])  # how often an entry was on, over steps and modules
+        # A block's, by edge (last on, first off), module and entry: [2, M, E, r].
+        self.sums: list[torch.Tensor] = []
+        self.seen: list[torch.Tensor] = []
+        # How often an entry was on, over steps and modules.
+        self.on = torch.zeros(space.max_experts, space.max_rank)
         self.draws = 0
         self.steps = 0  # that could show something
         self.width = 1  # steps of a block
@@ -161,29 +162,34 @@ class Evidence:
         if not loads.any():
             return
         of_modules = (slopes * trained).sum((0, 2, 3))[loads > 0] / loads[loads > 0]
-        block = self._next_block()
-        self.sums[block] -= (slopes / of_modules.abs().median().clamp_min(_TINY)).float()
-        self.seen[block] += edges
+        worths = -slopes / of_modules.abs().median().clamp_min(_TINY)
+        self._add(worths.float(), edges.short())
 
     @property
     def trained(self) -> torch.Tensor:
         """L of the head of this file."""
         return (self.on / max(self.draws, 1)).double()
 
-    def _next_block(self) -> int:
+    def _add(self, worths: torch.Tensor, edges: torch.Tensor) -> None:
+        """Adds a step to the last block, or begins the next one."""
         if self.steps == BLOCKS * self.width:
-            for kept in (self.sums, self.seen):
-                kept[: BLOCKS // 2] = kept[0::2] + kept[1::2]
-                kept[BLOCKS // 2 :] = 0
+            for blocks in (self.sums, self.seen):
+                blocks[:] = [a + b for a, b in zip(blocks[0::2], blocks[1::2], strict=True)]
             self.width *= 2
+        if self.steps % self.width == 0:
+            self.sums.append(worths)
+            self.seen.append(edges)
+        else:
+            self.sums[-1] += worths
+            self.seen[-1] += edges
         self.steps += 1
-        return (self.steps - 1) // self.width
 
     @torch.no_grad()
     def worths(self) -> Worths:
         """What all steps so far say."""
-        used = max(1, -(-self.steps // self.width))
-        sums, seen = self.sums[:used].double(), self.seen[:used].double()
+        if not self.steps:
+            return self._nothing()
+        sums, seen = torch.stack(self.sums).double(), torch.stack(self.seen).double()
         trained = self.trained
         # A module's value in a step: by least squares, as all its entries show L times the same.
         # The square of L is also how much the step shows.
@@ -219,6 +225,16 @@ class Evidence:
         entries = _level((left / seen.clamp_min(1)).flatten(3), seen.flatten(3))
         levels = dict(zip(LEVELS, (modules, curves, entries), strict=True))
         return Worths(common, trained, levels, self.steps)
+
+    def _nothing(self) -> Worths:
+        """Before a step could show something."""
+        (experts, rank), modules = self.on.shape, len(self.row_sizes)
+        none = torch.zeros(0, 1, dtype=torch.float64)
+        levels = {}
+        for name, groups in zip(LEVELS, (1, rank, experts * rank), strict=True):
+            zeros = torch.zeros(modules, groups, dtype=torch.float64)
+            levels[name] = Level(zeros, zeros, none)
+        return Worths(torch.zeros_like(self.trained), self.trained, levels, 0)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))

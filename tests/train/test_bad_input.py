@@ -201,7 +201,7 @@ def test_an_output_folder_that_cannot_be_written_to(refused: Refused, data: Path
 def test_a_search_that_diverges_stops_in_its_step(order: str, refused: Refused) -> None:
     line = refused("search", *SMALL[:4], "--order", order, "--search_learning_rate", 1e30)
     assert re.search(
-        r"loss is nan in step [23] of [56]: lower --search_learning_rate \(1e\+30\)", line
+        r"loss is nan in step [2-6] of [56]: lower --search_learning_rate \(1e\+30\)", line
     )
 
 

@@ -159,8 +159,8 @@ def test_a_half_precision_base_is_loaded_as_this_machine_is_fast(
         (["--target_modules", "query"], "target_modules"),
         (["--budget", "half"], "budget is 'half', expected a share"),
         (
-            ["--budget", "100"],
-            "budget is 100, which is 100 parameters, expected 2,816 ",
+            ["--budget", "10"],
+            "budget is 10, which is 10 parameters, expected 48 ",
         ),
     ],
 )

@@ -140,7 +140,7 @@ def test_an_allocation_is_worth_most_of_all_that_cost_as_much() -> None:
         for a, b in product(choices, repeat=2)
     }
     seen = set()
-    for price in torch.linspace(-20, 20, 401).tolist():
+    for price in torch.linspace(-20, 20, 61).tolist():
         cost, most = max(known.values(), key=lambda found, p=price: found[1] - p * found[0])
         seen.add(cost)
         selection.budget = cost
