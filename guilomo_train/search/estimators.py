@@ -40,7 +40,7 @@ _BETAS = (0.5, 0.999)
 # Nats at most between the best and the worst count of an average module when the search ends: it
 # goes on looking at other counts, however sure it is.
 _SHARPEST = 5.0
-_UPDATES = 100  # of the vectors in a search, about: what one more step says changes little
+_UPDATES = 25  # of the vectors in a search, about: what one more step says changes little
 
 
 class AdamSteps:
