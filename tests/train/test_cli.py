@@ -149,6 +149,31 @@ def test_a_half_precision_base_is_loaded_as_this_machine_is_fast(
     assert "--resume: dtype is 'float32', but" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_search_keeps_to_a_budget_of_serving_time(
+    tiny_base: Path, data: Path, tmp_path: Path
+) -> None:
+    linears = models.sizes_of(str(tiny_base), "all-linear")
+    shapes = {"x".join(map(str, shape)) for shape in linears.linears.values()}
+    prices = {shape: {"present": 2e-6, "row": 1e-6, "router": 5e-7} for shape in shapes}
+    file = tmp_path / "prices.json"
+    file.write_text(json.dumps({"result": {"shapes": prices}}))
+    output = tmp_path / "out"
+    given = [*settings(tiny_base, data, output), "--budget_in", "latency", "--prices", file]
+    assert call("search", *given, "--budget", 0.25) == 0
+    record = json.loads((output / "run.json").read_text())["search"]
+    modules = len(linears.adapted)
+    assert record["budget"] == pytest.approx(modules * (2e-6 + 6e-6 + 1.5e-6) / 4)
+    ranks = json.loads((output / "allocation.json").read_text())["ranks"]
+    seconds = sum(
+        (2e-6 if r else 0) + 1e-6 * sum(r) + (5e-7 * len(r) if len(r) > 1 else 0)
+        for r in ranks.values()
+    )
+    assert record["budget"] - 2e-6 - 2e-6 < seconds <= record["budget"]
+    assert record["told_apart"] is False  # so few rows tell nothing
+    assert "Nothing found: the data do not tell layers apart" in (output / "report.md").read_text()
+    assert call("search", *given, "--budget", 2, "--output", tmp_path / "other") == 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -161,6 +186,12 @@ def test_a_half_precision_base_is_loaded_as_this_machine_is_fast(
         (
             ["--budget", "10"],
             "budget is 10, which is 10 parameters, expected 48 ",
+        ),
+        (["--budget_in", "latency"], "budget_in is latency and prices is None, expected prices"),
+        (["--prices", "p.json"], "budget_in is parameters and prices is p.json, expected prices"),
+        (
+            ["--budget_in", "latency", "--prices", "nowhere.json"],
+            "prices nowhere.json: no result of benchmarks/serving_prices.py",
         ),
     ],
 )
