@@ -48,7 +48,7 @@ from guilomo_train.models import load_base, sizes_of
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.space import SearchSpace
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # LoRA of rank 1 has 8 times the scale of LoRA-MoE
 TUNING_SEED = 1000
 PILOT_SEEDS = (1001, 1002, 1003)
 MAX_LENGTH = 512

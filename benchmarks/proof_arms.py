@@ -215,7 +215,7 @@ def adalora(setting: Setting) -> Trained:
         key.removeprefix("base_model.model.").removesuffix(".lora_E.default"): sum(pattern)
         for key, pattern in config.rank_pattern.items()
     }
-    rows = {module: kept.get(module, kept.get(f"model.{module}", 0)) for module in linears}
+    rows = {module: kept.get(module, 0) for module in linears}
     return Trained(model, sum(cost[module] * n for module, n in rows.items()), rows)
 
 
