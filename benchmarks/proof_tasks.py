@@ -95,8 +95,8 @@ def read(path: Path) -> list[Row]:
 
 
 def scored_earlier(test: list[Row]) -> list[Row]:
-    """Rows of Banking77 in benchmarks/results from before the protocol: those of task_accuracy.py,
-    and those of `guilomo-train finetune --eval_rows 300`, which the comparison before this one called."""
+    """Rows of Banking77 in results from before the protocol: those of task_accuracy.py, and those
+    of `guilomo-train finetune --eval_rows 300`, which the comparison before this one called."""
     asked = random.Random(0).sample(range(len(test)), EARLIER)
     numbers = Dataset.from_dict({"number": list(range(len(test)))})
     scored = numbers.shuffle(seed=0)["number"][:EARLIER]
