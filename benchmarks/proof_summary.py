@@ -60,13 +60,14 @@ def by_task(losses: Losses, results: Sequence[Result]) -> dict[str, Any]:
     """task -> budget -> arm -> mean loss, and the difference to what the arm is compared with."""
     sizes = defaultdict(list)
     for result in results:
-        sizes[result["arm"], result["budget"], result["task"]].append(result["parameters"])
+        if math.isfinite(result["loss"]):  # what diverged has no adapter
+            sizes[result["arm"], result["budget"], result["task"]].append(result["parameters"])
     found: dict[str, Any] = {}
     for (arm, budget, task), own in sorted(losses.items()):
         row: dict[str, Any] = {
             "loss": round(statistics.mean(own.values()), 5),
             "seeds": len(own),
-            "parameters": round(statistics.mean(sizes[arm, budget, task])),
+            "parameters": round(statistics.mean(sizes[arm, budget, task] or [0])),
         }
         other = losses.get((against(arm), budget, task), {})
         shared = own.keys() & other.keys()
@@ -103,7 +104,7 @@ def interval(differences: Sequence[float], name: str) -> dict[str, Any]:
     """Mean, standard deviation, 95% interval and two-sided p of differences by seed."""
     count, mean = len(differences), statistics.mean(differences)
     found: dict[str, Any] = {name: round(mean, 5), "seeds": count}
-    deviation = statistics.stdev(differences) if count > 1 else 0.0
+    deviation = statistics.stdev(differences) if count > 1 and math.isfinite(mean) else 0.0
     if deviation > 0:
         error = deviation / math.sqrt(count)
         reach = t_quantile(0.05, count - 1) * error
@@ -169,28 +170,55 @@ def compared(row: dict[str, Any], name: str, form: str) -> str:
 
 
 def draw_picture(found: dict[str, Any], path: Path) -> None:
-    """Quality over parameters: a panel a task, a line an arm, 95% intervals of its difference."""
-    figure, axes = subplots(1, len(found["tasks"]), width=4.2 * len(found["tasks"]), height=3.6)
-    arms = list(dict.fromkeys(
+    """Quality over parameters, a panel a task, and last the difference pooled over tasks.
+
+    Bars are the 95% intervals of an arm's difference by seed, not of its loss.
+    """
+    figure, axes = subplots(2, 3, width=12.6, height=7.0)
+    *panels, last = axes.flatten()
+    present = {
         arm for budgets in found["tasks"].values() for rows in budgets.values() for arm in rows
-    ))  # fmt: skip
-    for axis, (task, budgets) in zip(axes[0], found["tasks"].items(), strict=True):
-        for i, arm in enumerate(arms):
-            rows = [budgets[b][arm] for b in sorted(budgets, key=float) if arm in budgets[b]]
-            if not rows:
-                continue
-            reach = [(r["interval"][1] - r["interval"][0]) / 2 if "interval" in r else 0.0
-                     for r in rows]  # fmt: skip
-            axis.errorbar(
-                [r["parameters"] for r in rows], [r["loss"] for r in rows], yerr=reach,
-                label=arm, color=f"C{i % 10}", marker="os^v"[i // 10], markersize=4,
-                linewidth=1.4, capsize=2.5,
-            )  # fmt: skip
-        axis.set_xscale("log")
+    }
+    colours = {arm: f"C{i % 10}" for i, arm in enumerate(sorted(present))}
+    for axis, (task, budgets) in zip(panels, found["tasks"].items(), strict=False):
+        draw_arms(axis, budgets, colours, ("parameters", "loss"))
         axis.set_title(task, fontsize=10)
         axis.set_xlabel("parameters of the adapter", fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel("NLL of the answer (nats a token)", fontsize=9)
-    axes[0][-1].legend(fontsize=8)
+        axis.set_ylabel("NLL of the answer (nats a token)", fontsize=9)
+    of_share = {
+        budget: {
+            arm: row | {"share": 100 * float(budget), "percent": 100 * row["relative"]}
+            for arm, row in rows.items()
+            if row["against"] == "searched"
+        }
+        for budget, rows in found["pooled"].items()
+    }
+    draw_arms(last, of_share, colours, ("share", "percent"), scale=100)
+    last.axhline(0, color=colours.get("searched"), linewidth=1.4)
+    last.set_title("all tasks: loss over searched", fontsize=10)
+    last.set_xlabel("size, % of the base", fontsize=9)
+    last.set_ylabel("difference, %", fontsize=9)
+    panels[0].legend(fontsize=8)
     save(figure, path)
+
+
+def draw_arms(
+    axis: Any,
+    budgets: dict[str, dict[str, Any]],
+    colours: dict[str, str],
+    names: tuple[str, str],
+    scale: float = 1.0,
+) -> None:
+    """A line an arm over the budgets that it has; `names` are the rows' keys of x and y."""
+    for arm, colour in colours.items():
+        rows = [budgets[b][arm] for b in sorted(budgets, key=float) if arm in budgets[b]]
+        ends = [row.get("interval", (0, 0)) for row in rows]
+        if rows:
+            axis.errorbar(
+                *([row[name] for row in rows] for name in names),
+                yerr=[scale * (high - low) / 2 for low, high in ends],
+                label=arm, color=colour, marker="o", markersize=4, linewidth=1.4, capsize=2.5,
+            )  # fmt: skip
+    axis.set_xscale("log")
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
