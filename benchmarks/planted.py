@@ -51,7 +51,7 @@ from guilomo_train.search.controls import random_allocation
 from guilomo_train.search.estimators import Estimator
 from guilomo_train.search.fill import even, fill
 from guilomo_train.search.hypergradient import UnrolledStep, adam_scales
-from guilomo_train.search.saliency import one_shot_worths, shared
+from guilomo_train.search.saliency import one_shot_worths, shared, whitened_worths
 from guilomo_train.search.selection import Choice, Initial, SelectionVectors
 from guilomo_train.search.upper import UpperLevel
 
@@ -73,15 +73,8 @@ VARIANTS = {
     "first order": Variant(),
     "second order": Variant(order="second"),
     "argmax choice": Variant(choice="argmax"),
-    "initial random": Variant(initial="random"),
-    "initial full": Variant(initial="full"),
     "no budget": Variant(budget=False),
     "cumulative": Variant("cumulative"),
-    "cumulative, second order": Variant("cumulative", order="second"),
-    "cumulative, initial random": Variant("cumulative", initial="random"),
-    "cumulative, initial full": Variant("cumulative", initial="full"),
-    "cumulative, argmax choice": Variant("cumulative", choice="argmax"),
-    "cumulative, no budget": Variant("cumulative", budget=False),
     "argmax": Variant("argmax"),
     "as released": Variant(
         "argmax", choice="argmax", initial="random", budget=False, fewest_experts=TOP_K
@@ -207,6 +200,7 @@ def one_shot_allocations(bed: Bed) -> dict[str, Allocation]:
     batches = torch.arange(ROWS // 2).split(BATCH)
     losses = [partial(bed.loss, bed.base, rows) for rows in batches]
     worths: dict[str, torch.Tensor] = {**one_shot_worths(bed.base, SPACE, losses)}
+    worths["whitened"] = whitened_worths(bed.base, SPACE, losses)
     if bed.own_outputs:
         worths["base loss"] = shared(bed.base_losses(), EXPERTS * RANK)
     return {name: fill(SPACE, worth, bed.parameters) for name, worth in worths.items()}

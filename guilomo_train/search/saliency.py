@@ -8,11 +8,17 @@ All scores are of G = dL/dW, the mean gradient of the frozen weight W over some 
 
 The first two are scores of a module, without a curve over its rows. There row i is worth 1/i of the
 score, so that `fill` gives rows in proportion to the score over a row's parameters.
+
+All three depend on the scale of a layer's inputs or weights, on which its function does not. So
+there is one more:
+
+    whitened  sigma_i^2 of G S^(-1/2), S the mean of x x^T over inputs x: how much the i-th row of
+              the best step gains, up to a factor, if the loss curves alike in all layers' outputs
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -46,13 +52,21 @@ def one_shot_worths(
         weight = _weight(model.get_submodule(name), gradient.shape[1])
         norms.append(gradient.square().sum().cpu())
         snips.append((weight * gradient).abs().sum().cpu())
-        largest = torch.linalg.svdvals(gradient)[:rows].square().cpu()
-        spectra.append(nn.functional.pad(largest, (0, rows - len(largest))))
+        spectra.append(_spectrum(gradient, rows))
     return {
         "gradient": shared(torch.stack(norms), rows),
         "snip": shared(torch.stack(snips), rows),
         "spectrum": torch.stack(spectra),
     }
+
+
+def whitened_worths(model: nn.Module, space: SearchSpace, losses: Sequence[Loss]) -> torch.Tensor:
+    """`[M, E * r]` of the whitened score, as `one_shot_worths`; each loss is called twice."""
+    rows = space.max_experts * space.max_rank
+    gradients, moments = mean_gradients(model, space, losses), input_moments(model, space, losses)
+    return torch.stack(
+        [_spectrum(gradients[n] @ _inverse_root(moments[n]), rows) for n in space.linears]
+    )
 
 
 def shared(scores: torch.Tensor, rows: int) -> torch.Tensor:
@@ -96,6 +110,50 @@ def mean_gradients(
         for handle in handles:
             handle.remove()
     return {name: (sums[name] / count).expand(shape) for name, shape in space.linears.items()}
+
+
+@torch.no_grad()
+def input_moments(
+    model: nn.Module, space: SearchSpace, losses: Iterable[Loss]
+) -> dict[str, torch.Tensor]:
+    """The mean of x x^T `[in, in]` over all inputs x of each module, in float32 at least."""
+    sums = {name: torch.zeros(()) for name in space.linears}
+    counts = dict.fromkeys(space.linears, 0)
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+            x = inputs[0].flatten(0, -2)
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            sums[name] = sums[name].to(x) + x.T @ x
+            counts[name] += len(x)
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(watch(n)) for n in space.linears]
+    try:
+        for loss in losses:
+            loss()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: (sums[name] / max(counts[name], 1)).expand(in_features, in_features)
+        for name, (_, in_features) in space.linears.items()
+    }
+
+
+def _spectrum(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+    """The squares of the largest singular values `[rows]`, 0 beyond the last, on the CPU."""
+    largest = torch.linalg.svdvals(matrix)[:rows].square().cpu()
+    return nn.functional.pad(largest, (0, rows - len(largest)))
+
+
+def _inverse_root(moment: torch.Tensor) -> torch.Tensor:
+    """S^(-1/2); 0 in directions that no input has."""
+    values, vectors = torch.linalg.eigh(moment)
+    least = values.max() * len(values) * torch.finfo(values.dtype).eps
+    roots = torch.where(values > least, values.clamp_min(least).rsqrt(), 0.0)
+    return vectors * roots @ vectors.T
 
 
 @torch.no_grad()

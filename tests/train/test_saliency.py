@@ -8,7 +8,12 @@ from torch import nn
 
 from guilomo_serve.adapter import BaseModel
 from guilomo_train.search.fill import fill
-from guilomo_train.search.saliency import mean_gradients, one_shot_worths, shared
+from guilomo_train.search.saliency import (
+    mean_gradients,
+    one_shot_worths,
+    shared,
+    whitened_worths,
+)
 from guilomo_train.search.space import SearchSpace
 from tests.train.test_quantized import Int8Linear
 from tests.train.tiny import tiny_llama
@@ -72,6 +77,47 @@ def test_scores_are_norm_product_and_singular_values() -> None:
             taken = norm - rest.square().sum()
             torch.testing.assert_close(worths["spectrum"][m, :rank].sum(), taken, check_dtype=False)
         assert worths["spectrum"][m, len(s) :].eq(0).all()
+
+
+def test_whitened_scores_are_what_the_best_step_of_each_rank_gains() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4, bias=False)).double()
+    x = torch.randn(50, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)
+    y = torch.randn(50, 4, dtype=torch.float64)
+    space = SearchSpace({"0": (4, 6)})
+    (worths,) = whitened_worths(model, space, [lambda: (model(x) - y).square().mean()])
+
+    # Reduced-rank regression: the best step is the best fit of the residuals, its fitted values
+    # cut to rank R.
+    left = y - model(x).detach()
+    fitted = x @ torch.linalg.lstsq(x, left).solution
+    u, s, v = torch.linalg.svd(fitted, full_matrices=False)
+    for rank in range(5):
+        cut = u[:, :rank] * s[:rank] @ v[:rank]
+        gained = (left.square() - (left - cut).square()).mean()
+        # The loss is the mean over 4 outputs, so it curves by 2 / 4 in each.
+        torch.testing.assert_close(worths[:rank].sum(), gained * 2 * 2 / 4)
+    assert worths[4:].eq(0).all()
+
+
+def test_whitened_scores_do_not_depend_on_scales_and_heed_unused_inputs() -> None:
+    model, losses = setting()
+    before = whitened_worths(model, SPACE, losses)
+    assert before[2].eq(0).all()  # no loss depends on it
+
+    class Scaled(nn.Module):
+        def __init__(self, layer: nn.Linear) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(100 * x)
+
+    model.last.weight.data /= 100
+    model.last = Scaled(model.last)
+    linears = {"last.layer": (4, 6), "first": (6, 6), "unused": (6, 6)}
+    space = SearchSpace(linears, max_experts=2, max_rank=3)
+    torch.testing.assert_close(whitened_worths(model, space, losses), before)
 
 
 def test_scores_without_a_curve_give_rows_in_proportion() -> None:
