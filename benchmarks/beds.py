@@ -13,6 +13,8 @@ How many rows a layer needs, and what its loss and gradient show before training
     input_scale   of a layer's inputs. Frozen and planted weights make up for it, so that it changes
                   no function; but dL/dW grows with it
     weight_scale  of the frozen weights; what is planted does not depend on them
+    mirrored      each planted expert has a twin of the opposite effect on the opposite inputs, so
+                  that no linear map does anything of what they do, and dL/dW shows nothing of it
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ SPACE = SearchSpace(LINEARS, EXPERTS, RANK, TOP_K)
 
 # Total ranks of the layers with an adapter, dealt out by the seed: a quarter of the space.
 SIZES = (2, 4, 7, 11, 16, 22, 30, 40)
+MIRRORED_SIZES = (4, 6, 8, 16, 20, 24, 36, 42)  # split into pairs of experts of one rank
 # From 1/3 to 3. The inputs of SmolLM2-135M's layers differ more: 0.03 to 0.6 in root mean square,
 # and some up to 16.
 SCALES = tuple(3.0 ** (i / 3.5 - 1) for i in range(LAYERS))
@@ -63,6 +66,7 @@ class Layer:
     noise: float = 0.0
     input_scale: float = 1.0
     weight_scale: float = 1.0
+    mirrored: bool = False
     row_spread: float = 0.3
 
 
@@ -131,6 +135,15 @@ def useless(generator: random.Random) -> Plan:
     return Plan(_dealt(layers, generator))
 
 
+def opposite(generator: random.Random) -> Plan:
+    """The same loss in every layer, and a mean gradient that shows the rest alone."""
+    rests = [0.05 + 0.1 * i / (LAYERS - 1) for i in range(LAYERS)]
+    dealt = zip(*(_dealt(values, generator) for values in (MIRRORED_SIZES, rests)), strict=True)
+    return Plan(
+        [Layer(_ranks(size), energy=1.1 - rest, rest=rest, mirrored=True) for size, rest in dealt]
+    )
+
+
 def stand_in(generator: random.Random) -> Plan:
     """A chain whose stages have one to four layers that can do each other's work.
 
@@ -151,6 +164,7 @@ BEDS: dict[str, Callable[[random.Random], Plan]] = {
     "strong few": strong_few,
     "equal energy": equal_energy,
     "useless": useless,
+    "opposite": opposite,
     "deep": deep,
     "stand in": stand_in,
 }
@@ -166,6 +180,12 @@ def _ranks(size: int) -> tuple[int, ...]:
 
 def _dealt(values: Sequence[Any], generator: random.Random) -> list[Any]:
     return generator.sample(values, len(values))
+
+
+def _mirror(weight: torch.Tensor, dim: int, sign: float) -> None:
+    """Makes the second half of a weight the first half, or its opposite."""
+    first, second = weight.chunk(2, dim)
+    second.copy_(sign * first)
 
 
 class Chain(nn.Module):
@@ -238,6 +258,10 @@ class Bed:
             if experts > 1:
                 router = layer.router["default"].weight
                 nn.init.normal_(router, std=3 * WIDTH**-0.5 / planted.input_scale)
+            if planted.mirrored:
+                _mirror(a, dim=0, sign=1.0)
+                _mirror(b, dim=1, sign=-1.0)
+                _mirror(router, dim=0, sign=-1.0)
             if planted.energy is not None:
                 x = planted.input_scale * normed(torch.randn(4096, WIDTH))
                 energy = (layer(x) - layer.base_layer(x)).square().mean()

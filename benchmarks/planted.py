@@ -12,6 +12,7 @@ budget (saliency.py over all training rows; base loss: the error on each layer's
     strong few    the more a layer shows, the less it needs
     equal energy  all layers show the same
     useless       three layers have by far the largest loss, which is noise, and need nothing
+    opposite      what experts do to different inputs cancels in the mean gradient
     deep          a residual chain, whose layers can stand in for one another
     stand in      a chain in stages of one to four layers that can do each other's work
 
