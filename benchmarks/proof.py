@@ -33,7 +33,7 @@ import transformers
 from common import report
 from datasets import Dataset
 from peft import PeftModel
-from proof_arms import ARMS, EVERYWHERE, SHAPES, Setting, search_of, uniform_allocation
+from proof_arms import ARMS, SHAPES, SPECTRA, Setting, search_of, uniform_allocation
 from proof_summary import PRIMARY, TIGHT, draw_picture, print_table, summary
 from proof_tasks import NAMES, Pool, Row, Sizes, draw
 from transformers import AutoConfig
@@ -60,7 +60,8 @@ class Run:
     """One training and its score.
 
     `budget` is a share of the base's parameters; `pool` says which rows are scored; a tuning run
-    has its `rate` (of learning) and `shape` (of uniform), another one takes the best of those.
+    has its `rate` (of learning) and `shape` (of uniform, the spectrum of one-shot, else empty),
+    another one takes the best of those.
     """
 
     arm: str
@@ -74,7 +75,7 @@ class Run:
     @property
     def name(self) -> str:
         tuned = [f"{self.rate:g}"] if self.rate is not None else []
-        tuned += [self.shape.replace(" ", "-")] if self.shape is not None else []
+        tuned += [self.shape] if self.shape else []
         parts = [self.pool, self.task, f"{self.budget:g}", self.arm, *tuned, str(self.seed)]
         return "_".join(parts)
 
@@ -145,18 +146,20 @@ class Proof:
         return json.loads(file.read_text())
 
     def tuned(self, run: Run, stage: Stage) -> Run:
-        """The run with the rate, and for uniform the shape, that its arm has at this budget.
+        """The run with the rate and shape that its arm has at this budget.
 
         Those of lowest loss on dev rows, one for all tasks of the stage: the mean of their log
-        losses decides. The shape is chosen at the rate that is best with rows everywhere.
+        losses decides. The rate is chosen with the first shape, and the shape at that rate.
         """
+        shapes = self.shapes(run)
         if run.rate is None:
-            rates = [replace(run, rate=rate, shape=EVERYWHERE) for rate in RATES]
+            rates = [replace(run, rate=rate, shape=shapes[0]) for rate in RATES]
             run = replace(run, rate=self.best(rates, stage).rate)
-        if run.shape is None and run.arm in ("uniform", "uniform-run"):
-            shapes = [replace(run, shape=shape) for shape in self.shapes(run)]
-            run = replace(run, shape=self.best(shapes, stage).shape)
-        return replace(run, shape=run.shape or EVERYWHERE)
+        if run.shape is None:
+            choices = [replace(run, shape=shape) for shape in shapes]
+            best = self.best(choices, stage) if len(choices) > 1 else choices[0]
+            run = replace(run, shape=best.shape)
+        return run
 
     def best(self, choices: list[Run], stage: Stage) -> Run:
         def loss(choice: Run) -> float:
@@ -168,7 +171,11 @@ class Proof:
         return min(choices, key=loss)
 
     def shapes(self, run: Run) -> list[str]:
-        """Shapes of uniform whose allocations differ at the run's budget."""
+        """What the arm chooses from: shapes of uniform whose allocations differ, or spectra."""
+        if run.arm == "one-shot":
+            return list(SPECTRA)
+        if run.arm not in ("uniform", "uniform-run"):
+            return [""]
         different: dict[tuple[Any, ...], str] = {}
         for shape in SHAPES:
             allocation = uniform_allocation(self.space, shape, self.parameters(run))

@@ -33,7 +33,7 @@ from guilomo_train.models import Base, with_adapter
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.controls import random_allocation, rescaled, shuffled
 from guilomo_train.search.fill import even, fill
-from guilomo_train.search.saliency import one_shot_worths
+from guilomo_train.search.saliency import one_shot_worths, whitened_worths
 from guilomo_train.search.search import SearchResult, SearchTrainer, search
 from guilomo_train.search.selection import SelectionVectors
 from guilomo_train.search.space import SearchSpace
@@ -41,15 +41,15 @@ from guilomo_train.trainer import LoraMoeTrainer, completion_nll
 
 EPOCHS, BATCH, BALANCE = 2.0, 8, 0.01
 # Where uniform puts its rows: kinds of module (none named: all), and most experts of a module.
-EVERYWHERE = "all"
 SHAPES: dict[str, tuple[tuple[str, ...], int]] = {
-    EVERYWHERE: ((), 8),
+    "all": ((), 8),
     "attention": (("q_proj", "k_proj", "v_proj", "o_proj"), 8),
     "query-value": (("q_proj", "v_proj"), 8),
     "mlp": (("gate_proj", "up_proj", "down_proj"), 8),
     "down": (("down_proj",), 8),
     "all-one-expert": ((), 1),
 }
+SPECTRA = ("plain", "whitened")  # of the gradient, by which one-shot may go
 LARGE = 16  # rank of the adapter that `truncated` cuts down
 ORTHOGONAL = 0.5  # AdaLoRA's default weight of its regulariser
 ADALORA_PHASES = 0.1, 0.3  # shares of the steps: at full size first, at the final size last
@@ -66,7 +66,7 @@ class Setting:
         train: the rows.
         common: seed and row length.
         rate: of learning, in a search too.
-        shape: uniform's, of SHAPES.
+        shape: uniform's, of SHAPES; one-shot's, of SPECTRA; else empty.
         searched: gives the searched allocation of this task, budget and seed.
         work: a folder for trainers' files.
     """
@@ -105,11 +105,14 @@ def of_shuffled(setting: Setting) -> Trained:
 
 
 def one_shot(setting: Setting) -> Trained:
-    """The spectrum of the frozen base's gradient over all training rows, through the same price."""
+    """A spectrum of the frozen base's gradient over all training rows, through the same price."""
     model = setting.base.model
     model.eval()
     losses = [lambda b=batch: completion_nll(model, b) for batch in batches(setting)]
-    worths = one_shot_worths(model, setting.space, losses)["spectrum"]
+    if setting.shape == "whitened":
+        worths = whitened_worths(model, setting.space, losses)
+    else:
+        worths = one_shot_worths(model, setting.space, losses)["spectrum"]
     return allocated(setting, fill(setting.space, worths, setting.budget))
 
 
