@@ -188,6 +188,14 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+# ZeRO-3 takes the gradients that second order unrolls, and the weights that an adapter's files have
+# unless they are smaller than its stage3_param_persistence_threshold.
+DEEPSPEED_REFUSED = (
+    "DeepSpeed is asked for, but it leaves each process a part of the adapter, which searches and "
+    "the adapter's files need whole: use `accelerate launch --use_fsdp`, which spreads the base "
+    "alone"
+)
+
 # Of `accelerate launch`'s FSDP settings those that would have to do more than shard.
 _FSDP_BEYOND = {
     "FSDP_OFFLOAD_PARAMS": "the base stays on its device",
@@ -195,15 +203,17 @@ _FSDP_BEYOND = {
 }
 
 
-def take_fsdp_request() -> bool:
+def take_sharding_request() -> bool:
     """Whether `accelerate launch --use_fsdp`, or ACCELERATE_USE_FSDP=true, asks to shard the base.
 
     The request is taken out of the environment: accelerate, which acts on it on GPUs alone, would
     shard once more what `load_base` has sharded.
 
     Raises:
-        ConfigError: it asks for what is not done.
+        ConfigError: it asks for what is not done, or DeepSpeed is asked for.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError(DEEPSPEED_REFUSED)
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
     for name, remedy in _FSDP_BEYOND.items():

@@ -48,7 +48,7 @@ from guilomo_train.errors import ConfigError, ResumeError
 from guilomo_train.evaluate import Scores, completion_text, evaluate, hits
 from guilomo_train.finetune import FinetuneResult, finetune
 from guilomo_train.limits import enough_memory, replace_file
-from guilomo_train.models import Base, load_base, processes, take_fsdp_request
+from guilomo_train.models import Base, load_base, processes, take_sharding_request
 from guilomo_train.page import HISTORY_FILE, RUN_FILE, read_json, write_page
 from guilomo_train.report import finding, heat_map, model_card, table
 from guilomo_train.search.allocation import Allocation
@@ -77,9 +77,12 @@ class Run:
         self.common = common
         self.output = Path(common.output)
         self.checkpoints = self.output / CHECKPOINT_FOLDER
-        self.sharded = take_fsdp_request()
-        if self.sharded:
-            _check_sharded(command, common)
+        self.sharded = take_sharding_request()
+        if self.sharded and common.quantize != "none":
+            raise ConfigError(
+                f"--quantize {common.quantize}: a quantised base cannot be sharded by FSDP; "
+                "give up one of the two"
+            )
         self.writes = processes().is_main_process
         if not self.writes:
             datasets.disable_progress_bars()
@@ -136,7 +139,7 @@ class Run:
             self.record["inputs"]["rows of --validation"] = describe_rows(validation)
         order = order_of(self.common, config)
         how = "online" if order == "online" else f"{order} order"
-        say(f"search: {len(self.train)} rows, {how}")
+        say(f"search: {len(self.train)} rows, {how}{self._shards()}")
         work = self.checkpoints / "search"
         checkpointing = self._checkpointing(work)
         space = (
@@ -179,8 +182,7 @@ class Run:
             model = PeftModel.from_pretrained(self.base.model, folder)
             seconds, loss = self.record["finetune_seconds"], self.record["training_loss"]
             return FinetuneResult(adapter, model, seconds, loss, self.history["finetune"])
-        where = f", base in {processes().num_processes} shards" if self.sharded else ""
-        say(f"fine-tuning: {len(self.train)} rows, {config.epochs:g} epochs{where}")
+        say(f"fine-tuning: {len(self.train)} rows, {config.epochs:g} epochs{self._shards()}")
         work = self.checkpoints / "finetune"
         checkpointing = self._checkpointing(work)
         batch = f"--batch_size ({config.batch_size}; --gradient_accumulation_steps makes up for it)"
@@ -288,6 +290,9 @@ class Run:
                 shutil.rmtree(path)
         return Checkpointing(self.common.save_steps, settings, resume)
 
+    def _shards(self) -> str:
+        return f", base in {processes().num_processes} shards" if self.sharded else ""
+
     def _less_memory(self, settings: str) -> str:
         """What to lower when memory runs out, beside a stage's own settings."""
         common = self.common
@@ -333,24 +338,6 @@ class Run:
             self.checkpoints.mkdir(exist_ok=True)
             write_json(self.checkpoints / RUN_FILE, self.record)
             shutil.rmtree(self.checkpoints / stage, ignore_errors=True)
-
-
-def _check_sharded(command: str, common: CommonConfig) -> None:
-    """Refuses what does not run on a sharded base.
-
-    Raises:
-        ConfigError: fine-tuning is not all that is asked for, or the base is to be quantised.
-    """
-    if command != "finetune":
-        raise ConfigError(
-            f"FSDP is asked for, but `guilomo-train {command}` searches, for which each process "
-            "needs the whole base: search without FSDP, then shard `guilomo-train finetune`"
-        )
-    if common.quantize != "none":
-        raise ConfigError(
-            f"--quantize {common.quantize}: a quantised base cannot be sharded by FSDP; "
-            "give up one of the two"
-        )
 
 
 def settings_of(record: dict[str, Any], stage: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from guilomo_train.errors import ConfigError, DataError, DivergedError
 from guilomo_train.health import RouterFigures, RouterHealth
 from guilomo_train.lora_moe import LoraMoeLayer
 from guilomo_train.lora_moe.layer import Routing
-from guilomo_train.models import check_tokens, unsharded_state
+from guilomo_train.models import DEEPSPEED_REFUSED, check_tokens, unsharded_state
 
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class LoraMoeTrainer(SFTTrainer):
         checkpointing: the settings to write into checkpoints, and the one to go on from.
 
     Raises:
-        ConfigError: gradient checkpointing is asked for in its reentrant form.
+        ConfigError: DeepSpeed is asked for, or gradient checkpointing in its reentrant form.
         DataError: no row of a data set has a token to learn from.
         BaseError: a row has a token that the base has no embedding of.
     """
@@ -74,6 +74,8 @@ class LoraMoeTrainer(SFTTrainer):
         checkpointing: Checkpointing | None = None,
         **kwargs: Any,
     ) -> None:
+        if args.deepspeed_plugin is not None:
+            raise ConfigError(DEEPSPEED_REFUSED)
         # On a base that is sharded as it is loaded transformers refuses checkpoints, for it cannot
         # write sharded optimiser states; what is trained here is whole in each process.
         strategy, args.save_strategy = args.save_strategy, SaveStrategy.NO

@@ -47,8 +47,8 @@ def settings(base: Path, data: list[str], output: Path, batch_size: int) -> list
     return ["run", *(str(item) for item in listed)]
 
 
-def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
-    a, b = (load_file(o / "adapter" / "adapter_model.safetensors") for o in (one, other))
+def assert_same_weights(one: Path, other: Path, tolerance: float, of: str = "adapter") -> None:
+    a, b = (load_file(o / of / "adapter_model.safetensors") for o in (one, other))
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance)
@@ -216,6 +216,52 @@ def test_a_base_sharded_by_fsdp_is_tuned_resumed_and_scored_like_a_whole_one(
         assert runs[0][name] == runs[1][name]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["online", "first", "second"])
+def test_a_search_on_a_base_sharded_by_fsdp_finds_what_one_on_a_whole_base_does(
+    tiny_base: Path, data: list[str], tmp_path: Path, order: str
+) -> None:
+    """First and second order take the gradient in the masks alone through layers that are sharded
+    and computed again; second order moves the adapter in between."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = ["--base", tiny_base, *data[:2], "--order", order, "--save_steps", 4, "--epochs", 1]
+    common += ["--max_experts", 3, "--max_rank", 2, "--search_balance_coefficient", 0.5]
+    common += ["--balance_coefficient", 0.5, "--gradient_checkpointing"]
+    common += ["--eval", data[3], "--eval_rows", 4, "--max_new_tokens", 2]
+    script, log = tmp_path / "watched.py", tmp_path / "log"
+    script.write_text(WATCHED)
+    parts = ["--output", two, "--search_batch_size", 2, "--batch_size", 2]
+    fsdp = ["--use_fsdp", "--fsdp_version", 2]
+    with log.open("w") as out:
+        process = launched(
+            "accelerate", *fsdp, script, "run", *common, *parts, stdout=out, stderr=out
+        )
+    whole = ["run", *common, "--output", one, "--search_batch_size", 4, "--batch_size", 4]
+    assert main([str(item) for item in whole]) == 0
+    assert process.wait(timeout=240) == 0, log.read_text()
+
+    searching = log.read_text().split("search took")[0]
+    assert ", base in 2 shards" in searching
+    held = [line.split()[1] for line in searching.splitlines() if line.startswith("held:")]
+    assert held.count("0.5") == len(held) >= 16, "a half each, in both processes, in every pass"
+
+    assert (one / "allocation.json").read_text() == (two / "allocation.json").read_text()
+    a, b = (load_file(o / "selection.safetensors") for o in (one, two))
+    for name in a:
+        assert a[name].abs().max() > 0.5
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-3)
+    for folder in ("start", "adapter"):
+        assert_same_weights(one, two, 1e-5, folder)
+    assert_same_health(one, two, ("search", "finetune"))
+    runs = [json.loads((o / "run.json").read_text()) for o in (one, two)]
+    for record in runs:
+        del record["search"]["seconds"]
+    assert runs[0]["search"] == runs[1]["search"]
+    assert runs[0]["scores"] == pytest.approx(runs[1]["scores"], rel=1e-5)
+    for name in ("parameters", "base_parameters"):
+        assert runs[0][name] == runs[1][name]
+
+
 # In the second of two processes memory does not suffice.
 ONE_FAILS = """
 import os, sys
@@ -235,12 +281,12 @@ def test_an_error_of_several_processes_is_said_once_and_ends_all(
     started = [
         launched("torchrun", *how, *search, variables=variables, stderr=subprocess.PIPE)
         for how, variables in (
-            (["-m", "guilomo_train.cli"], {"ACCELERATE_USE_FSDP": "true"}),
+            (["-m", "guilomo_train.cli"], {"ACCELERATE_USE_DEEPSPEED": "true"}),
             ([script], {}),
         )
     ]
     expected = (
-        "error: FSDP is asked for, but `guilomo-train search` searches",
+        "error: DeepSpeed is asked for, but it leaves each process a part of the adapter",
         "error: out of memory in the search: lower --search_batch_size (8)",
     )
     for process, message in zip(started, expected, strict=True):
