@@ -14,10 +14,16 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
+from trl import SFTConfig
 
 from guilomo_train.batches import Batches
 from guilomo_train.cli import main
+from guilomo_train.errors import ConfigError
+from guilomo_train.lora_moe import LoraMoeConfig
+from guilomo_train.trainer import LoraMoeTrainer
+from tests.train.tiny import tiny_llama
 
 # 41 rows to train and 9 to validate on: the last batch of each pass has one row, so that one of
 # two processes is left without any.
@@ -296,6 +302,14 @@ def test_an_error_of_several_processes_is_said_once_and_ends_all(
         assert message in said
         # What torchrun itself has to say of a process that failed ends with its own traceback.
         assert "guilomo_train/" not in said.split("torch/distributed/run.py")[0], said
+
+
+def test_a_trainer_refuses_deepspeed_in_python_too(tmp_path: Path) -> None:
+    made = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    made.deepspeed_plugin = object()  # of the package, which is no requirement
+    model = get_peft_model(tiny_llama(8), LoraMoeConfig(num_experts=2, expert_rank=1))
+    with pytest.raises(ConfigError, match="use `accelerate launch --use_fsdp`"):
+        LoraMoeTrainer(model=model, args=made, balance_coefficient=0.0)
 
 
 def test_accumulated_gradients_equal_those_of_the_large_batch(
