@@ -39,7 +39,7 @@ Estimator = Literal["marginal", "cumulative", "argmax"]
 _BETAS = (0.5, 0.999)
 # Nats at most between the best and the worst count of an average module when the search ends: it
 # goes on looking at other counts, however sure it is.
-_SHARPEST = 5.0
+_SHARPEST = 20.0
 _UPDATES = 25  # of the vectors in a search, about: what one more step says changes little
 
 

@@ -102,7 +102,7 @@ def test_vectors_are_what_counts_are_worth_over_how_sure_that_is() -> None:
         of_expert = expected[..., 0] * (8 * rows + router)
         counts = torch.nn.functional.pad(of_expert.cumsum(-1), (1, 0))
         spread = (counts.amax(-1) - counts.amin(-1)).mean()
-        sharpness = min(1 / (worths.error() * 8), 5.0 / spread.item()) * step / 60
+        sharpness = min(1 / (worths.error() * 8), 20.0 / spread.item()) * step / 60
         torch.testing.assert_close(selection.experts.detach(), (sharpness * counts).float())
         of_rows = 8 * expected
         of_rows[..., 0] = 0
