@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -164,7 +165,8 @@ def assert_same_health(one: Path, other: Path, stages: tuple[str, ...]) -> None:
         assert routers[1][module]["entropy"] == pytest.approx(figures["entropy"], abs=1e-3)
 
 
-# The command, telling how much of the decoder layers' weights this process holds between passes.
+# The command, telling how much of the base's decoder layers this process holds between passes. An
+# adapter's weights are whole, and known by name: a search freezes them too for some passes.
 WATCHED = """
 import os, sys
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -173,10 +175,11 @@ from guilomo_train.cli import main
 
 def look(module, _):
     if isinstance(module, LlamaForCausalLM):
-        frozen = [p for p in module.model.layers.parameters() if not p.requires_grad]
-        held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in frozen)
+        named = module.model.layers.named_parameters()
+        base = [p for name, p in named if "lora_" not in name and "router" not in name]
+        held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in base)
         # One write a line: two processes share the log.
-        os.write(1, f"held: {held / sum(p.numel() for p in frozen)}\\n".encode())
+        os.write(1, f"held: {held / sum(p.numel() for p in base)}\\n".encode())
 
 register_module_forward_pre_hook(look)
 sys.exit(main(sys.argv[1:]))
@@ -248,14 +251,15 @@ def test_a_search_on_a_base_sharded_by_fsdp_finds_what_one_on_a_whole_base_does(
 
     searching = log.read_text().split("search took")[0]
     assert ", base in 2 shards" in searching
-    held = [line.split()[1] for line in searching.splitlines() if line.startswith("held:")]
+    held = re.findall(r"held: (\S+)", searching)
     assert held.count("0.5") == len(held) >= 16, "a half each, in both processes, in every pass"
 
     assert (one / "allocation.json").read_text() == (two / "allocation.json").read_text()
     a, b = (load_file(o / "selection.safetensors") for o in (one, two))
     for name in a:
         assert a[name].abs().max() > 0.5
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-3)
+        # Second order divides a difference of two passes, with their rounding, by a small step.
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-2)
     for folder in ("start", "adapter"):
         assert_same_weights(one, two, 1e-5, folder)
     assert_same_health(one, two, ("search", "finetune"))
