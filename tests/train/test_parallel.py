@@ -120,7 +120,8 @@ def test_two_processes_find_and_train_what_one_does_and_resume_what_they_began(
     a, b = (load_file(o / "selection.safetensors") for o in (one, two))
     for name in a:
         assert a[name].abs().max() > 0.5
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-3)
+        # Second order divides a difference of two passes, with their rounding, by a small step.
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-2)
     assert_same_weights(one, two, 1e-5)
     assert_same_health(one, two, ("search", "finetune"))
     runs = [json.loads((o / "run.json").read_text()) for o in (one, two)]
