@@ -157,8 +157,8 @@ class Run:
                 partial.write_bytes(save(result.vectors))  # save_file's are for their owner alone
             self._write_adapter(result.adapter, START_FOLDER, None)
             print(table(result.allocation))
-        if finding(result.record):
-            say(finding(result.record))
+        if told := finding(result.record):
+            say(told)
         say(f"search took {result.seconds:.0f} s: {self.output / ALLOCATION_FILE}")
         facts = {"search": result.record, **self._sizes(result.allocation)}
         self._note("search", facts, result.history)

@@ -21,7 +21,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,15 @@ import torch
 
 from guilomo_train.errors import AllocationError, ConfigError
 from guilomo_train.search.allocation import Allocation
-from guilomo_train.search.fill import fill, row_costs
+from guilomo_train.search.fill import fill, row_costs, spread
 from guilomo_train.search.selection import SelectionVectors
-from guilomo_train.search.space import SearchSpace
-
-Linears = Mapping[str, tuple[int, int]]
+from guilomo_train.search.space import Linears, SearchSpace
 
 TOLERANCE = 0.01  # of the number of parameters that was asked for, where a row is no more
 DRAWS = 200  # of which a random allocation is one
 MOLA_PATTERNS = ("2468", "8642", "5555")
 
 _LAYER = re.compile(r"\.(\d+)\.")
-_GOLDEN = (math.sqrt(5) - 1) / 2
 _AUTHORS_RANK = re.compile(r"(.+)\.expertlora_E_vector_(\d+)")
 
 
@@ -117,7 +114,7 @@ def at_size(allocation: Allocation, linears: Linears, parameters: int) -> Alloca
     even = 1 + max(spare, 0) // row
     ranks = {module: [even] * n for module, n in counts.items()}
     # By expert, and the modules in golden-ratio steps: any first share of them is spread evenly.
-    at = {module: i * _GOLDEN % 1 for i, module in enumerate(counts)}
+    at = dict(zip(counts, spread(len(counts)), strict=True))
     modules = sorted(counts, key=at.__getitem__)
     positions = [(m, e) for e in range(max(counts.values())) for m in modules if e < counts[m]]
     _repair(ranks, positions, allocation.top_k, linears, parameters, (even, even + 1))

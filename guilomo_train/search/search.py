@@ -209,10 +209,10 @@ class SearchTrainer(LoraMoeTrainer):
 
     def _validation_parts(self) -> list[dict[str, torch.Tensor]]:
         """The rows of this step: over and over through all of them, each pass in another order. In
-        as many parts as the training batch, which alone would fit into memory."""
-        rows, size = self.validation_batches.at(self.state.global_step), len(self.parts)
-        size = -(-len(rows) // size)
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        as many parts as the training batch, which alone would fit into memory; processes with fewer
+        rows have as many parts, since they all take part in each forward pass."""
+        rows, count = self.validation_batches.at(self.state.global_step), len(self.parts)
+        parts = [rows[i::count] or [self.validation_batches.blank] for i in range(count)]
         return [self.data_collator([self.validation_rows[row] for row in part]) for part in parts]
 
     def state_dict(self) -> dict[str, Any]:
