@@ -16,6 +16,7 @@ from guilomo_serve.adapter import read_adapter
 from guilomo_train import models
 from guilomo_train.cli import main
 from guilomo_train.models import load_base
+from guilomo_train.search.evidence import LEVELS, SURE
 
 ROWS = [{"prompt": f"number {i}", "completion": "odd" if i % 2 else "even"} for i in range(48)]
 
@@ -169,7 +170,9 @@ def test_a_search_keeps_to_a_budget_of_serving_time(
         for r in ranks.values()
     )
     assert record["budget"] - 2e-6 - 2e-6 < seconds <= record["budget"]
-    assert record["told_apart"] is False  # so few rows tell nothing
+    # Whether ten steps of such rows tell layers apart differs between kinds of CPU.
+    levels = [record[f"p_{level}"] for level in LEVELS]
+    assert record["told_apart"] == (min(levels) <= SURE / len(LEVELS))
     assert "Nothing found: the data do not tell layers apart" in (output / "report.md").read_text()
     assert call("search", *given, "--budget", 2, "--output", tmp_path / "other") == 2
 
