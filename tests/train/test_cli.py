@@ -16,7 +16,6 @@ from guilomo_serve.adapter import read_adapter
 from guilomo_train import models
 from guilomo_train.cli import main
 from guilomo_train.models import load_base
-from guilomo_train.search.evidence import LEVELS, SURE
 
 ROWS = [{"prompt": f"number {i}", "completion": "odd" if i % 2 else "even"} for i in range(48)]
 
@@ -160,7 +159,7 @@ def test_a_search_keeps_to_a_budget_of_serving_time(
     file.write_text(json.dumps({"result": {"shapes": prices}}))
     output = tmp_path / "out"
     given = [*settings(tiny_base, data, output), "--budget_in", "latency", "--prices", file]
-    assert call("search", *given, "--budget", 0.25) == 0
+    assert call("search", *given, "--budget", 0.25, "--search_epochs", 0.25) == 0
     record = json.loads((output / "run.json").read_text())["search"]
     modules = len(linears.adapted)
     assert record["budget"] == pytest.approx(modules * (2e-6 + 6e-6 + 1.5e-6) / 4)
@@ -170,9 +169,7 @@ def test_a_search_keeps_to_a_budget_of_serving_time(
         for r in ranks.values()
     )
     assert record["budget"] - 2e-6 - 2e-6 < seconds <= record["budget"]
-    # Whether ten steps of such rows tell layers apart differs between kinds of CPU.
-    levels = [record[f"p_{level}"] for level in LEVELS]
-    assert record["told_apart"] == (min(levels) <= SURE / len(LEVELS))
+    assert record["told_apart"] is False  # three steps have eight ways to set their signs
     assert "Nothing found: the data do not tell layers apart" in (output / "report.md").read_text()
     assert call("search", *given, "--budget", 2, "--output", tmp_path / "other") == 2
 
