@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "access.AdminGuard",
         "limits.Limits",
         "lifecycle.Lifecycle",
-        "metrics.Observer",
+        "prometheus.Observer",
     ):
         vllm += ["--middleware", f"guilomo_serve.server.{middleware}"]
     # Loading and unloading while serving; vLLM keeps the routes away without it.

@@ -9,7 +9,7 @@
     command.py    `guilomo-serve adapters ls|put|rm|rollback`
 
 A name points to its current version and remembers the one before; a version is a number, a digest
-and what the adapter is. Loading and swapping in the engine is guilomo_serve/server/managed.py.
+and what the adapter is. Loading and swapping in the engine is guilomo_serve/server/versions.py.
 """
 
 from guilomo_serve.catalogue.database import Catalogue, CatalogueError, Entry, Version

@@ -5,15 +5,19 @@ with the new weights, and prefix-cache blocks (vLLM hashes them with name and pa
 across versions. Here each load is a version with an id and an inner name of its own, and the
 public name points to the latest: who has begun finishes with what he began with.
 
-    models.py      versions, for any server that has the plugin
-    managed.py     a catalogue of them, for servers that `guilomo-serve` starts
+    models.py      vLLM's list of models, for any server that has the plugin
+    managed.py     the same over a catalogue, for servers that `guilomo-serve` starts
+    versions.py    what names stand for: put, rollback, delete, and what a request brings in
+    residency.py   whose weights are in memory
+    report.py      what the engine says of them
     inspection.py  what an adapter folder is, without the engine
     routes.py      /v1/adapters
     schemas.py     what it answers, and errors
     access.py      who may administer
     limits.py      how much clients may ask at once
     lifecycle.py   /ready, and an end that finishes what runs
-    metrics.py     what a server does, in vLLM's /metrics
+    prometheus.py  what a server does, in vLLM's /metrics
+    errors.py      what a refusal is to who asked
     console/       the operator's page
 
 The seam, for vLLM 0.32: the class `OpenAIServingModels` is replaced, of which the overridden
@@ -40,12 +44,12 @@ def install() -> None:
 
     ours: type[VersionedServingModels] = VersionedServingModels
     if Settings.from_environment() is not None:
-        from guilomo_serve.server import metrics
+        from guilomo_serve.server import prometheus
         from guilomo_serve.server.managed import ManagedServingModels
 
         ours = ManagedServingModels
         _add_routes()
-        metrics.install()
+        prometheus.install()
     setattr(serving, "OpenAIServingModels", ours)  # noqa: B010
     app_state = sys.modules.get("vllm.entrypoints.launchers.api_server.app_state")
     if app_state is not None:  # imported by now: it has a name of its own for the class

@@ -3,7 +3,7 @@
 A body that is too large is refused before it is read, or, if its length is not said, as soon as it
 is. How many requests an adapter may have is known only once vLLM has found the adapter: a
 request's `model` may come in a body, a form or a header. So a request carries a ticket, on which
-vLLM's question for the adapter (`_Served` in managed.py) is noted, and which is given back when
+vLLM's question for the adapter (`Current` in residency.py) is noted, and which is given back when
 the response has ended, however it did.
 """
 

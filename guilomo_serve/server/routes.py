@@ -22,8 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from guilomo_serve.catalogue import Entry, Version
 from guilomo_serve.server import lifecycle
 from guilomo_serve.server.access import administrating
+from guilomo_serve.server.errors import REFUSALS, error_response
 from guilomo_serve.server.inspection import summary
-from guilomo_serve.server.managed import REFUSALS, ManagedServingModels, error_response
+from guilomo_serve.server.managed import ManagedServingModels
 from guilomo_serve.server.schemas import (
     AdapterChecked,
     AdapterDeleted,
@@ -35,6 +36,7 @@ from guilomo_serve.server.schemas import (
     describe,
     errors,
 )
+from guilomo_serve.server.versions import Versions
 
 
 class PutBody(BaseModel):
@@ -67,42 +69,42 @@ def _administrator() -> None:
         raise HTTPException(403, "only an administrator may see or change adapters")
 
 
-async def _models(request: Request) -> ManagedServingModels:
+async def _versions(request: Request) -> Versions:
     _administrator()
     models = request.app.state.openai_serving_models
     assert isinstance(models, ManagedServingModels)
-    return models
+    return models.versions
 
 
-Models = Annotated[ManagedServingModels, Depends(_models)]
+Served = Annotated[Versions, Depends(_versions)]
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
 
 @router.get("", response_model=AdapterList, responses=errors())
-async def list_adapters(models: Models) -> Any:
+async def list_adapters(versions: Served) -> Any:
     """All adapters, in the order of their names."""
-    resident = await models.resident()
-    entries = models.catalogue.all()
+    resident = await versions.resident()
+    entries = versions.catalogue.all()
     return {
         "object": "list",
-        "data": [_shown(models, name, entry, resident) for name, entry in entries.items()],
+        "data": [_shown(versions, name, entry, resident) for name, entry in entries.items()],
     }
 
 
 @router.get("/{name}", response_model=AdapterDetails, responses=errors(404))
-async def get_adapter(name: Name, models: Models) -> Any:
+async def get_adapter(name: Name, versions: Served) -> Any:
     """One adapter, with the ranks of each module's experts and the versions one can serve."""
     try:
-        return await _detailed(models, name)
+        return await _detailed(versions, name)
     except REFUSALS as e:
         return _failed(e)
 
 
 @router.get("/{name}/load", response_model=AdapterLoad, responses=errors(404))
-async def get_load(name: Name, models: Models) -> Any:
+async def get_load(name: Name, versions: Served) -> Any:
     """The share of each expert in the choices of each router, and the routers' entropy."""
     try:
-        return await models.load_of(name)
+        return await versions.load_of(name)
     except REFUSALS as e:
         return _failed(e)
 
@@ -112,23 +114,23 @@ async def get_load(name: Name, models: Models) -> Any:
     response_model=AdapterPut | AdapterChecked,
     responses=errors(400, 404, 502, 507),
 )
-async def put_adapter(name: Name, body: PutBody, models: Models) -> Any:
+async def put_adapter(name: Name, body: PutBody, versions: Served) -> Any:
     """Adds or replaces an adapter; answers once new requests get it."""
     try:
-        source = models.find(body.source)
-        version = await models.put(name, source, body.dry_run, body.digest)
+        source = versions.find(body.source)
+        version = await versions.put(name, source, body.dry_run, body.digest)
         if body.dry_run:
             return {**_described(version), "dry_run": True}
-        return {**await _detailed(models, name), "dry_run": False}
+        return {**await _detailed(versions, name), "dry_run": False}
     except REFUSALS as e:
         return _failed(e)
 
 
 @router.delete("/{name}", response_model=AdapterDeleted, responses=errors(404, 507))
-async def delete_adapter(name: Name, models: Models) -> Any:
+async def delete_adapter(name: Name, versions: Served) -> Any:
     """Takes an adapter away; its running requests finish."""
     try:
-        await models.delete(name)
+        await versions.delete(name)
     except REFUSALS as e:
         return _failed(e)
     return {"name": name, "deleted": True}
@@ -139,57 +141,55 @@ async def delete_adapter(name: Name, models: Models) -> Any:
     response_model=AdapterDetails,
     responses=errors(400, 404, 409, 507),
 )
-async def roll_back(name: Name, models: Models) -> Any:
+async def roll_back(name: Name, versions: Served) -> Any:
     """Serves what the name stood for before, as a new version."""
     try:
-        await models.rollback(name)
-        return await _detailed(models, name)
+        await versions.rollback(name)
+        return await _detailed(versions, name)
     except REFUSALS as e:
         return _failed(e)
 
 
 @router.post("/{name}/pin", response_model=AdapterDetails, responses=errors(404, 507))
-async def pin(name: Name, models: Models) -> Any:
+async def pin(name: Name, versions: Served) -> Any:
     """Keeps an adapter's weights in memory while nobody asks for it."""
-    return await _pin(models, name, True)
+    return await _pin(versions, name, True)
 
 
 @router.post("/{name}/unpin", response_model=AdapterDetails, responses=errors(404, 507))
-async def unpin(name: Name, models: Models) -> Any:
+async def unpin(name: Name, versions: Served) -> Any:
     """Lets an adapter that nobody asks for be evicted again."""
-    return await _pin(models, name, False)
+    return await _pin(versions, name, False)
 
 
-async def _pin(models: ManagedServingModels, name: str, pinned: bool) -> Any:
+async def _pin(versions: Versions, name: str, pinned: bool) -> Any:
     try:
-        models.pin(name, pinned)
-        return await _detailed(models, name)
+        versions.pin(name, pinned)
+        return await _detailed(versions, name)
     except REFUSALS as e:
         return _failed(e)
 
 
-async def _detailed(models: ManagedServingModels, name: str) -> dict[str, Any]:
-    resident = await models.resident()
-    entry = models.entry(name)
-    versions = [v for v in (entry.current, entry.previous) if v is not None]
+async def _detailed(versions: Versions, name: str) -> dict[str, Any]:
+    resident = await versions.resident()
+    entry = versions.entry(name)
+    known = [v for v in (entry.current, entry.previous) if v is not None]
     return {
-        **_shown(models, name, entry, resident),
+        **_shown(versions, name, entry, resident),
         "allocation": entry.current.about["allocation"],
-        "versions": [_described(version) for version in versions],
+        "versions": [_described(version) for version in known],
     }
 
 
-def _shown(
-    models: ManagedServingModels, name: str, entry: Entry, resident: set[int]
-) -> dict[str, Any]:
+def _shown(versions: Versions, name: str, entry: Entry, resident: set[int]) -> dict[str, Any]:
     return {
         **_described(entry.current),
         "previous_version": entry.previous.number if entry.previous else None,
         "pinned": entry.pinned,
         "resident": entry.current.number in resident,
-        "in_flight": models.in_flight(name),
-        "last_used": _time(models.last_used(name)),
-        "error": models.failed.get(name),
+        "in_flight": versions.in_flight(name),
+        "last_used": _time(versions.last_used(name)),
+        "error": versions.failed.get(name),
     }
 
 

@@ -15,25 +15,23 @@ stat loggers are not told which adapter a request used; refusals where the HTTP 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections import Counter as Sums
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import REGISTRY, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from vllm.lora.request import LoRARequest
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from guilomo_serve.server.access import App, Scope
-
-if TYPE_CHECKING:
-    from guilomo_serve.server.managed import ManagedServingModels
+from guilomo_serve.server.report import EngineReport
 
 BASE = "base"  # the base model's label; no adapter can have this name
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -234,7 +232,6 @@ class Observer:
             _asked.reset(token)
 
 
-_WAIT_S = 1.0  # for the engine, which answers between two steps
 _FRESH_S = 1.0
 
 
@@ -243,68 +240,36 @@ async def _refresh(scope: Scope) -> None:
     models = getattr(scope["app"].state, "openai_serving_models", None)
     if models is not None:
         with contextlib.suppress(Exception):
-            await models.report.try_refresh(_FRESH_S)
-
-
-class EngineReport:
-    """What the engine last said of the versions in its memory.
-
-    Attributes:
-        versions: version -> `bytes`, `tokens`, `modules`; see guilomo_serve/runtime/report.py.
-    """
-
-    def __init__(self, engine_client: Any) -> None:
-        self._engine = engine_client
-        self._asking: asyncio.Task[None] | None = None
-        self._as_of = -float("inf")
-        self.versions: dict[int, dict[str, Any]] = {}
-
-    async def refresh(self, max_age: float = 0.0) -> None:
-        """Has what was true when it was called, or at most `max_age` seconds before.
-
-        The engine is asked once for all who wait.
-        """
-        since = time.monotonic() - max_age
-        while self._as_of < since:
-            if self._asking is None or self._asking.done():
-                self._asking = asyncio.create_task(self._ask())
-            await asyncio.shield(self._asking)
-
-    async def try_refresh(self, max_age: float = 0.0) -> None:
-        """The same, or what was known before if the engine is in a long step."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.refresh(max_age), _WAIT_S)
-
-    async def _ask(self) -> None:
-        began = time.monotonic()
-        of_workers = await self._engine.collective_rpc("guilomo_report")
-        # Under tensor parallelism each worker has a part of the weights, and the first samples.
-        versions = {entry["version"]: dict(entry) for entry in of_workers[0]}
-        for entry in (entry for of_worker in of_workers[1:] for entry in of_worker):
-            versions[entry["version"]]["bytes"] += entry["bytes"]
-        self.versions, self._as_of = versions, began
+            await models.versions.report.try_refresh(_FRESH_S)
 
 
 class AdapterGauges(Collector):
-    """What is true at the moment of a scrape, from the engine's last report."""
+    """What is true at the moment of a scrape, from the engine's last report.
 
-    def __init__(self, models: ManagedServingModels) -> None:
-        self._models = models
+    Args:
+        report: of the engine.
+        current: name -> the version that new requests get.
+        names: version -> its name, of versions that retire too.
+    """
+
+    def __init__(
+        self, report: EngineReport, current: Mapping[str, LoRARequest], names: Mapping[int, str]
+    ) -> None:
+        self._report, self._current, self._names = report, current, names
 
     def describe(self) -> Iterable[Metric]:
         return self._families()
 
     def collect(self) -> Iterator[Metric]:
         resident, load, entropy = self._families()
-        reported = self._models.report.versions
-        names = dict(self._models._names)  # of retiring versions too
+        reported = self._report.versions
         held = Sums(dict.fromkeys(_known - {BASE}, 0))
-        for version, name in names.items():
+        for version, name in dict(self._names).items():
             if name in held and version in reported:
                 held[name] += reported[version]["bytes"]
         for name, count in held.items():
             resident.add_metric([name], count)
-        for name, served in dict(self._models.lora_requests).items():
+        for name, served in dict(self._current).items():
             modules = reported.get(served.lora_int_id, {}).get("modules", {})
             for module, of_module in modules.items():
                 entropy.add_metric([name, module], of_module["entropy"])
@@ -341,6 +306,8 @@ def install() -> None:
     know(BASE)
 
 
-def show(models: ManagedServingModels) -> None:
-    """Adds the gauges of a server's adapters to /metrics."""
-    REGISTRY.register(AdapterGauges(models))
+def show(
+    report: EngineReport, current: Mapping[str, LoRARequest], names: Mapping[int, str]
+) -> None:
+    """Adds the gauges of a server's adapters to /metrics; see `AdapterGauges`."""
+    REGISTRY.register(AdapterGauges(report, current, names))

@@ -1,0 +1,325 @@
+"""Names and their versions: put, rolled back, deleted, pinned, and brought in for a request.
+
+An adapter is copied into the store and checked there, then loaded into the engine, then written to
+the catalogue, and only then do requests get it: whatever fails before leaves the old version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+
+from guilomo_serve.adapter import AdapterError
+from guilomo_serve.catalogue import (
+    Catalogue,
+    CatalogueError,
+    Entry,
+    Settings,
+    Source,
+    Sources,
+    Store,
+    Version,
+    check_name,
+    digest_of,
+)
+from guilomo_serve.server import prometheus
+from guilomo_serve.server.errors import NoRoom, Unknown
+from guilomo_serve.server.report import EngineReport
+from guilomo_serve.server.residency import Residency
+
+logger = init_logger("vllm.guilomo")
+
+
+class Versions:
+    """The catalogue of a server, and what the engine has of it.
+
+    Args:
+        settings: of the server.
+        engine_client: vLLM's.
+        inspect: says what an adapter folder is; raises AdapterError for one that cannot be served.
+        is_base_model: whether a name is the base model's.
+
+    Attributes:
+        catalogue: names and versions.
+        sources: where adapters may be taken from.
+        residency: which versions are in memory.
+        report: what the engine says of them.
+        failed: name -> why its version could not be loaded when the server started.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine_client: Any,
+        inspect: Callable[[Path], dict[str, Any]],
+        is_base_model: Callable[[str], bool],
+    ) -> None:
+        state = settings.state
+        if state is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="guilomo-serve-")
+            state = Path(self._temporary.name)
+        self.catalogue = Catalogue(state / "catalogue.sqlite3")
+        self._store = Store(state / "adapters", settings.roots)
+        self.sources = Sources(self._store, settings.remote_roots)
+        self.residency = Residency(
+            engine_client,
+            settings.memory,
+            self.catalogue.pinned,
+            evicted=lambda name: prometheus.EVICTIONS.labels(name).inc(),
+            freed=lambda version: self._prune(),
+        )
+        self.report = EngineReport(engine_client)
+        self.failed: dict[str, str] = {}
+        self._inspect = inspect
+        self._is_base_model = is_base_model
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._putting = 0
+        prometheus.know(*self.catalogue.all())
+        prometheus.show(self.report, self.residency.current, self.residency.names)
+
+    def find(self, source: str) -> Source:
+        """What an administrator names; see `Sources.find`."""
+        return self.sources.find(source)
+
+    def entry(self, name: str) -> Entry:
+        entry = self.catalogue.get(name)
+        if entry is None:
+            raise Unknown(f"there is no adapter {name[:140]!a}")
+        return entry
+
+    def check_name(self, name: str) -> None:
+        """Refuses a name that no adapter can have on this server.
+
+        Raises:
+            AdapterError: says which names it can have.
+        """
+        check_name(name)
+        if self._is_base_model(name):
+            raise AdapterError(f"{name} is the name of the base model")
+        if name == prometheus.BASE:
+            raise AdapterError(f"{name} stands for the base model in metrics; choose another name")
+
+    async def put(
+        self, name: str, source: Source, dry_run: bool = False, digest: str | None = None
+    ) -> Version:
+        """Makes an adapter the current version of a name.
+
+        Args:
+            name: new, or in use.
+            source: folder or address, of which it is known that adapters may be taken from it.
+            dry_run: check all that can be checked without the engine, change nothing.
+            digest: what the adapter's digest has to be; None: anything.
+
+        Returns:
+            The version that is served now, or with `dry_run` would be (its number is 0).
+
+        Raises:
+            AdapterError: it is refused; OSError, sqlite3.Error: it cannot be stored. The name
+                stands for what it did.
+        """
+        self.check_name(name)
+        began = time.monotonic()
+        async with self._only_one(name):
+            replaces = self.catalogue.get(name) is not None and not dry_run
+            with self._copying():
+                version = await self._put(name, source, dry_run, digest)
+            if replaces:
+                prometheus.swapped(name, began)
+            return version
+
+    async def rollback(self, name: str) -> Version:
+        """Makes the version before the current one the current one, as a new version.
+
+        Raises:
+            Unknown: there is no such name; CatalogueError: it has had one version only.
+        """
+        began = time.monotonic()
+        async with self._only_one(name):
+            previous = self.entry(name).previous
+            if previous is None:
+                raise CatalogueError(f"{name} has no previous version")
+            with self._copying():
+                await asyncio.to_thread(self._store.verify, previous.digest)
+                version = await self._make_current(replace(previous, created=time.time()))
+            prometheus.swapped(name, began)
+            return version
+
+    async def delete(self, name: str) -> None:
+        """Takes a name away; running requests finish.
+
+        Raises:
+            Unknown: there is no such name.
+        """
+        async with self._only_one(name):
+            self.entry(name)
+            self.catalogue.delete(name)
+            self.residency.withdraw(name)
+            self.failed.pop(name, None)
+            self.residency.current.last_used.pop(name, None)
+            prometheus.forget(name)
+        logger.info("Adapter '%s' was deleted", name)
+
+    def pin(self, name: str, pinned: bool) -> None:
+        """Keeps a name's weights in memory however long nobody asks for it, or no longer so."""
+        self.entry(name)
+        self.catalogue.pin(name, pinned)
+
+    async def bring_in(self, name: str, member: Source | None) -> LoRARequest:
+        """Loads a name that a request asks for: one that was evicted, or a member of a root.
+
+        Args:
+            name: a name that adapters can have.
+            member: what a root has under that name, if the catalogue has not.
+
+        Raises:
+            Unknown: it was deleted just now.
+            AdapterError: it is refused; OSError, sqlite3.Error: it cannot be stored.
+        """
+        async with self._only_one(name):
+            loaded = self.residency.current.get(name)
+            if loaded is not None:
+                return loaded
+            with self._copying():
+                entry = self.catalogue.get(name)
+                if entry is not None:
+                    await self._load(entry.current)
+                elif member is not None:
+                    await self._put(name, member)
+                else:
+                    raise Unknown(f"there is no adapter {name!a}")
+            return self.residency.current[name]
+
+    async def restore(self) -> None:
+        """Loads what the catalogue has, as far as there is room, pinned names first."""
+        self._prune()
+        entries = self.catalogue.all()
+        for name in sorted(entries, key=lambda name: not entries[name].pinned):
+            current = entries[name].current
+            if not self.residency.has_room(current.size):
+                continue  # loaded when it is asked for
+            try:
+                await self._load(current)
+            except (AdapterError, OSError) as e:
+                self.failed[name] = str(e)
+                logger.error("Adapter '%s' of the catalogue is not served: %s", name, e)
+
+    async def give(self, name: str, folder: Path) -> None:
+        """Puts an adapter of the command line, unless the catalogue has its name already.
+
+        Raises:
+            AdapterError: it is refused.
+        """
+        known = self.catalogue.get(name)
+        if known is None:
+            await self.put(name, folder)
+        elif known.current.digest != await asyncio.to_thread(digest_of, folder):
+            logger.warning(
+                "Adapter '%s' is version %d from %s, as the catalogue has it; the folder on "
+                "the command line, %s, holds another one: put it to serve it",
+                *(name, known.current.number, known.current.source, folder),
+            )
+
+    def in_flight(self, name: str) -> int:
+        return self.residency.in_flight(name)
+
+    def last_used(self, name: str) -> float | None:
+        return self.residency.current.last_used.get(name)
+
+    async def resident(self) -> set[int]:
+        """Numbers of the versions whose weights the engine has; while it is in a long step, had."""
+        await self.report.try_refresh()
+        return set(self.report.versions)
+
+    async def load_of(self, name: str) -> dict[str, Any]:
+        """How the routers of a name's current version have shared out the tokens sampled so far.
+
+        Raises:
+            Unknown: there is no such name.
+        """
+        self.entry(name)
+        await self.report.refresh()
+        version = self.entry(name).current.number
+        found = self.report.versions.get(version, {"tokens": 0, "modules": {}})
+        return {"name": name, "version": version, **{k: found[k] for k in ("tokens", "modules")}}
+
+    @asynccontextmanager
+    async def _only_one(self, name: str) -> AsyncIterator[None]:
+        """One change of a name at a time; a lock is gone when nobody has or wants it."""
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        async with lock:
+            yield
+
+    async def _put(
+        self, name: str, source: Source, dry_run: bool = False, digest: str | None = None
+    ) -> Version:
+        stored, about, origin = await self.sources.add(source, self._inspect)
+        if digest is not None and digest != stored.digest:
+            raise AdapterError(f"{origin}: its digest is {stored.digest}, expected {digest}")
+        size, now = stored.size, time.time()
+        version = Version(0, name, stored.digest, origin, size, about, now)
+        return version if dry_run else await self._make_current(version)
+
+    async def _make_current(self, version: Version) -> Version:
+        version = replace(version, number=self.catalogue.next_number())
+        loaded = self._request_of(version)
+        try:
+            await self.residency.load(loaded, version.size)
+        except NoRoom:
+            raise
+        except AdapterError as e:  # it names the copy
+            raise AdapterError(str(e).replace(loaded.lora_path, version.source)) from None
+        try:
+            self.catalogue.put(version)
+        except BaseException:
+            await self.residency.unload(loaded)
+            raise
+        self._start_serving(version, loaded)
+        return version
+
+    async def _load(self, version: Version) -> None:
+        await asyncio.to_thread(self._store.verify, version.digest)
+        loaded = self._request_of(version)
+        await self.residency.load(loaded, version.size)
+        self._start_serving(version, loaded)
+
+    def _start_serving(self, version: Version, loaded: LoRARequest) -> None:
+        self.residency.switch(version.name, loaded)
+        self.residency.current.last_used.setdefault(version.name, time.time())
+        self.failed.pop(version.name, None)
+        prometheus.know(version.name)
+        prometheus.LOADS.labels(version.name).inc()
+        logger.info("Adapter '%s': version %d, %s", version.name, version.number, version.digest)
+
+    def _request_of(self, version: Version) -> LoRARequest:
+        return LoRARequest(
+            lora_name=f"{version.name}@{version.number}",
+            lora_int_id=version.number,
+            lora_path=str(self._store.folder_of(version.digest)),
+        )
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        """Keeps copies from being pruned while one may be on its way into the catalogue."""
+        self._putting += 1
+        try:
+            yield
+        finally:
+            self._putting -= 1
+            self._prune()
+
+    def _prune(self) -> None:
+        if self._putting:
+            return
+        # A request on its way may need the files of a version that retires to be read once more.
+        retiring = {Path(version.lora_path).name for version in self.residency.retiring()}
+        self._store.prune(self.catalogue.digests() | retiring)
