@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import secrets
 import statistics
 import sys
 import tempfile
@@ -74,7 +75,8 @@ def measure(
     """
     os.environ["VLLM_PLUGINS"] = "guilomo"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function for the worker, below
-    Settings(expert_load=True).export(os.environ)  # as `guilomo-serve` tells its processes
+    # As `guilomo-serve` tells its processes; nobody administers these.
+    Settings(admin_key=secrets.token_hex(), expert_load=True).export(os.environ)
     llm = start(
         *(str(args.model), args.requests, PROMPT_TOKENS),
         enable_lora=True,

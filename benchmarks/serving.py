@@ -14,7 +14,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from guilomo_serve.catalogue import keys
+from guilomo_serve.catalogue.settings import ADMIN_KEY
+
 START_S = 300
+
+
+def admin_headers(url: str) -> dict[str, str]:
+    """What a request must have that changes a server's adapters."""
+    return {"Authorization": f"Bearer {os.environ.get(ADMIN_KEY) or keys.find(url)}"}
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from pathlib import Path
 import openai
 import requests
 from common import report
+from serving import admin_headers, serving
 
 REPOSITORY = Path(__file__).parent.parent
 FLAGS = ("--dtype", "float32", "--enable-prefix-caching", "--enforce-eager")
@@ -114,7 +115,6 @@ def main() -> None:
     else:
         # Not needed otherwise, and slow to import.
         from serve_throughput import LOUD, write_searched
-        from serving import serving
 
         with tempfile.TemporaryDirectory() as scratch:
             print(f"writing adapters for {args.model}", flush=True)
@@ -162,7 +162,9 @@ def soak(url: str, folders: list[Path], count: int, seed: int) -> dict[str, int]
         for task in (changing, *asking):
             task.result()
     for name in NAMES:
-        requests.delete(f"{url}/v1/adapters/{name}", timeout=300)  # 404: it stands for none
+        requests.delete(  # 404: it stands for none
+            f"{url}/v1/adapters/{name}", headers=admin_headers(url), timeout=300
+        )
     print(f"\n{'':>22}count")
     for what in ("answered", "streamed", "closed_early", "refused", "loads", "unloads"):
         print(f"{what.replace('_', ' '):>20}{getattr(counts, what):>7}")
@@ -277,7 +279,9 @@ def asked(name: str, prompt: str, length: int) -> dict:
 def administer(url: str, method: str, name: str, folder: str | None = None) -> None:
     """PUT or DELETE /v1/adapters/{name}; raises requests.RequestException if it is refused."""
     body = {"source": folder} if method == "PUT" else None
-    answer = requests.request(method, f"{url}/v1/adapters/{name}", json=body, timeout=300)
+    answer = requests.request(
+        method, f"{url}/v1/adapters/{name}", json=body, headers=admin_headers(url), timeout=300
+    )
     if not answer.ok:
         raise requests.HTTPError(f"{answer.status_code} {answer.text}")
 

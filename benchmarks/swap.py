@@ -27,7 +27,7 @@ from pathlib import Path
 import openai
 from common import report
 from serve_throughput import LOUD, write_searched
-from serving import serving
+from serving import admin_headers, serving
 
 REPOSITORY = Path(__file__).parent.parent
 PROMPT = 3 * "A customer writes: my card has not arrived, and it has been two weeks now. "
@@ -159,7 +159,7 @@ def put(url: str, name: str, folder: Path) -> None:
     request = urllib.request.Request(
         f"{url}/adapters/{name}",
         data=json.dumps({"source": str(folder)}).encode(),
-        headers={"Content-Type": "application/json"},
+        headers={"Content-Type": "application/json", **admin_headers(url)},
         method="PUT",
     )
     with urllib.request.urlopen(request, timeout=300) as answer:

@@ -27,6 +27,7 @@ from openai import OpenAI
 from tqdm import tqdm
 
 from demo.tasks import TASKS, Row, Task, write_rows
+from guilomo_serve.catalogue import keys
 
 BASE = Path(".cache/smollm2-135m-instruct")
 FOLDER = Path("runs/demo")
@@ -217,7 +218,8 @@ def stream(client: OpenAI, model: str, prompt: str) -> Iterator[str]:
 def load(client: OpenAI, name: str, folder: Path) -> None:
     body = {"lora_name": name, "lora_path": str(folder.resolve()), "load_inplace": True}
     started = time.monotonic()
-    client.post("/load_lora_adapter", body=body, cast_to=str)
+    key = {"Authorization": f"Bearer {keys.find(str(client.base_url))}"}
+    client.post("/load_lora_adapter", body=body, cast_to=str, options={"headers": key})
     print(f"  {name} now has the weights of {folder} ({time.monotonic() - started:.2f} s)")
 
 

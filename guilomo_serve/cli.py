@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from guilomo_serve.adapter import AdapterError, BaseModel, is_guilomo_adapter, read_adapter
-from guilomo_serve.catalogue import Settings, check_name, command
+from guilomo_serve.catalogue import Settings, check_name, command, keys
 from guilomo_serve.catalogue.remote import Address, is_address
 from guilomo_serve.catalogue.settings import ADMIN_KEY
 from guilomo_serve.catalogue.sources import storage_class
@@ -29,7 +29,6 @@ from guilomo_serve.precision import half_precision_is_slow
 # adapters at start: while a name is swapped its old version still has requests.
 _MIN_SLOTS = 16
 _MAX_RANK = 512
-_LEAST_KEY = 16  # characters of an admin key
 
 
 class UsageError(ValueError):
@@ -109,8 +108,9 @@ def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--admin-key",
         metavar="KEY",
-        help=f"lets its holder change adapters; better in the environment, as {ADMIN_KEY}. "
-        "Without one only programs on this machine may",
+        help=f"lets its holder change adapters; better in the environment, as {ADMIN_KEY}; "
+        "without one the server makes a key and leaves it in a file: STATE/admin.key, and one "
+        "that it names when it has started",
     )
     parser.add_argument(
         "--evict-idle",
@@ -189,9 +189,6 @@ def _settings(args: argparse.Namespace) -> Settings:
     memory = args.adapter_memory
     if memory is not None and not 0 < memory < math.inf:
         raise UsageError(f"--adapter-memory {memory}: expected a number of GiB > 0")
-    key = args.admin_key if args.admin_key is not None else os.environ.get(ADMIN_KEY) or None
-    if key is not None and len(key) < _LEAST_KEY:
-        raise UsageError(f"the admin key is too short: expected at least {_LEAST_KEY} characters")
     state = Path(args.state).resolve() if args.state else None
     if state is not None:
         try:
@@ -204,6 +201,13 @@ def _settings(args: argparse.Namespace) -> Settings:
     if args.max_body_mib < 1:
         raise UsageError(f"--max-body-mib {args.max_body_mib}: expected a number >= 1")
     limits = _concurrency(args.max_concurrency)
+    given = args.admin_key if args.admin_key is not None else os.environ.get(ADMIN_KEY) or None
+    try:
+        if given is not None:
+            keys.check_key(given)
+        key = keys.key_of(state) if given is None else given
+    except keys.KeyFileError as e:
+        raise UsageError(str(e)) from None
     return Settings(
         roots=tuple(roots),
         remote_roots=tuple(remote_roots),
@@ -215,6 +219,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         max_concurrency_of=limits,
         max_body=args.max_body_mib * 2**20,
         admin_key=key,
+        made_key=given is None,
         expert_load=args.expert_load == "on",
     )
 

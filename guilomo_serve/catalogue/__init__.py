@@ -1,6 +1,7 @@
 """Which adapters a server has, over swaps and restarts.
 
     settings.py   what `guilomo-serve` tells its server process
+    keys.py       the key of administration, and where a server leaves it
     sources.py    where adapters may be taken from, and how remote ones get here
     remote.py     addresses of adapters elsewhere, and what a storage has to offer
     hub.py, s3.py the Hugging Face Hub and S3 as such storages

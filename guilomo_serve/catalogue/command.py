@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from guilomo_serve.catalogue import keys
 from guilomo_serve.catalogue.remote import is_address
 from guilomo_serve.catalogue.settings import ADMIN_KEY
 
@@ -59,7 +60,11 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--url", default="http://localhost:8000", help="of the server")
-    shared.add_argument("--key", help=f"the admin key; better in the environment, as {ADMIN_KEY}")
+    shared.add_argument(
+        "--key",
+        help=f"the admin key; better in the environment, as {ADMIN_KEY}; neither is needed where "
+        "this user runs the server on this machine and has given it no key",
+    )
     parser = argparse.ArgumentParser(
         prog="guilomo-serve adapters", description="The adapters of a running server."
     )
@@ -90,7 +95,7 @@ def _ask(args: argparse.Namespace, method: str, path: str, body: Any = None) -> 
         headers={"Content-Type": "application/json"},
         method=method,
     )
-    key = args.key or os.environ.get(ADMIN_KEY)
+    key = args.key or os.environ.get(ADMIN_KEY) or keys.find(args.url)
     if key:
         request.add_header("Authorization", f"Bearer {key}")
     try:

@@ -33,10 +33,12 @@ class Settings:
         max_concurrency: requests that each adapter may have at once; None: any number.
         max_concurrency_of: adapter -> the same for it alone.
         max_body: bytes of a request's body, for inference.
-        admin_key: what an administrator has to present; None: only clients on this machine may.
+        admin_key: what an administrator has to present.
+        made_key: whether the server made that key itself, and leaves it in a file.
         expert_load: whether to sample how routers share tokens out.
     """
 
+    admin_key: str = field(repr=False)
     roots: tuple[Path, ...] = ()
     state: Path | None = None
     evict_idle: float | None = None
@@ -45,7 +47,7 @@ class Settings:
     max_concurrency: int | None = None
     max_concurrency_of: Mapping[str, int] = field(default_factory=dict)
     max_body: int = 32 * 2**20
-    admin_key: str | None = field(default=None, repr=False)
+    made_key: bool = False
     remote_roots: tuple[Address, ...] = ()
     expert_load: bool = True
 
@@ -63,10 +65,10 @@ class Settings:
                 "max_concurrency": self.max_concurrency,
                 "max_concurrency_of": dict(self.max_concurrency_of),
                 "max_body": self.max_body,
+                "made_key": self.made_key,
             }
         )
-        if self.admin_key is not None:
-            environment[ADMIN_KEY] = self.admin_key
+        environment[ADMIN_KEY] = self.admin_key
 
     @classmethod
     def from_environment(cls) -> Settings | None:
@@ -83,7 +85,8 @@ class Settings:
             max_concurrency=value["max_concurrency"],
             max_concurrency_of=value["max_concurrency_of"],
             max_body=value["max_body"],
-            admin_key=os.environ.get(ADMIN_KEY) or None,
+            admin_key=os.environ[ADMIN_KEY],
+            made_key=value["made_key"],
             remote_roots=tuple(Address.parse(root) for root in value["remote_roots"]),
             expert_load=value["expert_load"],
         )

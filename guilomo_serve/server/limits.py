@@ -92,7 +92,8 @@ class Limits:
 
     def __init__(self, app: App) -> None:
         self._app = app
-        settings = Settings.from_environment() or Settings()
+        settings = Settings.from_environment()
+        assert settings is not None
         self._max_body = settings.max_body
         self._admission = Admission(settings.max_concurrency, settings.max_concurrency_of)
 

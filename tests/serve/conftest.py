@@ -113,9 +113,10 @@ def _command(tiny_model: Path, adapters: dict[str, Path], root: Path, state: Pat
 
 @pytest.fixture(scope="package")
 def opened(tiny_model, adapters, root, state, tmp_path_factory) -> Iterator[Server]:
-    """A server with a root and a state, without keys, that listens on all addresses."""
+    """A server with a root, a state and no keys of ours, and with vLLM's routes for developers."""
     log = tmp_path_factory.mktemp("log") / "opened.log"
-    with serving(_command(tiny_model, adapters, root, state), log, host="0.0.0.0") as server:
+    developing = {"VLLM_SERVER_DEV_MODE": "1"}
+    with serving(_command(tiny_model, adapters, root, state), log, developing) as server:
         yield server
 
 

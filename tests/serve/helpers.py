@@ -30,6 +30,7 @@ from guilomo_serve.adapter import (
     ModuleWeights,
     write_adapter,
 )
+from guilomo_serve.catalogue import keys
 
 START_TIMEOUT_S = 240
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -80,17 +81,27 @@ class Server:
             method,
             f"{self.url}/v1/adapters{path}",
             json=body if method == "PUT" else None,
-            headers={"Authorization": f"Bearer {self.admin_key}"} if self.admin_key else {},
+            headers=self.admin_headers,
             timeout=120,
         )
+
+    @property
+    def admin_headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.admin_key}"} if self.admin_key else {}
 
     def put(self, name: str, source: Path | str, **settings: object) -> requests.Response:
         return self.admin("PUT", f"/{name}", source=str(source), **settings)
 
     def load(self, name: str, folder: Path, replace: bool = False) -> requests.Response:
-        return self.post(
-            "/v1/load_lora_adapter", lora_name=name, lora_path=str(folder), load_inplace=replace
-        )
+        body = {"lora_name": name, "lora_path": str(folder), "load_inplace": replace}
+        return self._lora("load", body)
+
+    def unload(self, name: str) -> requests.Response:
+        return self._lora("unload", {"lora_name": name})
+
+    def _lora(self, verb: str, body: dict[str, object]) -> requests.Response:
+        url, key = f"{self.url}/v1/{verb}_lora_adapter", self.admin_headers
+        return requests.post(url, json=body, headers=key, timeout=120)
 
 
 @contextmanager
@@ -132,6 +143,7 @@ def serving(
             if process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"the server did not start:\n{log.read_text()[-6000:]}")
             time.sleep(0.5)
+        server.admin_key = keys.find(server.url)
         yield server
     finally:
         process.send_signal(signal.SIGINT)

@@ -185,7 +185,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(limited):
             method,
             f"{limited.url}{path}",
             data=b"{" + (bound - 2) * b" " + b"}",
-            headers={"Content-Type": "application/json"},
+            headers={"Content-Type": "application/json", **limited.admin_headers},
             timeout=60,
         )
         assert allowed.status_code == 400, allowed.text  # read, and not what is expected

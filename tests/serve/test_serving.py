@@ -113,7 +113,7 @@ def test_an_adapter_of_few_modules_is_served_exactly_beside_others(
     answers = {text_of(server, name, PROMPTS[0]) for name in ("base", "first", "sparse")}
     assert len(answers) == 3
     check_mixed(server, ("base", *adapters, "sparse"))
-    assert server.post("/v1/unload_lora_adapter", lora_name="sparse").ok
+    assert server.unload("sparse").ok
 
 
 def test_with_expert_load_off_nothing_is_sampled(server):
@@ -156,14 +156,14 @@ def test_a_stream_finishes_with_the_version_it_began_with(server, adapters, tmp_
     after = text_of(server, "swapped", prompt, length)
     assert text_of_stream(chunks) == old
     assert after == new
-    assert server.post("/v1/unload_lora_adapter", lora_name="swapped").ok
+    assert server.unload("swapped").ok
     with pytest.raises(openai.NotFoundError):
         text_of(server, "swapped", PROMPTS[0])
 
 
 def test_an_unloaded_version_is_freed(server, adapters):
     assert server.load("passing", adapters["second"]).ok
-    assert server.post("/v1/unload_lora_adapter", lora_name="passing").ok
+    assert server.unload("passing").ok
     freed = "Adapter 'passing@"
     eventually(lambda: freed in server.log.read_text(), "the version is freed", 30)
 
@@ -305,7 +305,7 @@ def test_plain_vllm_serve_in_compiled_mode(tiny_model, adapters, tmp_path):
         old = text_of(server, "passing", PROMPTS[0], length)
         with paused(server):
             chunks = stream(server, "passing", PROMPTS[0], length)
-            assert server.post("/v1/unload_lora_adapter", lora_name="passing").ok
+            assert server.unload("passing").ok
             shutil.copytree(adapters["second"], folder, dirs_exist_ok=True)
         assert text_of_stream(chunks) == old
 
