@@ -50,9 +50,9 @@ from guilomo_train.compare import spearman
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.controls import random_allocation
 from guilomo_train.search.estimators import Estimator
-from guilomo_train.search.fill import even, fill
+from guilomo_train.search.fill import even, fill, shared
 from guilomo_train.search.hypergradient import UnrolledStep, adam_scales
-from guilomo_train.search.saliency import one_shot_worths, shared, whitened_worths
+from guilomo_train.search.saliency import one_shot_worths, whitened_worths
 from guilomo_train.search.selection import Choice, Initial, SelectionVectors
 from guilomo_train.search.upper import UpperLevel
 

@@ -30,7 +30,7 @@ import torch
 
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.evidence import Evidence, Worths
-from guilomo_train.search.fill import even
+from guilomo_train.search.fill import even, fill, shared
 from guilomo_train.search.selection import Draw, SelectionVectors, at_budget, last_on
 
 Estimator = Literal["marginal", "cumulative", "argmax"]
@@ -105,7 +105,9 @@ class MarginalWorth:
     differences between counts matter.
 
     The allocation is the one of the largest worth within the budget, by what chance does not
-    explain; where nothing is left of that, it is the even one.
+    explain. Where that tells modules apart, but not the curve of worth over a module's rows, its
+    i-th row is taken as worth 1/i of the module: rows in proportion to worth. Where nothing is told
+    apart, it is the even one.
 
     Args:
         selection: the vectors to set.
@@ -141,6 +143,9 @@ class MarginalWorth:
         worths = self.evidence.worths()
         if not worths.told_apart and budget is not None:
             return even(space, budget)
+        if not worths.curves_told_apart and budget is not None:
+            scores = worths.of_modules().clamp_min(0) * space.sizes.row
+            return fill(space, shared(scores, space.max_experts * space.max_rank), budget)
         by_experts, by_ranks = self._values(worths, worths.kept())
         # The worth of an expert has that of the rows that it had; here it begins with one row.
         later = (worths.trained / worths.trained[:, :1].clamp_min(1e-30))[..., 1:]

@@ -95,12 +95,14 @@ class Worths:
 
     Attributes:
         profile: `[E, r]`, common to all modules.
+        common: what an entry that is always trained is worth in all modules, by all entries.
         trained: L, `[E, r]`: the share of steps and modules in which an entry was trained.
         levels: what tells modules apart, by the names in LEVELS.
         steps: how many steps could show something.
     """
 
     profile: torch.Tensor
+    common: float
     trained: torch.Tensor
     levels: dict[str, Level]
     steps: int
@@ -117,6 +119,15 @@ class Worths:
     def kept(self) -> torch.Tensor:
         """The same by the levels that chance does not explain: what an allocation goes by."""
         return self._sum({name: level.kept for name, level in self.levels.items()})
+
+    @property
+    def curves_told_apart(self) -> bool:
+        """Whether they tell how much the rows of a module are worth beside each other."""
+        return self.levels["curves"].sure or self.levels["entries"].sure
+
+    def of_modules(self) -> torch.Tensor:
+        """What each module is worth a parameter, `[M]`, by what chance does not explain."""
+        return self.common + self.levels["modules"].kept[:, 0]
 
     def error(self) -> float:
         """A typical standard error of the worth of one entry."""
@@ -212,6 +223,8 @@ class Evidence:
         profile = (sums * quiet).sum((0, 2)) / n.clamp_min(_TINY)
         # An edge that nobody has seen is taken as the other one.
         common = profile.sum(0) / (n > 0).sum(0).clamp_min(1)
+        of_entries = n.sum(0) * trained
+        of_all = float((of_entries * common).sum() / (of_entries * trained).sum())
         left = sums - seen * profile[:, None]
 
         by_module = of_modules(left)
@@ -224,7 +237,7 @@ class Evidence:
         left = left - seen * curves.mean[:, None]
         entries = _level((left / seen.clamp_min(1)).flatten(3), seen.flatten(3))
         levels = dict(zip(LEVELS, (modules, curves, entries), strict=True))
-        return Worths(common, trained, levels, self.steps)
+        return Worths(common, of_all, trained, levels, self.steps)
 
     def _nothing(self) -> Worths:
         """Before a step could show something."""
@@ -234,7 +247,7 @@ class Evidence:
         for name, groups in zip(LEVELS, (1, rank, experts * rank), strict=True):
             zeros = torch.zeros(modules, groups, dtype=torch.float64)
             levels[name] = Level(zeros, zeros, none)
-        return Worths(torch.zeros_like(self.trained), self.trained, levels, 0)
+        return Worths(torch.zeros_like(self.trained), 0.0, self.trained, levels, 0)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from guilomo_train.search.fill import shared
 from guilomo_train.search.hypergradient import Loss
 from guilomo_train.search.space import SearchSpace
 
@@ -67,11 +68,6 @@ def whitened_worths(model: nn.Module, space: SearchSpace, losses: Sequence[Loss]
     return torch.stack(
         [_spectrum(gradients[n] @ _inverse_root(moments[n]), rows) for n in space.linears]
     )
-
-
-def shared(scores: torch.Tensor, rows: int) -> torch.Tensor:
-    """Worths `[M, rows]` of scores `[M]` that have no curve: 1/i of it for row i."""
-    return scores[:, None] / torch.arange(1, rows + 1)
 
 
 def mean_gradients(

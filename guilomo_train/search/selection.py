@@ -8,9 +8,10 @@ vectors learn stands in estimators.py.
 **Budget.** A search has a size to keep: the cost of the adapter, in parameters or seconds
 (space.py). Of all distributions that expect this cost, the one nearest to p (in relative entropy)
 multiplies each allocation's probability by `exp(-price * its cost)`, with the one price at which
-the cost is right. So every draw is at the budget from the first step on, and an allocation of
-that cost is read off the same way. For a module whose rank row costs c and whose expert e costs
-d_e beside its rows,
+the cost is right, and an allocation of that cost is read off the same way. Draws begin with what
+the vectors choose without a price and narrow down to the budget (`narrow`): at a small one hardly
+any row is on in a step, and rows that are seldom on together learn nothing. For a module whose
+rank row costs c and whose expert e costs d_e beside its rows,
 
     g_R'[r] = log p_R[r] - price c r
     g_E'[n] = log p_E[n] + sum_{e <= n} (log sum_r exp g_R'[e, r] - price d_e)
@@ -77,6 +78,7 @@ class SelectionVectors(nn.Module):
         self.space = space
         self.choice = choice
         self.budget = budget
+        self.drawn_budget = budget  # the cost of draws
         modules = len(space.linears)
         self.experts = nn.Parameter(torch.zeros(modules, space.max_experts + 1))
         self.ranks = nn.Parameter(torch.zeros(modules, space.max_experts, space.max_rank))
@@ -86,10 +88,17 @@ class SelectionVectors(nn.Module):
         elif initial == "full":
             with torch.no_grad():
                 self.experts[:, -1] = self.ranks[..., -1] = 1.0
+        self._widest = self._expected_cost(0.0)
+
+    def narrow(self, progress: float) -> None:
+        """Sets what draws cost, in equal ratios from the whole space (0) to the budget (1)."""
+        if self.budget is not None:
+            widest = max(self._widest, self.budget)
+            self.drawn_budget = widest * (self.budget / widest) ** progress
 
     @torch.no_grad()
     def probabilities(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """p of all vectors at the budget: `[M, E + 1]` and `[M, E, r]`."""
+        """p of all vectors as they are drawn now: `[M, E + 1]` and `[M, E, r]`."""
         return self._probabilities(*self._at_budget())
 
     @torch.no_grad()
@@ -117,7 +126,7 @@ class SelectionVectors(nn.Module):
 
     @torch.no_grad()
     def expected_cost(self) -> float:
-        """What an adapter costs in expectation under p."""
+        """What a draw costs in expectation."""
         return self._expected_cost(self._price())
 
     @torch.no_grad()
@@ -132,12 +141,12 @@ class SelectionVectors(nn.Module):
         return _LARGEST_STEP / float(self.space.costs.row.min())
 
     def _price(self) -> float:
-        if self.budget is None:
+        if self.drawn_budget is None:
             return 0.0
-        return lowest_price(self._expected_cost, self.budget, self._price_limit)
+        return lowest_price(self._expected_cost, self.drawn_budget, self._price_limit)
 
     def _at_budget(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """g' at the price that the budget sets on p."""
+        """g' at the price that gives draws their cost."""
         return self._priced(self._price())
 
     def _probabilities(

@@ -23,6 +23,9 @@ from guilomo_train.search.hypergradient import (
 )
 from guilomo_train.search.selection import SelectionVectors
 
+# The share of a search in which draws narrow from the whole space to the budget.
+_NARROWING = 0.7
+
 
 class UpperLevel:
     """Selection vectors, how they learn, and the layers they choose for.
@@ -54,6 +57,8 @@ class UpperLevel:
         else:
             self.learner = AdamSteps(selection, estimator, learning_rate)
         self.generator = torch.Generator().manual_seed(seed)
+        self.steps = steps
+        self.draws = 0
 
     def draw(self, online: bool = False) -> None:
         """Draws the masks of one step and puts them into the layers.
@@ -61,6 +66,8 @@ class UpperLevel:
         Args:
             online: the next backward pass leaves its gradient in the masks, for `step_online`.
         """
+        self.selection.narrow(min(1.0, self.draws / (_NARROWING * self.steps)))
+        self.draws += 1
         self.drawn = self.selection.draw(self.generator)
         self.masks = [mask.requires_grad_(online) for mask in self._on_device()]
         self._apply(*self.masks)
@@ -135,6 +142,7 @@ class UpperLevel:
             "selection": self.selection.state_dict(),
             "learner": self.learner.state_dict(),
             "generator": self.generator.get_state(),
+            "draws": self.draws,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -142,6 +150,7 @@ class UpperLevel:
         self.selection.load_state_dict(state["selection"])
         self.learner.load_state_dict(state["learner"])
         self.generator.set_state(state["generator"])
+        self.draws = state["draws"]
 
     def _on_device(self) -> list[torch.Tensor]:
         """Fresh copies of the masks where the layers compute."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from guilomo_train.search.estimators import AdamSteps, MarginalWorth
+from guilomo_train.search.fill import fill, shared
 from guilomo_train.search.selection import (
     Draw,
     SelectionVectors,
@@ -152,6 +153,29 @@ def test_an_allocation_is_worth_most_of_all_that_cost_as_much() -> None:
     selection.budget = None
     found = tuple(learner.allocation().ranks.values())
     assert known[found][1] == pytest.approx(max(w for _, w in known.values()))  # type: ignore[index]
+
+
+def test_rows_are_in_proportion_to_worth_where_modules_alone_are_told_apart() -> None:
+    space = SearchSpace({f"layer.{m}": (8, 8) for m in range(6)}, max_experts=4, max_rank=4)
+    selection = SelectionVectors(space, budget=space.cost(4, 4) / 3)
+    learner = MarginalWorth(selection, 200)
+    generator = torch.Generator().manual_seed(0)
+    draws = [selection.draw(generator) for _ in range(200)]
+    trained = torch.stack([(d.experts[..., None] * d.ranks).mean(0) for d in draws]).mean(0)
+    worths = torch.tensor([0.5, 1.0, 1.5, 2.0, 3.0, 4.0])
+    router = torch.tensor([0.0, 16.0, 8.0, 8.0])
+    for draw in draws:
+        seen = worths * (1 + torch.randn(6, generator=generator))
+        by_ranks = -16 * seen[:, None, None] * trained
+        sizes = 16 * draw.ranks.sum(-1) + router
+        learner.step(draw, -seen[:, None] * trained[:, 0] * sizes, by_ranks)
+    found = learner.evidence.worths()
+    assert found.told_apart
+    assert not found.curves_told_apart
+    wanted = fill(space, shared(worths, 16), selection.budget)
+    for rows, ranks in zip(wanted.ranks.values(), learner.allocation().ranks.values(), strict=True):
+        assert abs(sum(ranks) - sum(rows)) <= 1
+    assert [sum(r) for r in wanted.ranks.values()] == [1, 3, 3, 5, 8, 12]
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,22 @@ def test_draws_and_allocation_keep_to_the_budget(initial: str, share: float) -> 
     assert all(len(r) <= 8 and all(1 <= x <= 8 for x in r) for r in allocation.ranks.values())
 
 
+def test_draws_narrow_from_the_whole_space_to_the_budget() -> None:
+    space = many_modules()
+    whole = SelectionVectors(space).expected_cost()
+    for budget in (whole / 25, whole * 1.5):
+        selection = SelectionVectors(space, budget=budget)
+        found = selection.allocation()
+        widest = max(whole, budget)
+        for progress, cost in ((0.0, widest), (0.5, (widest * budget) ** 0.5), (1.0, budget)):
+            selection.narrow(progress)
+            assert selection.expected_cost() == pytest.approx(cost, rel=1e-3)
+            assert selection.allocation() == found
+    unbounded = SelectionVectors(space)
+    unbounded.narrow(1.0)
+    assert unbounded.expected_cost() == whole
+
+
 def test_what_is_left_of_the_budget_goes_to_the_vectors_that_tip_over_next() -> None:
     space = SearchSpace({"decided": (4, 4), "open": (4, 4)}, max_experts=2, max_rank=4, top_k=2)
     budget = 2 * (2 * 4) + (2 + 5) * 8  # routers, and rank rows: two and five
