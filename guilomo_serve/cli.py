@@ -74,12 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     settings.export(os.environ)
     vllm += ["--shutdown-timeout", str(args.drain_timeout)]
-    # The last one is the outermost: what the others refuse counts as refused.
+    # The last one is the outermost: what the others refuse has a lease too, and counts.
     for middleware in (
         "access.AdminGuard",
         "limits.Limits",
         "lifecycle.Lifecycle",
         "prometheus.Observer",
+        "leases.Leasing",
     ):
         vllm += ["--middleware", f"guilomo_serve.server.{middleware}"]
     # Loading and unloading while serving; vLLM keeps the routes away without it.

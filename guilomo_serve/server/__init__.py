@@ -8,6 +8,7 @@ public name points to the latest: who has begun finishes with what he began with
     models.py      vLLM's list of models, for any server that has the plugin
     managed.py     the same over a catalogue, for servers that `guilomo-serve` starts
     versions.py    what names stand for: put, rollback, delete, and what a request brings in
+    leases.py      what is in use: one lease a request
     residency.py   whose weights are in memory
     report.py      what the engine says of them
     inspection.py  what an adapter folder is, without the engine
@@ -23,48 +24,55 @@ public name points to the latest: who has begun finishes with what he began with
 The seam, for vLLM 0.32: the class `OpenAIServingModels` is replaced, of which the overridden
 methods and `lora_requests`, `lora_resolver_lock` have to stay; `vllm.plugins.load_endpoint_plugins`
 returns our routes too (vLLM loads endpoint plugins only where VLLM_PLUGINS names them, and who
-starts `guilomo-serve` has named it); `output_processor.request_states` says what runs;
-`GracefulHTTPError` gives a status of ours to a client whose `model` cannot be fetched;
-`vllm.v1.engine.async_llm.OutputProcessor` is replaced by one that counts in `add_request`,
-`process_outputs` and `abort_requests`.
+starts `guilomo-serve` has named it); `GracefulHTTPError` gives a status of ours to a client whose
+`model` cannot be fetched;
+`vllm.v1.engine.async_llm.OutputProcessor` is replaced by one that tells leases, and in
+`guilomo-serve` counts (leases.py, prometheus.py).
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 
 def install() -> None:
     """Puts our class in the place of vLLM's list of models (see guilomo_serve.runtime)."""
     from vllm.entrypoints.openai.models import serving
+    from vllm.v1.engine import async_llm
 
     from guilomo_serve.catalogue.settings import Settings
+    from guilomo_serve.server.leases import LeasedOutputProcessor, LeasePlugin
     from guilomo_serve.server.models import VersionedServingModels
 
-    ours: type[VersionedServingModels] = VersionedServingModels
+    models: type[VersionedServingModels] = VersionedServingModels
+    processor: type[LeasedOutputProcessor] = LeasedOutputProcessor
+    plugins: list[Any] = [LeasePlugin()]
     if Settings.from_environment() is not None:
         from guilomo_serve.server import prometheus
+        from guilomo_serve.server.console import ConsoleRoutes
         from guilomo_serve.server.managed import ManagedServingModels
+        from guilomo_serve.server.routes import AdapterRoutes
 
-        ours = ManagedServingModels
-        _add_routes()
+        models = ManagedServingModels
+        processor = prometheus.CountingOutputProcessor
+        plugins += [AdapterRoutes(), ConsoleRoutes()]
         prometheus.install()
-    setattr(serving, "OpenAIServingModels", ours)  # noqa: B010
+    _add_plugins(plugins)
+    setattr(async_llm, "OutputProcessor", processor)  # noqa: B010
+    setattr(serving, "OpenAIServingModels", models)  # noqa: B010
     app_state = sys.modules.get("vllm.entrypoints.launchers.api_server.app_state")
     if app_state is not None:  # imported by now: it has a name of its own for the class
-        setattr(app_state, "OpenAIServingModels", ours)  # noqa: B010
+        setattr(app_state, "OpenAIServingModels", models)  # noqa: B010
 
 
-def _add_routes() -> None:
+def _add_plugins(ours: Sequence[Any]) -> None:
     from vllm import plugins
-
-    from guilomo_serve.server.console import ConsoleRoutes
-    from guilomo_serve.server.routes import AdapterRoutes
 
     theirs = plugins.load_endpoint_plugins
 
     def with_ours(*args: Any, **kwargs: Any) -> list[Any]:
-        return [*theirs(*args, **kwargs), AdapterRoutes(), ConsoleRoutes()]
+        return [*theirs(*args, **kwargs), *ours]
 
     plugins.load_endpoint_plugins = with_ours

@@ -26,11 +26,11 @@ from fastapi.responses import JSONResponse
 from vllm.logger import init_logger
 
 from guilomo_serve.server.access import App, Scope
+from guilomo_serve.server.leases import READING, leases
 from guilomo_serve.server.schemas import Error, Ready, refusal
 
 logger = init_logger("vllm.guilomo")
 
-_READING = ("GET", "HEAD", "OPTIONS")
 _POLL_S = 0.1
 _RETRY_AFTER_S = 5  # by when a load balancer has found another server
 # For the last bytes to a client that does not read, when all requests have ended.
@@ -38,15 +38,9 @@ _CLOSING_S = 5
 
 
 class _Life:
-    """This process's server; there is one.
-
-    Attributes:
-        running: requests that have begun and whose responses have not ended, but for those that
-            only read.
-    """
+    """This process's server; there is one."""
 
     def __init__(self) -> None:
-        self.running = 0
         self._app: FastAPI | None = None
         self._ending: asyncio.Task[None] | None = None
         self._hurried = False
@@ -80,14 +74,14 @@ class _Life:
         assert self._app is not None
         server, engine = self._app.state.server, self._app.state.engine_client
         timeout = engine.vllm_config.shutdown_timeout
-        logger.info("Shutting down: %d requests have %d s to finish", self.running, timeout)
+        logger.info("Shutting down: %d requests have %d s to finish", leases.working(), timeout)
         for connection in list(server.server_state.connections):
             connection.shutdown()  # it closes when its response has ended
         deadline = time.monotonic() + timeout
-        while self.running and time.monotonic() < deadline and not self._hurried:
+        while leases.working() and time.monotonic() < deadline and not self._hurried:
             await asyncio.sleep(_POLL_S)
-        if self.running:
-            logger.warning("Shutting down: %d requests are aborted", self.running)
+        if leases.working():
+            logger.warning("Shutting down: %d requests are aborted", leases.working())
             await engine.abort(list(engine.output_processor.request_states), internal=True)
         server.should_exit = True
 
@@ -104,17 +98,13 @@ class Lifecycle:
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             _life.begin(scope["app"])
-        if scope["type"] != "http" or scope["method"] in _READING:
+        if scope["type"] != "http" or scope["method"] in READING:
             await self._app(scope, receive, send)
             return
         if _life.refusing:
             await _refused(_life.refusing)(scope, receive, send)
             return
-        _life.running += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            _life.running -= 1
+        await self._app(scope, receive, send)
 
 
 router = APIRouter(tags=["lifecycle"])

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextvars import Context
 from functools import cached_property
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
 from guilomo_serve.adapter import BaseModel
-from guilomo_serve.catalogue import Settings, Unavailable
+from guilomo_serve.catalogue import Forbidden, Missing, Settings, Source, Unavailable
 from guilomo_serve.catalogue.sources import DOWN_FOR_S
 from guilomo_serve.server import prometheus
 from guilomo_serve.server.access import administrating
@@ -31,8 +33,9 @@ from guilomo_serve.server.errors import (
     status_of,
 )
 from guilomo_serve.server.inspection import inspect
-from guilomo_serve.server.limits import admit
+from guilomo_serve.server.leases import current_lease, leases
 from guilomo_serve.server.models import VersionedServingModels
+from guilomo_serve.server.residency import Residency
 from guilomo_serve.server.versions import Versions
 
 logger = init_logger("vllm.guilomo")
@@ -46,14 +49,17 @@ class ManagedServingModels(VersionedServingModels):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        # Name -> until when, and why.
+        self._refused: dict[str, tuple[float, Exception]] = {}
+
+    def _make_residency(self) -> Residency:
         settings = Settings.from_environment()
         assert settings is not None
-        self._settings = settings
+        self._evict_idle = settings.evict_idle
         self.versions = Versions(settings, self.engine_client, self._inspect, super().is_base_model)
-        self._reside(self.versions.residency)
-        self._resolving: set[asyncio.Task[LoRARequest | ErrorResponse]] = set()
-        # Name -> until when, and why.
-        self._refused: dict[str, tuple[float, str | Unavailable]] = {}
+        leases.limit(settings.max_concurrency, settings.max_concurrency_of)
+        return self.versions.residency
 
     @cached_property
     def _base(self) -> BaseModel | None:
@@ -68,8 +74,9 @@ class ManagedServingModels(VersionedServingModels):
     def is_base_model(self, model_name: str) -> bool:
         """vLLM asks this first of each request's model."""
         is_base = super().is_base_model(model_name)
-        if not administrating.get():
-            prometheus.asked_for(prometheus.BASE if is_base else model_name)
+        lease = current_lease()
+        if lease is not None and not administrating.get():
+            lease.asked = prometheus.BASE if is_base else model_name
         return is_base
 
     async def init_static_loras(self) -> None:
@@ -81,9 +88,8 @@ class ManagedServingModels(VersionedServingModels):
         await self.versions.restore()
         for module in self.static_lora_modules or ():
             await self.versions.give(module.name, Path(module.path))
-        if self._settings.evict_idle is not None:
-            evicting = self.residency.evict_idle(self._settings.evict_idle)
-            self._evicting = asyncio.create_task(evicting)
+        if self._evict_idle is not None:
+            self._evicting = asyncio.create_task(self.residency.evict_idle(self._evict_idle))
 
     async def show_available_models(self) -> Any:
         models = await super().show_available_models()
@@ -114,44 +120,54 @@ class ManagedServingModels(VersionedServingModels):
         return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
     async def resolve_lora(self, lora_name: str) -> LoRARequest | ErrorResponse:
-        """Loads a name that is not loaded, to the end even if the client does not wait for it.
+        """Loads a name that is not loaded, to the end even if no client waits for it any more.
 
         Raises:
             GracefulHTTPError: 502, its storage cannot be asked; 503, there is no room for it.
+            HTTPException: it has as many requests as it may have.
         """
-        resolving = asyncio.create_task(self._resolve(lora_name))
-        self._resolving.add(resolving)
-        resolving.add_done_callback(self._resolving.discard)
-        return await asyncio.shield(resolving)
-
-    async def _resolve(self, lora_name: str) -> LoRARequest | ErrorResponse:
+        lease = current_lease()
         try:
             self.versions.check_name(lora_name)
             known = self.versions.catalogue.get(lora_name) is not None
             member = None if known else await self.versions.sources.member(lora_name)
-        except Unavailable as e:
+            if lease is not None:
+                lease.take(lora_name)  # from here on nothing evicts the name
+            await self._loaded(lora_name, member)
+        except (Unavailable, NoRoom) as e:
             raise not_now(lora_name, e) from None
-        except REFUSALS as e:
-            return create_error_response(str(e), status_code=status_of(e))
-        admit(lora_name)
-        until, reason = self._refused.get(lora_name, (0.0, ""))
-        if time.monotonic() < until:
-            if isinstance(reason, Unavailable):
-                raise not_now(lora_name, reason)
-            return create_error_response(reason)
-        try:
-            loaded = await self.versions.bring_in(lora_name, member)
-        except Unavailable as e:
-            self._refused[lora_name] = (time.monotonic() + DOWN_FOR_S, e)
-            raise not_now(lora_name, e) from None
-        except NoRoom as e:
-            raise not_now(lora_name, e) from None
-        except Unknown as e:
+        except (Forbidden, Missing, Unknown) as e:
             return create_error_response(str(e), status_code=status_of(e))
         except REFUSALS as e:
-            reason = f"The adapter {lora_name!a} is refused: {e}"
-            logger.warning("%s", reason)
-            self._refused[lora_name] = (time.monotonic() + _REFUSED_FOR_S, reason)
-            return create_error_response(reason)
-        self._refused.pop(lora_name, None)
-        return loaded
+            return create_error_response(f"The adapter {lora_name!a} is refused: {e}")
+        version = self.residency.current.get(lora_name)
+        if version is None:
+            deleted = f"the adapter {lora_name!a} was deleted"
+            return create_error_response(deleted, status_code=HTTPStatus.NOT_FOUND)
+        if lease is not None:
+            lease.bind(version)
+        return version
+
+    async def _loaded(self, name: str, member: Source | None) -> None:
+        """Waits until a name is loaded; it is loaded once for all who wait."""
+        until, refused = self._refused.get(name, (0.0, None))
+        if refused is not None and time.monotonic() < until:
+            raise refused
+        loading = self._loading.get(name)
+        if loading is None:
+            # In a context of its own: it is no part of the request that happens to be the first.
+            loading = asyncio.create_task(self.versions.bring_in(name, member), context=Context())
+            self._loading[name] = loading
+            loading.add_done_callback(lambda task: self._note(name, task))
+        await asyncio.shield(loading)
+
+    def _note(self, name: str, loading: asyncio.Task[None]) -> None:
+        """Remembers for a while why a name could not be loaded."""
+        del self._loading[name]
+        error = None if loading.cancelled() else loading.exception()
+        if error is None:
+            self._refused.pop(name, None)
+        elif isinstance(error, REFUSALS) and not isinstance(error, (NoRoom, Unknown)):
+            logger.warning("The adapter '%s' cannot be loaded: %s", name, error)
+            for_s = DOWN_FOR_S if isinstance(error, Unavailable) else _REFUSED_FOR_S
+            self._refused[name] = (time.monotonic() + for_s, error)

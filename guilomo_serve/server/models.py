@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
 from guilomo_serve.adapter import AdapterError
+from guilomo_serve.server.leases import leases
 from guilomo_serve.server.residency import Residency
 
 logger = init_logger("vllm.guilomo")
@@ -26,16 +27,16 @@ class VersionedServingModels(OpenAIServingModels):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._reside(Residency(self.engine_client))
+        self.residency = self._make_residency()
+        self.lora_requests = self.residency.current
 
-    def _reside(self, residency: Residency) -> None:
-        self.residency = residency
-        self.lora_requests = residency.current
+    def _make_residency(self) -> Residency:
+        return Residency(self.engine_client, leases)
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         if lora_request is None:
             return super().model_name()
-        return self.residency.names.get(lora_request.lora_int_id, lora_request.lora_name)
+        return self.residency.name_of(lora_request)
 
     async def show_available_models(self) -> Any:
         models = await super().show_available_models()
@@ -66,7 +67,7 @@ class VersionedServingModels(OpenAIServingModels):
             if base_model_name is not None and self.is_base_model(base_model_name):
                 loaded.base_model_name = base_model_name
             try:
-                await self.residency.load(loaded)
+                await self.residency.load(name, loaded)
             except LoRAAdapterNotFoundError:
                 return create_error_response(LoRAAdapterNotFoundError(name, request.lora_path))
             except AdapterError as e:

@@ -18,20 +18,19 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter as Sums
-from collections.abc import Iterable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import REGISTRY, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from vllm.lora.request import LoRARequest
 from vllm.v1.engine import FinishReason
-from vllm.v1.engine.output_processor import OutputProcessor
 
 from guilomo_serve.server.access import App, Scope
+from guilomo_serve.server.leases import Lease, LeasedOutputProcessor, leases
 from guilomo_serve.server.report import EngineReport
+from guilomo_serve.server.residency import Residency
 
 BASE = "base"  # the base model's label; no adapter can have this name
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -111,7 +110,7 @@ class _Running:
     has_token: bool = False
 
 
-class CountingOutputProcessor(OutputProcessor):
+class CountingOutputProcessor(LeasedOutputProcessor):
     """vLLM's, which sees each request begin, each of its tokens, and its end."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -127,9 +126,6 @@ class CountingOutputProcessor(OutputProcessor):
         queue: Any = None,
     ) -> None:
         super().add_request(request, prompt, parent_req, request_index, queue)
-        asked = _asked.get()
-        if asked is not None:
-            asked.reached_engine = True
         if request.resumable:
             return  # its prompt comes in parts, through no route that adapters have
         siblings = parent_req.child_requests if parent_req is not None else ()
@@ -183,53 +179,23 @@ class CountingOutputProcessor(OutputProcessor):
                 LATENCY.labels(running.adapter).observe(time.time() - running.arrival)
 
 
-@dataclass
-class _Asked:
-    """An HTTP request: the adapter that it names, and whether the engine got it."""
-
-    adapter: str | None = None
-    reached_engine: bool = False
-
-
-_asked: ContextVar[_Asked | None] = ContextVar("asked", default=None)
-
-
-def asked_for(adapter: str) -> None:
-    """Notes which adapter the HTTP request at hand names."""
-    asked = _asked.get()
-    if asked is not None:
-        asked.adapter = adapter
-
-
 class Observer:
-    """ASGI middleware: counts refusals, and has the engine asked before /metrics answers."""
+    """ASGI middleware: has the engine asked before /metrics answers."""
 
     def __init__(self, app: App) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        if scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") == "/metrics":
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] == "http" and path.rstrip("/") == "/metrics":
             await _refresh(scope)
-        asked = _Asked()
+        await self._app(scope, receive, send)
 
-        async def send_counted(message: Any) -> None:
-            if (
-                message["type"] == "http.response.start"
-                and message["status"] >= 400
-                and asked.adapter is not None
-                and not asked.reached_engine
-            ):
-                _count(asked.adapter, "refused")
-            await send(message)
 
-        token = _asked.set(asked)
-        try:
-            await self._app(scope, receive, send_counted)
-        finally:
-            _asked.reset(token)
+def _count_refused(lease: Lease) -> None:
+    refused = lease.status is not None and lease.status >= 400 and not lease.reached_engine
+    if lease.asked is not None and refused:
+        _count(lease.asked, "refused")
 
 
 _FRESH_S = 1.0
@@ -248,14 +214,11 @@ class AdapterGauges(Collector):
 
     Args:
         report: of the engine.
-        current: name -> the version that new requests get.
-        names: version -> its name, of versions that retire too.
+        residency: which versions are in memory.
     """
 
-    def __init__(
-        self, report: EngineReport, current: Mapping[str, LoRARequest], names: Mapping[int, str]
-    ) -> None:
-        self._report, self._current, self._names = report, current, names
+    def __init__(self, report: EngineReport, residency: Residency) -> None:
+        self._report, self._residency = report, residency
 
     def describe(self) -> Iterable[Metric]:
         return self._families()
@@ -264,12 +227,12 @@ class AdapterGauges(Collector):
         resident, load, entropy = self._families()
         reported = self._report.versions
         held = Sums(dict.fromkeys(_known - {BASE}, 0))
-        for version, name in dict(self._names).items():
+        for version, name in self._residency.names().items():
             if name in held and version in reported:
                 held[name] += reported[version]["bytes"]
         for name, count in held.items():
             resident.add_metric([name], count)
-        for name, served in dict(self._current).items():
+        for name, served in list(self._residency.current.items()):
             modules = reported.get(served.lora_int_id, {}).get("modules", {})
             for module, of_module in modules.items():
                 entropy.add_metric([name, module], of_module["entropy"])
@@ -299,15 +262,11 @@ class AdapterGauges(Collector):
 
 
 def install() -> None:
-    """Puts our output processor in the place of vLLM's; see guilomo_serve.server."""
-    from vllm.v1.engine import async_llm
-
-    setattr(async_llm, "OutputProcessor", CountingOutputProcessor)  # noqa: B010
+    """Counts what leases tell."""
+    leases.when_ended.append(_count_refused)
     know(BASE)
 
 
-def show(
-    report: EngineReport, current: Mapping[str, LoRARequest], names: Mapping[int, str]
-) -> None:
+def show(report: EngineReport, residency: Residency) -> None:
     """Adds the gauges of a server's adapters to /metrics; see `AdapterGauges`."""
-    REGISTRY.register(AdapterGauges(report, current, names))
+    REGISTRY.register(AdapterGauges(report, residency))

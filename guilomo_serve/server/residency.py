@@ -1,8 +1,8 @@
 """Which versions have their weights in the engine, and which of them new requests get.
 
-One place decides what is in memory: versions come in through `load` within a bound, those that
-nobody has used for longest go for them, and what is replaced or withdrawn goes when its last
-request has ended.
+One place decides what is in memory: versions come in through `load` within a bound, those of names
+that nobody has used for longest go for them, and a version that is replaced or withdrawn goes when
+no request has a lease on it any more.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.exceptions import LoRAAdapterNotFoundError
@@ -20,13 +21,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from guilomo_serve.adapter import AdapterError
 from guilomo_serve.server.errors import NoRoom
-from guilomo_serve.server.limits import admit
+from guilomo_serve.server.leases import Lease, Leases, current_lease
 
 logger = init_logger("vllm.guilomo")  # below vLLM's root logger, or nobody would see it
 
-# A request that has looked its adapter up may still be on its way to the engine.
-_GRACE_S = 5.0
-_POLL_S = 0.5
 # How vLLM wraps an error on its way from a worker to the front end.
 _WRAPPING = re.compile(
     r"^Call to \w+ method failed: (?:Worker failed with error ['\"](.*)['\"], please check|(.*)$)",
@@ -35,18 +33,44 @@ _WRAPPING = re.compile(
 
 
 class Current(dict[str, LoRARequest]):
-    """Name -> the version that new requests get; vLLM asks `name in current` when one begins."""
+    """Name -> the version that requests get which come from now on.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.last_used: dict[str, float] = {}  # seconds since 1970
+    vLLM asks `name in current` once or twice before it takes `current[name]`, with the rendering of
+    the prompt between. The first question is where a request takes its lease, and later ones get
+    what is in the lease, whatever happened to the name meanwhile.
+    """
 
     def __contains__(self, name: object) -> bool:
-        found = super().__contains__(name)
-        if found:
-            admit(str(name))
-            self.last_used[str(name)] = time.time()
-        return found
+        lease = current_lease()
+        if lease is None:
+            return super().__contains__(name)
+        if lease.version is not None and lease.name == name:
+            return True
+        version = self.get(str(name))
+        if version is None:
+            return False
+        lease.take(str(name))
+        lease.bind(version)
+        return True
+
+    def __getitem__(self, name: str) -> LoRARequest:
+        lease = current_lease()
+        if lease is not None and lease.version is not None and lease.name == name:
+            return lease.version
+        return super().__getitem__(name)
+
+    def number_of(self, name: str) -> int:
+        """The version that a name stands for now, whoever asks."""
+        return super().__getitem__(name).lora_int_id
+
+
+@dataclass(frozen=True)
+class _Resident:
+    """A version in memory: its public name, and the bytes that its weights take."""
+
+    version: LoRARequest
+    name: str
+    size: int
 
 
 class Residency:
@@ -54,35 +78,36 @@ class Residency:
 
     Args:
         engine_client: vLLM's.
+        leases: of the server's requests.
         bound: bytes that all weights may take; None: no bound.
         pinned: the names whose weights stay however long nobody asks for them.
-        evicted, freed: are called with what left: a name; a version that the engine no longer has.
+        evicted, freed: are called with what goes: a name; a version that the engine no longer has.
 
     Attributes:
         current: name -> the version that requests get which come from now on.
-        names: version -> its public name, of versions that are on their way out too.
     """
 
     def __init__(
         self,
         engine_client: Any,
+        leases: Leases,
         bound: int | None = None,
         pinned: Callable[[], Collection[str]] = tuple,
         evicted: Callable[[str], None] = lambda name: None,
         freed: Callable[[LoRARequest], None] = lambda version: None,
     ) -> None:
         self._engine = engine_client
+        self._leases = leases
         self._bound = bound
         self._pinned = pinned
         self._evicted = evicted
         self._freed = freed
         self.current = Current()
-        self.names: dict[int, str] = {}
-        self._held: dict[int, int] = {}  # version -> bytes that its weights take, or will take
-        self._retiring: dict[asyncio.Task[None], LoRARequest] = {}  # what frees it -> the version
-        self._making_room = asyncio.Lock()
+        self._resident: dict[int, _Resident] = {}
+        self._removing: dict[int, asyncio.Task[None]] = {}
+        leases.when_ended.append(self._free_if_done)
 
-    async def load(self, version: LoRARequest, size: int = 0) -> None:
+    async def load(self, name: str, version: LoRARequest, size: int = 0) -> None:
         """Loads `size` bytes of weights; names that were not used for longest go for them.
 
         Requests do not get the version before `switch`.
@@ -93,24 +118,23 @@ class Residency:
             AdapterError: the engine refuses it, or it is larger than all the room.
             EngineDeadError: the engine has ended.
         """
-        async with self._making_room:
-            if version.lora_int_id not in self._held:  # else it is still on its way out
-                await self._make_room(size)
-            self._held[version.lora_int_id] = size
+        number = version.lora_int_id
+        self._make_room(size)
+        self._resident[number] = _Resident(version, name, size)
         try:
+            if number in self._removing:
+                await asyncio.shield(self._removing[number])
             await self._add_to_engine(version)
         except BaseException:
-            self._held.pop(version.lora_int_id, None)
+            self._drop(version)
             raise
 
-    async def unload(self, version: LoRARequest) -> None:
-        """Takes a version's weights out of the engine, whoever uses them."""
-        await self._engine.remove_lora(version.lora_int_id)
-        self._held.pop(version.lora_int_id, None)
+    def unload(self, version: LoRARequest) -> None:
+        """Takes out a version that was loaded and that no request got."""
+        self._drop(version)
 
     def switch(self, name: str, version: LoRARequest) -> None:
         """Gives requests that come from now on a version that is loaded."""
-        self.names[version.lora_int_id] = name
         previous = self.current.get(name)
         self.current[name] = version
         if previous is not None:
@@ -122,13 +146,18 @@ class Residency:
         if version is not None:
             self._retire(version)
 
-    def in_flight(self, name: str) -> int:
-        """How many requests of a name run or wait, with whichever version."""
-        return sum(self._in_flight(v) for v, of in list(self.names.items()) if of == name)
+    def name_of(self, version: LoRARequest) -> str:
+        """The public name of a version that is in memory."""
+        resident = self._resident.get(version.lora_int_id)
+        return version.lora_name if resident is None else resident.name
 
-    def retiring(self) -> list[LoRARequest]:
-        """The versions that wait for their last request to end."""
-        return list(self._retiring.values())
+    def names(self) -> dict[int, str]:
+        """Version -> its public name, of all that are in memory."""
+        return {number: resident.name for number, resident in self._resident.items()}
+
+    def paths(self) -> set[str]:
+        """Where the versions in memory were loaded from."""
+        return {resident.version.lora_path for resident in self._resident.values()}
 
     def has_room(self, size: int) -> bool:
         return self._excess(size) <= 0
@@ -137,10 +166,9 @@ class Residency:
         """Frees, for ever, the weights of names that nobody asked for as long."""
         while True:
             await asyncio.sleep(min(after_s / 2, 10.0))
-            pinned = self._pinned()
-            for name in list(self.current.keys()):
-                idle = time.time() - self.current.last_used.get(name, 0.0)
-                if idle > after_s and name not in pinned and not self.in_flight(name):
+            for name in self._idle():
+                idle = time.time() - self._leases.last_used.get(name, 0.0)
+                if idle > after_s:
                     self._evict(name, f"was not used for {idle:.0f} s")
 
     async def _add_to_engine(self, version: LoRARequest) -> None:
@@ -154,64 +182,74 @@ class Residency:
                 raise missing from None
             raise AdapterError(_reason(e)) from None
 
-    async def _make_room(self, size: int) -> None:
+    def _make_room(self, size: int) -> None:
         if self._bound is not None and size > self._bound:
             raise AdapterError(
                 f"its weights have {size} bytes, expected at most {self._bound} (--adapter-memory)"
             )
-        while (excess := self._excess(size)) > 0:
-            retiring = [version.lora_int_id for version in self._retiring.values()]
-            going = sum(self._held.get(v, 0) for v in retiring if not self._in_flight(v))
-            if excess > going:
-                name = self._least_recently_used()
-                if name is not None:
-                    self._evict(name, "makes room for another one")
-                    continue
-                if not self._retiring:
-                    raise NoRoom(
-                        f"there is no room for {size} bytes of weights: all that is loaded is in "
-                        "use or pinned (--adapter-memory)"
-                    )
-            await asyncio.wait(self._retiring, return_when=asyncio.FIRST_COMPLETED)
+        excess = self._excess(size)
+        leaving = []
+        for name in self._idle() if excess > 0 else ():
+            leaving.append(name)
+            excess -= self._resident[self.current.number_of(name)].size
+            if excess <= 0:
+                break
+        if excess > 0:
+            raise NoRoom(
+                f"there is no room for {size} bytes of weights: all that is loaded is in "
+                "use or pinned (--adapter-memory)"
+            )
+        for name in leaving:
+            self._evict(name, "makes room for another one")
 
     def _excess(self, size: int) -> int:
         """By how many bytes the weights would exceed the bound with `size` more."""
-        return 0 if self._bound is None else sum(self._held.values()) + size - self._bound
+        if self._bound is None:
+            return 0
+        return sum(resident.size for resident in self._resident.values()) + size - self._bound
 
-    def _least_recently_used(self) -> str | None:
+    def _idle(self) -> list[str]:
+        """The names that may go, those first that were not used for longest."""
         pinned = self._pinned()
-        idle = [name for name in self.current if name not in pinned and not self.in_flight(name)]
-        return min(idle, key=lambda name: self.current.last_used.get(name, 0.0), default=None)
+        idle = (n for n in list(self.current) if n not in pinned and not self._leases.of(n))
+        return sorted(idle, key=lambda name: self._leases.last_used.get(name, 0.0))
 
     def _evict(self, name: str, why: str) -> None:
         self.withdraw(name)
         self._evicted(name)
         logger.info("Adapter '%s' %s: evicted", name, why)
 
-    def _in_flight(self, version: int) -> int:
-        """How many requests are running or waiting that use a version."""
-        states = list(self._engine.output_processor.request_states.values())
-        used = [state.lora_request for state in states if state.lora_request is not None]
-        return sum(request.lora_int_id == version for request in used)
-
     def _retire(self, version: LoRARequest) -> None:
-        """Frees a version's weights once no request uses it."""
-        task = asyncio.create_task(self._free_when_idle(version))
-        self._retiring[task] = version
-        task.add_done_callback(self._retired)
+        """Frees a version that no new request gets, now or when the last one ends that has it."""
+        if not self._leases.of_version(version.lora_int_id):
+            self._free(version)
 
-    def _retired(self, task: asyncio.Task[None]) -> None:
-        self._freed(self._retiring.pop(task))
+    def _free_if_done(self, lease: Lease) -> None:
+        version = lease.version
+        if version is None or self._leases.of_version(version.lora_int_id):
+            return
+        resident = self._resident.get(version.lora_int_id)
+        if resident is not None and self.current.get(resident.name) != version:
+            self._free(version)
 
-    async def _free_when_idle(self, version: LoRARequest) -> None:
-        await asyncio.sleep(_GRACE_S)
-        while self._in_flight(version.lora_int_id):
-            await asyncio.sleep(_POLL_S)
-        if version in self.current.values():
-            return  # it is in use again
-        await self.unload(version)
-        self.names.pop(version.lora_int_id, None)
-        logger.info("Adapter '%s' is no longer in use and was freed", version.lora_name)
+    def _free(self, version: LoRARequest) -> None:
+        logger.info("Adapter '%s' is no longer in use and is freed", version.lora_name)
+        self._drop(version)
+
+    def _drop(self, version: LoRARequest) -> None:
+        """Takes weights out of the engine, which does it before what it is asked from now on."""
+        number = version.lora_int_id
+        del self._resident[number]
+        task = asyncio.create_task(self._remove(version))
+        self._removing[number] = task
+        task.add_done_callback(lambda _: self._removing.pop(number))
+
+    async def _remove(self, version: LoRARequest) -> None:
+        try:
+            await self._engine.remove_lora(version.lora_int_id)
+        except EngineDeadError:
+            return
+        self._freed(version)
 
 
 def _reason(error: Exception) -> str:

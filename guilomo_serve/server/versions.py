@@ -34,6 +34,7 @@ from guilomo_serve.catalogue import (
 )
 from guilomo_serve.server import prometheus
 from guilomo_serve.server.errors import NoRoom, Unknown
+from guilomo_serve.server.leases import leases
 from guilomo_serve.server.report import EngineReport
 from guilomo_serve.server.residency import Residency
 
@@ -73,6 +74,7 @@ class Versions:
         self.sources = Sources(self._store, settings.remote_roots)
         self.residency = Residency(
             engine_client,
+            leases,
             settings.memory,
             self.catalogue.pinned,
             evicted=lambda name: prometheus.EVICTIONS.labels(name).inc(),
@@ -85,7 +87,7 @@ class Versions:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._putting = 0
         prometheus.know(*self.catalogue.all())
-        prometheus.show(self.report, self.residency.current, self.residency.names)
+        prometheus.show(self.report, self.residency)
 
     def find(self, source: str) -> Source:
         """What an administrator names; see `Sources.find`."""
@@ -165,7 +167,7 @@ class Versions:
             self.catalogue.delete(name)
             self.residency.withdraw(name)
             self.failed.pop(name, None)
-            self.residency.current.last_used.pop(name, None)
+            leases.last_used.pop(name, None)
             prometheus.forget(name)
         logger.info("Adapter '%s' was deleted", name)
 
@@ -174,7 +176,7 @@ class Versions:
         self.entry(name)
         self.catalogue.pin(name, pinned)
 
-    async def bring_in(self, name: str, member: Source | None) -> LoRARequest:
+    async def bring_in(self, name: str, member: Source | None) -> None:
         """Loads a name that a request asks for: one that was evicted, or a member of a root.
 
         Args:
@@ -186,9 +188,8 @@ class Versions:
             AdapterError: it is refused; OSError, sqlite3.Error: it cannot be stored.
         """
         async with self._only_one(name):
-            loaded = self.residency.current.get(name)
-            if loaded is not None:
-                return loaded
+            if self.residency.current.get(name) is not None:
+                return
             with self._copying():
                 entry = self.catalogue.get(name)
                 if entry is not None:
@@ -197,7 +198,6 @@ class Versions:
                     await self._put(name, member)
                 else:
                     raise Unknown(f"there is no adapter {name!a}")
-            return self.residency.current[name]
 
     async def restore(self) -> None:
         """Loads what the catalogue has, as far as there is room, pinned names first."""
@@ -230,10 +230,10 @@ class Versions:
             )
 
     def in_flight(self, name: str) -> int:
-        return self.residency.in_flight(name)
+        return leases.of(name)
 
     def last_used(self, name: str) -> float | None:
-        return self.residency.current.last_used.get(name)
+        return leases.last_used.get(name)
 
     async def resident(self) -> set[int]:
         """Numbers of the versions whose weights the engine has; while it is in a long step, had."""
@@ -273,7 +273,7 @@ class Versions:
         version = replace(version, number=self.catalogue.next_number())
         loaded = self._request_of(version)
         try:
-            await self.residency.load(loaded, version.size)
+            await self.residency.load(version.name, loaded, version.size)
         except NoRoom:
             raise
         except AdapterError as e:  # it names the copy
@@ -281,7 +281,7 @@ class Versions:
         try:
             self.catalogue.put(version)
         except BaseException:
-            await self.residency.unload(loaded)
+            self.residency.unload(loaded)
             raise
         self._start_serving(version, loaded)
         return version
@@ -289,12 +289,12 @@ class Versions:
     async def _load(self, version: Version) -> None:
         await asyncio.to_thread(self._store.verify, version.digest)
         loaded = self._request_of(version)
-        await self.residency.load(loaded, version.size)
+        await self.residency.load(version.name, loaded, version.size)
         self._start_serving(version, loaded)
 
     def _start_serving(self, version: Version, loaded: LoRARequest) -> None:
         self.residency.switch(version.name, loaded)
-        self.residency.current.last_used.setdefault(version.name, time.time())
+        leases.last_used.setdefault(version.name, time.time())
         self.failed.pop(version.name, None)
         prometheus.know(version.name)
         prometheus.LOADS.labels(version.name).inc()
@@ -320,6 +320,6 @@ class Versions:
     def _prune(self) -> None:
         if self._putting:
             return
-        # A request on its way may need the files of a version that retires to be read once more.
-        retiring = {Path(version.lora_path).name for version in self.residency.retiring()}
-        self._store.prune(self.catalogue.digests() | retiring)
+        # The engine may have to read the files of a version that a request still has once more.
+        in_memory = {Path(path).name for path in self.residency.paths()}
+        self._store.prune(self.catalogue.digests() | in_memory)

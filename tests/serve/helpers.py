@@ -69,7 +69,7 @@ class Server:
         return max(children, key=lambda child: child.memory_info().rss)
 
     def in_flight(self, name: str) -> int:
-        """Answers of an adapter that are being generated."""
+        """Requests of an adapter, from when its name is found until the last byte of the answer."""
         return int(self.admin("GET", f"/{name}").json()["in_flight"])
 
     def post(self, path: str, **body: object) -> requests.Response:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
 
 from guilomo_serve.adapter import WEIGHTS_FILE
-from tests.serve.helpers import Server, guilomo_serve, random_adapter, serving, text_of
+from tests.serve.helpers import (
+    Server,
+    eventually,
+    guilomo_serve,
+    random_adapter,
+    serving,
+    text_of,
+)
 
 pytestmark = pytest.mark.slow
 
 PROMPT = "My card has not arrived."
+LONG = 4_000_000 * "x"
 SEED = 5
 NAMES = ("a", "b", "c")
 
@@ -73,6 +82,39 @@ def test_what_is_in_use_or_pinned_stays_and_a_client_hears_of_it(server):
     assert resident(server) == {"a", "b"}
     assert server.admin("POST", "/b/unpin").status_code == 200
     text_of(server, "c", PROMPT)  # and is not remembered as refused
+
+
+def test_what_is_being_rendered_is_in_use(server):
+    """A prompt so long that it is read for a while: other adapters come and take the room."""
+    text = text_of(server, "a", PROMPT)
+    long = {"prompt": LONG + PROMPT, "truncate_prompt_tokens": len(PROMPT), "max_tokens": 12}
+    with ThreadPoolExecutor(1) as pool:
+        asked = {"model": "a", "temperature": 0, "ignore_eos": True, **long}
+        rendered = pool.submit(server.post, "/v1/completions", **asked)
+        eventually(lambda: server.in_flight("a") == 1 or rendered.done(), "it is being rendered")
+        for name in ("b", "c"):  # the second of them would evict a, if nobody asked for it
+            # Of token ids, as the one thread that reads texts is busy.
+            asked = {"model": name, "prompt": [65, 66], "max_tokens": 1}
+            assert server.post("/v1/completions", **asked).status_code == 200
+        assert not rendered.done(), "the test needs a longer prompt"
+        assert resident(server) == {"a", "c"}
+    answer = rendered.result()
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["text"] == text
+
+
+def test_a_name_that_exists_is_never_unknown(server):
+    """More adapters than there is room for, by several clients each."""
+
+    def ask(i: int) -> int:
+        asked = {"model": NAMES[i % len(NAMES)], "prompt": PROMPT, "max_tokens": 2}
+        return server.post("/v1/completions", **asked).status_code
+
+    with ThreadPoolExecutor(6) as pool:
+        statuses = set(pool.map(ask, range(60)))
+    assert statuses <= {200, 503}  # the latter while all room is in use
+    assert 200 in statuses
+    assert all(server.in_flight(name) == 0 for name in NAMES)
 
 
 def test_an_adapter_larger_than_all_the_room_is_refused(server):

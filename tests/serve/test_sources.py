@@ -7,7 +7,9 @@ last test takes S3 away.
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -88,6 +90,7 @@ def world(tiny_model, adapters, tmp_path_factory) -> Iterator[World]:
         {},
         *("--adapter-root", f"s3://{BUCKET}/{BELOW}", "--adapter-root", "hf://acme"),
         *("--adapter-root", str(root), "--evict-idle", "2"),
+        *("--max-concurrency", "limited=1"),
         *("--enforce-eager", "--dtype", "float32", "--served-model-name", "base"),
     )
     log = tmp_path_factory.mktemp("log") / "sources.log"
@@ -410,6 +413,24 @@ def test_a_silent_storage_holds_up_nobody_else(world, adapters, texts):
     finally:
         world.hub.silent.clear()
     assert server.put("late", "hf://acme/late").ok
+
+
+def test_a_client_that_leaves_while_a_root_is_asked_holds_no_place(world, adapters, texts):
+    """Its adapter may have one request at once."""
+    hub = world.hub
+    hub.commit("acme/limited", adapters["first"])
+    hub.requests.clear()
+    hub.silent.set()
+    body = json.dumps({"model": "limited", "prompt": PROMPT, "max_tokens": 1}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    try:
+        with socket.create_connection(("127.0.0.1", world.server.port)) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            eventually(lambda: hub.requests, "the root is asked")
+    finally:
+        hub.silent.clear()
+    eventually(lambda: served(world, "limited").get("resident"), "the root has answered")
+    assert text_of(world.server, "limited", PROMPT) == texts["first"]
 
 
 def _status(error: BaseException | None) -> int | None:
