@@ -130,8 +130,8 @@ def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
         "--adapter-memory",
         type=float,
         metavar="GIB",
-        help="the most that the weights of loaded adapters may take, by the size of their files; "
-        "for one more those go that were not used for longest",
+        help="the most memory that the weights of loaded adapters may take; for one more those "
+        "go that were not used for longest (default: a quarter of the machine's or container's)",
     )
     parser.add_argument(
         "--expert-load",

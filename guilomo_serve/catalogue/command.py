@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> int:
     path = f"/{quote(args.name, safe='')}" if "name" in args else ""
     try:
         if args.command == "ls":
-            answer = _ask(args, "GET", path)
-            print(json.dumps(answer["data"], indent=2) if args.json else _table(answer["data"]))
+            adapters = _all(args)
+            print(json.dumps(adapters, indent=2) if args.json else _table(adapters))
         elif args.command == "put":
             # A path that is one here is one for a server on this machine too, wherever it runs.
             source = args.source
@@ -86,6 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     rollback.add_argument("name")
     return parser
+
+
+def _all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    adapters: list[dict[str, Any]] = []
+    more = True
+    while more:
+        after = quote(adapters[-1]["name"], safe="") if adapters else ""
+        page = _ask(args, "GET", f"?limit=1000&after={after}")
+        adapters += page["data"]
+        more = page["has_more"]
+    return adapters
 
 
 def _ask(args: argparse.Namespace, method: str, path: str, body: Any = None) -> Any:

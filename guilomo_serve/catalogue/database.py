@@ -31,6 +31,12 @@ CREATE TABLE adapter (
     pinned INTEGER NOT NULL DEFAULT 0
 );
 """
+# Of catalogues that older guilomos made, too.
+_INDICES = (
+    "CREATE INDEX IF NOT EXISTS version_of_name ON version (name)",
+    "CREATE INDEX IF NOT EXISTS version_of_digest ON version (digest)",
+    "CREATE INDEX IF NOT EXISTS pinned_adapter ON adapter (name) WHERE pinned",
+)
 
 
 class CatalogueError(ValueError):
@@ -105,6 +111,8 @@ class Catalogue:
             for statement in _SCHEMA.split(";\n"):
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+        for statement in _INDICES:
+            self._db.execute(statement)
 
     def close(self) -> None:
         self._db.close()
@@ -117,33 +125,46 @@ class Catalogue:
     def get(self, name: str) -> Entry | None:
         return self._entries("WHERE name = ?", name).get(name)
 
-    def all(self) -> dict[str, Entry]:
-        """All names with their entries, in the order of the names."""
-        return self._entries("")
+    def page(self, after: str, limit: int) -> dict[str, Entry]:
+        """The first `limit` names that come after one, in their order, with their entries."""
+        return self._entries("WHERE name > ? ORDER BY name LIMIT ?", after, limit)
 
-    def _entries(self, where: str, *values: str) -> dict[str, Entry]:
+    def names(self, limit: int) -> list[str]:
+        """The first `limit` names."""
+        rows = self._db.execute("SELECT name FROM adapter ORDER BY name LIMIT ?", (limit,))
+        return [name for (name,) in rows]
+
+    def __len__(self) -> int:
+        (count,) = self._db.execute("SELECT count(*) FROM adapter").fetchone()
+        return int(count)
+
+    def _entries(self, which: str, *values: str | int) -> dict[str, Entry]:
+        """Args: which: clauses that choose rows of the table `adapter`."""
+        adapters = f"(SELECT * FROM adapter {which})"
+        numbers = f"SELECT current FROM {adapters} UNION ALL SELECT previous FROM {adapters}"
         versions = {
             number: Version(number, name, digest, source, size, json.loads(about), created)
             for number, name, digest, source, size, about, created in self._db.execute(
-                f"SELECT number, name, digest, source, size, about, created FROM version {where}",
-                values,
+                "SELECT number, name, digest, source, size, about, created FROM version "
+                f"WHERE number IN ({numbers})",
+                (*values, *values),
             )
         }
         rows = self._db.execute(
-            f"SELECT name, current, previous, pinned FROM adapter {where} ORDER BY name", values
+            f"SELECT name, current, previous, pinned FROM {adapters} ORDER BY name", values
         )
         return {
             name: Entry(versions[current], versions.get(previous), bool(pinned))
             for name, current, previous, pinned in rows
         }
 
-    def sources(self) -> dict[str, str]:
-        """Name -> what its current version was taken from."""
-        return dict(
-            self._db.execute(
-                "SELECT adapter.name, source FROM adapter JOIN version ON current = number"
-            )
-        )
+    def source_of(self, name: str) -> str | None:
+        """What the current version of a name was taken from."""
+        row = self._db.execute(
+            "SELECT source FROM adapter JOIN version ON current = number WHERE adapter.name = ?",
+            (name,),
+        ).fetchone()
+        return None if row is None else str(row[0])
 
     def pinned(self) -> set[str]:
         """The names that are pinned."""
@@ -153,8 +174,17 @@ class Catalogue:
         """The digests of all current and previous versions."""
         return {digest for (digest,) in self._db.execute("SELECT digest FROM version")}
 
-    def put(self, version: Version) -> None:
-        """Makes a version the current one of its name; the current one becomes the previous."""
+    def has_digest(self, digest: str) -> bool:
+        """Whether a current or previous version has it."""
+        found = self._db.execute("SELECT 1 FROM version WHERE digest = ?", (digest,))
+        return found.fetchone() is not None
+
+    def put(self, version: Version) -> list[str]:
+        """Makes a version the current one of its name; the current one becomes the previous.
+
+        Returns:
+            The digests of versions that are forgotten for it.
+        """
         with self._db:
             self._db.execute("BEGIN")
             self._db.execute(
@@ -169,19 +199,23 @@ class Catalogue:
                 "DO UPDATE SET previous = current, current = excluded.current",
                 (version.name, version.number),
             )
-            self._forget_unused()
+            return self._forget_unused(version.name)
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str) -> list[str]:
+        """Forgets a name; returns the digests of its versions."""
         with self._db:
             self._db.execute("BEGIN")
             self._db.execute("DELETE FROM adapter WHERE name = ?", (name,))
-            self._forget_unused()
+            return self._forget_unused(name)
 
     def pin(self, name: str, pinned: bool) -> None:
         self._db.execute("UPDATE adapter SET pinned = ? WHERE name = ?", (pinned, name))
 
-    def _forget_unused(self) -> None:
-        self._db.execute(
-            "DELETE FROM version WHERE number NOT IN (SELECT current FROM adapter UNION "
-            "SELECT previous FROM adapter WHERE previous IS NOT NULL)"
+    def _forget_unused(self, name: str) -> list[str]:
+        rows = self._db.execute(
+            "DELETE FROM version WHERE name = ? AND number NOT IN (SELECT current FROM adapter "
+            "WHERE name = ? UNION SELECT previous FROM adapter WHERE name = ? AND previous "
+            "IS NOT NULL) RETURNING digest",
+            (name, name, name),
         )
+        return [digest for (digest,) in rows.fetchall()]

@@ -147,6 +147,10 @@ class Store:
             )
         return folder
 
+    def discard(self, digest: str) -> None:
+        """Deletes a copy, if it is there."""
+        shutil.rmtree(self.folder_of(digest), ignore_errors=True)
+
     def prune(self, wanted: Collection[str]) -> None:
         """Deletes all copies but those with the given digests."""
         for folder in self._folder.iterdir():

@@ -8,6 +8,7 @@ the layers are ours.
     layers.py        vLLM's LoRA layers with our product in place of theirs
     loading.py       an adapter folder -> the weights of each layer of the served model
     manager.py       which adapter is in which slot, and which token of a batch uses which slot
+    reading.py       an adapter is read beside the steps of the engine
     refusal.py       an adapter that is refused, in a server of several processes
     report.py        what a worker says of its adapters: memory, and the load of their routers
 
@@ -26,7 +27,8 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
   `reset_lora`, `_apply_lora_to_output` (`slice_lora_b` is called as it is: it says how vLLM
   splits B under tensor parallelism); of `PunicaWrapperBase` only `update_metadata` is called, when
   a step's tokens use other slots than the last one's.
-- `guilomo_report` is a method that `vllm.v1.worker.worker_base.WorkerBase` gets: see report.py.
+- `guilomo_report`, `guilomo_read` and `guilomo_has_read` are methods that
+  `vllm.v1.worker.worker_base.WorkerBase` gets: see report.py and reading.py.
 - `add_lora` of `vllm.v1.executor.Executor` and of `LoRAModelRunnerMixin`: see refusal.py.
 - `load_lora_model` of `LoRAModelRunnerMixin`, and of the model runner `sample_tokens`,
   `discard_request_mask` and `input_batch.generators`, which the sampler reads, and
@@ -59,7 +61,7 @@ def register() -> None:
     import vllm.v1.worker.lora_model_runner_mixin as mixin
 
     from guilomo_serve import server
-    from guilomo_serve.runtime import cpu_sampling, refusal, report
+    from guilomo_serve.runtime import cpu_sampling, reading, refusal, report
     from guilomo_serve.runtime.layers import LAYER_CLASSES, device_of
     from guilomo_serve.runtime.manager import RoutedWorkerManager
 
@@ -67,6 +69,7 @@ def register() -> None:
     vllm.lora.layers.base_linear._get_lora_device = device_of
     mixin.LRUCacheWorkerLoRAManager = RoutedWorkerManager
     refusal.install()
+    reading.install()
     report.install()
     cpu_sampling.install()
     server.install()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from vllm.config import CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path, is_moe_model
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
@@ -27,6 +29,7 @@ from guilomo_serve.runtime.loading import (
     convert_plain,
     load_routed,
 )
+from guilomo_serve.runtime.reading import Reader
 from guilomo_serve.runtime.report import ExpertLoad, Routers, SampledStep, nbytes
 
 
@@ -183,6 +186,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         refuse_unsupported(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
         self._read: dict[int, LoRAModel] = {}
+        self._reader: Reader[tuple[LoRAModel, Routers | None]] = Reader()
         settings = Settings.from_environment()
         self._checks = settings is not None and settings.check_adapters
         wanted = settings is not None and settings.expert_load
@@ -203,12 +207,37 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         super().set_active_adapters(requests, mapping)
         self._adapter_manager.begin_step()
 
-    def _load_adapter(self, lora_request: Any) -> LoRAModel:
-        if lora_request.lora_int_id not in self._read or lora_request.load_inplace:
-            self._read[lora_request.lora_int_id] = self._read_adapter(lora_request)
-        return self._read[lora_request.lora_int_id]
+    def begin_reading(self, name: str, number: int, path: str) -> None:
+        """Reads an adapter beside the steps, for `add_adapter` later."""
+        request = LoRARequest(lora_name=name, lora_int_id=number, lora_path=path)
+        if number not in self._read:
+            self._reader.begin(number, partial(self._read_adapter, request))
 
-    def _read_adapter(self, lora_request: Any) -> LoRAModel:
+    def outcome_of_reading(self, number: int) -> dict[str, Any] | None:
+        """What became of it: None while it is read, then `bytes` or `refused`, the reason."""
+        if self._reader.is_reading(number):
+            return None
+        try:
+            read = self._reader.take(number)
+        except Exception as e:
+            return {"refused": str(e)}
+        if read is not None:
+            self._keep(number, *read)
+        return {"bytes": _nbytes_of(self._read[number])}
+
+    def _load_adapter(self, lora_request: Any) -> LoRAModel:
+        number = lora_request.lora_int_id
+        if number not in self._read or lora_request.load_inplace:
+            self._keep(number, *self._read_adapter(lora_request))
+        return self._read[number]
+
+    def _keep(self, number: int, read: LoRAModel, routers: Routers | None) -> None:
+        self._read[number] = read
+        if routers is not None:
+            self._adapter_manager.expert_load.add(number, routers)
+
+    def _read_adapter(self, lora_request: Any) -> tuple[LoRAModel, Routers | None]:
+        """Only reads: it runs in a thread of its own."""
         folder = get_adapter_absolute_path(lora_request.lora_path)
         plan = self._adapter_manager.plan
         spec = None
@@ -220,13 +249,12 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
             check_plain_type(folder)
             layers, rank = convert_plain(theirs.loras, plan, folder), theirs.rank
         check_fits(layers, self._adapter_manager.device, folder)
-        if self._samples and spec is not None:
-            routers = Routers.of(spec, plan, layers)
-            self._adapter_manager.expert_load.add(lora_request.lora_int_id, routers)
+        routers = None if spec is None or not self._samples else Routers.of(spec, plan, layers)
         entries = {name: LayerEntry(weights) for name, weights in layers.items()}
-        return LoRAModel(lora_request.lora_int_id, rank, entries)
+        return LoRAModel(lora_request.lora_int_id, rank, entries), routers
 
     def remove_adapter(self, adapter_id: int) -> bool:
+        self._reader.forget(adapter_id)
         self._read.pop(adapter_id, None)
         self._adapter_manager.expert_load.remove(adapter_id)
         return super().remove_adapter(adapter_id)
@@ -236,11 +264,15 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         return [
             {
                 "version": version,
-                "bytes": nbytes({name: entry.lora_a for name, entry in read.loras.items()}),
+                "bytes": _nbytes_of(read),
                 **self._adapter_manager.expert_load.report(version),
             }
             for version, read in self._read.items()
         ]
+
+
+def _nbytes_of(read: LoRAModel) -> int:
+    return nbytes({name: entry.lora_a for name, entry in read.loras.items()})
 
 
 def refuse_unsupported(vllm_config: Any) -> None:

@@ -93,9 +93,8 @@ class ManagedServingModels(VersionedServingModels):
 
     async def show_available_models(self) -> Any:
         models = await super().show_available_models()
-        sources = self.versions.catalogue.sources()
         for card in models.data:
-            card.root = sources.get(card.id, card.root)
+            card.root = self.versions.catalogue.source_of(card.id) or card.root
         return models
 
     async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> Any:

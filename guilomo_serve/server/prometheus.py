@@ -227,9 +227,9 @@ class AdapterGauges(Collector):
         resident, load, entropy = self._families()
         reported = self._report.versions
         held = Sums(dict.fromkeys(_known - {BASE}, 0))
-        for version, name in self._residency.names().items():
-            if name in held and version in reported:
-                held[name] += reported[version]["bytes"]
+        for version in self._residency.resident():
+            if version.name in held:
+                held[version.name] += version.bytes
         for name, count in held.items():
             resident.add_metric([name], count)
         for name, served in list(self._residency.current.items()):

@@ -25,6 +25,7 @@ from guilomo_serve.server.leases import Lease, Leases, current_lease
 
 logger = init_logger("vllm.guilomo")  # below vLLM's root logger, or nobody would see it
 
+_POLL_S = 0.005  # for the workers, which answer between two steps
 # How vLLM wraps an error on its way from a worker to the front end.
 _WRAPPING = re.compile(
     r"^Call to \w+ method failed: (?:Worker failed with error ['\"](.*)['\"], please check|(.*)$)",
@@ -64,13 +65,21 @@ class Current(dict[str, LoRARequest]):
         return super().__getitem__(name).lora_int_id
 
 
-@dataclass(frozen=True)
-class _Resident:
-    """A version in memory: its public name, and the bytes that its weights take."""
+@dataclass
+class Resident:
+    """A version in memory, or on its way there.
+
+    Attributes:
+        version: as vLLM knows it.
+        name: its public name.
+        room: bytes that are kept free for it.
+        bytes: that its weights take once they are there, in all workers together.
+    """
 
     version: LoRARequest
     name: str
-    size: int
+    room: int
+    bytes: int = 0
 
 
 class Residency:
@@ -103,12 +112,12 @@ class Residency:
         self._evicted = evicted
         self._freed = freed
         self.current = Current()
-        self._resident: dict[int, _Resident] = {}
+        self._resident: dict[int, Resident] = {}
         self._removing: dict[int, asyncio.Task[None]] = {}
         leases.when_ended.append(self._free_if_done)
 
     async def load(self, name: str, version: LoRARequest, size: int = 0) -> None:
-        """Loads `size` bytes of weights; names that were not used for longest go for them.
+        """Loads weights that take `size` bytes; names that were not used for longest go for them.
 
         Requests do not get the version before `switch`.
 
@@ -120,11 +129,11 @@ class Residency:
         """
         number = version.lora_int_id
         self._make_room(size)
-        self._resident[number] = _Resident(version, name, size)
+        resident = self._resident[number] = Resident(version, name, size)
         try:
             if number in self._removing:
                 await asyncio.shield(self._removing[number])
-            await self._add_to_engine(version)
+            resident.bytes = await self._add_to_engine(version)
         except BaseException:
             self._drop(version)
             raise
@@ -151,16 +160,9 @@ class Residency:
         resident = self._resident.get(version.lora_int_id)
         return version.lora_name if resident is None else resident.name
 
-    def names(self) -> dict[int, str]:
-        """Version -> its public name, of all that are in memory."""
-        return {number: resident.name for number, resident in self._resident.items()}
-
-    def paths(self) -> set[str]:
-        """Where the versions in memory were loaded from."""
-        return {resident.version.lora_path for resident in self._resident.values()}
-
-    def has_room(self, size: int) -> bool:
-        return self._excess(size) <= 0
+    def resident(self) -> list[Resident]:
+        """All versions in memory: those that names stand for, and those that retire."""
+        return list(self._resident.values())
 
     async def evict_idle(self, after_s: float) -> None:
         """Frees, for ever, the weights of names that nobody asked for as long."""
@@ -171,27 +173,45 @@ class Residency:
                 if idle > after_s:
                     self._evict(name, f"was not used for {idle:.0f} s")
 
-    async def _add_to_engine(self, version: LoRARequest) -> None:
+    async def _add_to_engine(self, version: LoRARequest) -> int:
+        """Has the workers read it beside the engine's steps, then puts it into the layers.
+
+        Returns:
+            The bytes that its weights take.
+        """
+        number = version.lora_int_id
         try:
-            await self._engine.add_lora(version)
+            about = (version.lora_name, number, version.lora_path)
+            await self._engine.collective_rpc("guilomo_read", args=about)
+            while None in (outcomes := await self._outcomes(number)):
+                await asyncio.sleep(_POLL_S)
+            refused = [outcome["refused"] for outcome in outcomes if "refused" in outcome]
+            if not refused:
+                await self._engine.add_lora(version)
         except EngineDeadError:
             raise
         except Exception as e:
+            refused = [_reason(e)]
+        if refused:
             missing = LoRAAdapterNotFoundError(version.lora_name, version.lora_path)
-            if str(missing) in str(e):
-                raise missing from None
-            raise AdapterError(_reason(e)) from None
+            raise missing if str(missing) in refused[0] else AdapterError(refused[0])
+        return sum(outcome["bytes"] for outcome in outcomes)
+
+    async def _outcomes(self, number: int) -> list[Any]:
+        outcomes: list[Any] = await self._engine.collective_rpc("guilomo_has_read", args=(number,))
+        return outcomes
 
     def _make_room(self, size: int) -> None:
         if self._bound is not None and size > self._bound:
             raise AdapterError(
-                f"its weights have {size} bytes, expected at most {self._bound} (--adapter-memory)"
+                f"its weights take {size} bytes of memory, expected at most {self._bound} "
+                "(--adapter-memory)"
             )
         excess = self._excess(size)
         leaving = []
         for name in self._idle() if excess > 0 else ():
             leaving.append(name)
-            excess -= self._resident[self.current.number_of(name)].size
+            excess -= self._resident[self.current.number_of(name)].room
             if excess <= 0:
                 break
         if excess > 0:
@@ -206,7 +226,7 @@ class Residency:
         """By how many bytes the weights would exceed the bound with `size` more."""
         if self._bound is None:
             return 0
-        return sum(resident.size for resident in self._resident.values()) + size - self._bound
+        return sum(resident.room for resident in self._resident.values()) + size - self._bound
 
     def _idle(self) -> list[str]:
         """The names that may go, those first that were not used for longest."""

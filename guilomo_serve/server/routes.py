@@ -1,6 +1,6 @@
 """`/v1/adapters`: what is served, and changing it.
 
-GET    /v1/adapters                  all adapters
+GET    /v1/adapters?limit=&after=    a page of adapters
 GET    /v1/adapters/{name}           one, with its allocation and its versions
 GET    /v1/adapters/{name}/load      how its routers share tokens out, of sampled ones
 PUT    /v1/adapters/{name}           {"source": folder or address, "digest": ..., "dry_run": false}
@@ -15,7 +15,7 @@ from argparse import Namespace
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -80,14 +80,20 @@ Served = Annotated[Versions, Depends(_versions)]
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
 
-@router.get("", response_model=AdapterList, responses=errors())
-async def list_adapters(versions: Served) -> Any:
-    """All adapters, in the order of their names."""
-    resident = await versions.resident()
-    entries = versions.catalogue.all()
+@router.get("", response_model=AdapterList, responses=errors(400))
+async def list_adapters(
+    versions: Served,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    after: Annotated[str, Query(max_length=128)] = "",
+) -> Any:
+    """Adapters in the order of their names: the first `limit` of those that come after a name."""
+    entries = versions.catalogue.page(after, limit + 1)
+    names = list(entries)[:limit]
+    resident = versions.resident()
     return {
         "object": "list",
-        "data": [_shown(versions, name, entry, resident) for name, entry in entries.items()],
+        "data": [_shown(versions, name, entries[name], resident) for name in names],
+        "has_more": len(entries) > limit,
     }
 
 
@@ -95,7 +101,7 @@ async def list_adapters(versions: Served) -> Any:
 async def get_adapter(name: Name, versions: Served) -> Any:
     """One adapter, with the ranks of each module's experts and the versions one can serve."""
     try:
-        return await _detailed(versions, name)
+        return _detailed(versions, name)
     except REFUSALS as e:
         return _failed(e)
 
@@ -121,7 +127,7 @@ async def put_adapter(name: Name, body: PutBody, versions: Served) -> Any:
         version = await versions.put(name, source, body.dry_run, body.digest)
         if body.dry_run:
             return {**_described(version), "dry_run": True}
-        return {**await _detailed(versions, name), "dry_run": False}
+        return {**_detailed(versions, name), "dry_run": False}
     except REFUSALS as e:
         return _failed(e)
 
@@ -145,7 +151,7 @@ async def roll_back(name: Name, versions: Served) -> Any:
     """Serves what the name stood for before, as a new version."""
     try:
         await versions.rollback(name)
-        return await _detailed(versions, name)
+        return _detailed(versions, name)
     except REFUSALS as e:
         return _failed(e)
 
@@ -153,25 +159,25 @@ async def roll_back(name: Name, versions: Served) -> Any:
 @router.post("/{name}/pin", response_model=AdapterDetails, responses=errors(404, 507))
 async def pin(name: Name, versions: Served) -> Any:
     """Keeps an adapter's weights in memory while nobody asks for it."""
-    return await _pin(versions, name, True)
+    return _pin(versions, name, True)
 
 
 @router.post("/{name}/unpin", response_model=AdapterDetails, responses=errors(404, 507))
 async def unpin(name: Name, versions: Served) -> Any:
     """Lets an adapter that nobody asks for be evicted again."""
-    return await _pin(versions, name, False)
+    return _pin(versions, name, False)
 
 
-async def _pin(versions: Versions, name: str, pinned: bool) -> Any:
+def _pin(versions: Versions, name: str, pinned: bool) -> Any:
     try:
         versions.pin(name, pinned)
-        return await _detailed(versions, name)
+        return _detailed(versions, name)
     except REFUSALS as e:
         return _failed(e)
 
 
-async def _detailed(versions: Versions, name: str) -> dict[str, Any]:
-    resident = await versions.resident()
+def _detailed(versions: Versions, name: str) -> dict[str, Any]:
+    resident = versions.resident()
     entry = versions.entry(name)
     known = [v for v in (entry.current, entry.previous) if v is not None]
     return {

@@ -70,7 +70,7 @@ class Adapter(AdapterVersion):
     resident: bool = Field(description="whether its weights are in memory")
     in_flight: int = Field(description="requests that run or wait")
     last_used: str | None = Field(description="ISO 8601")
-    error: str | None = Field(description="why it could not be loaded when the server started")
+    error: str | None = Field(description="why it could not be loaded when that was last tried")
 
 
 class AdapterDetails(Adapter):
@@ -95,6 +95,7 @@ class AdapterChecked(AdapterVersion):
 class AdapterList(_Answer):
     object: Literal["list"]
     data: list[Adapter]
+    has_more: bool = Field(description="whether others come `after` the last of these")
 
 
 class ModuleLoad(_Answer):

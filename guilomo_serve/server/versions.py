@@ -7,6 +7,8 @@ the catalogue, and only then do requests get it: whatever fails before leaves th
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -33,12 +35,15 @@ from guilomo_serve.catalogue import (
     digest_of,
 )
 from guilomo_serve.server import prometheus
-from guilomo_serve.server.errors import NoRoom, Unknown
+from guilomo_serve.server.errors import REFUSALS, NoRoom, Unknown
+from guilomo_serve.server.inspection import memory_of
 from guilomo_serve.server.leases import leases
 from guilomo_serve.server.report import EngineReport
 from guilomo_serve.server.residency import Residency
 
 logger = init_logger("vllm.guilomo")
+
+_SHARE = 0.25  # of the host's memory that adapters may take unless --adapter-memory says
 
 
 class Versions:
@@ -55,7 +60,7 @@ class Versions:
         sources: where adapters may be taken from.
         residency: which versions are in memory.
         report: what the engine says of them.
-        failed: name -> why its version could not be loaded when the server started.
+        failed: name -> why its version could not be loaded when that was last tried.
     """
 
     def __init__(
@@ -75,18 +80,20 @@ class Versions:
         self.residency = Residency(
             engine_client,
             leases,
-            settings.memory,
+            default_memory() if settings.memory is None else settings.memory,
             self.catalogue.pinned,
             evicted=lambda name: prometheus.EVICTIONS.labels(name).inc(),
-            freed=lambda version: self._prune(),
+            freed=lambda version: self._discard(Path(version.lora_path).name),
         )
         self.report = EngineReport(engine_client)
         self.failed: dict[str, str] = {}
         self._inspect = inspect
         self._is_base_model = is_base_model
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._itemsize = engine_client.model_config.dtype.itemsize
         self._putting = 0
-        prometheus.know(*self.catalogue.all())
+        self._unwanted: set[str] = set()  # digests of copies that may not be needed any more
+        prometheus.know(*self.catalogue.names(1000))
         prometheus.show(self.report, self.residency)
 
     def find(self, source: str) -> Source:
@@ -164,8 +171,9 @@ class Versions:
         """
         async with self._only_one(name):
             self.entry(name)
-            self.catalogue.delete(name)
+            self._unwanted.update(self.catalogue.delete(name))
             self.residency.withdraw(name)
+            self._discard()
             self.failed.pop(name, None)
             leases.last_used.pop(name, None)
             prometheus.forget(name)
@@ -200,21 +208,13 @@ class Versions:
                     raise Unknown(f"there is no adapter {name!a}")
 
     async def restore(self) -> None:
-        """Loads what the catalogue has, as far as there is room, pinned names first."""
-        self._prune()
-        entries = self.catalogue.all()
-        for name in sorted(entries, key=lambda name: not entries[name].pinned):
-            current = entries[name].current
-            if not self.residency.has_room(current.size):
-                continue  # loaded when it is asked for
-            try:
-                await self._load(current)
-            except (AdapterError, OSError) as e:
-                self.failed[name] = str(e)
-                logger.error("Adapter '%s' of the catalogue is not served: %s", name, e)
+        """Loads the names that are pinned; the others are loaded when they are asked for."""
+        await asyncio.to_thread(self._store.prune, self.catalogue.digests())
+        for name in sorted(self.catalogue.pinned()):
+            await self._try_to_bring_in(name)
 
     async def give(self, name: str, folder: Path) -> None:
-        """Puts an adapter of the command line, unless the catalogue has its name already.
+        """Puts an adapter of the command line, or loads what the catalogue has of its name.
 
         Raises:
             AdapterError: it is refused.
@@ -222,12 +222,22 @@ class Versions:
         known = self.catalogue.get(name)
         if known is None:
             await self.put(name, folder)
-        elif known.current.digest != await asyncio.to_thread(digest_of, folder):
+            return
+        await self._try_to_bring_in(name)
+        if known.current.digest != await asyncio.to_thread(digest_of, folder):
             logger.warning(
                 "Adapter '%s' is version %d from %s, as the catalogue has it; the folder on "
                 "the command line, %s, holds another one: put it to serve it",
                 *(name, known.current.number, known.current.source, folder),
             )
+
+    async def _try_to_bring_in(self, name: str) -> None:
+        try:
+            await self.bring_in(name, None)
+        except NoRoom as e:
+            logger.warning("Adapter '%s' is loaded when it is asked for: %s", name, e)
+        except REFUSALS:
+            pass  # `failed` and the log have the reason
 
     def in_flight(self, name: str) -> int:
         return leases.of(name)
@@ -235,10 +245,9 @@ class Versions:
     def last_used(self, name: str) -> float | None:
         return leases.last_used.get(name)
 
-    async def resident(self) -> set[int]:
-        """Numbers of the versions whose weights the engine has; while it is in a long step, had."""
-        await self.report.try_refresh()
-        return set(self.report.versions)
+    def resident(self) -> set[int]:
+        """Numbers of the versions whose weights are in memory."""
+        return {resident.version.lora_int_id for resident in self.residency.resident()}
 
     async def load_of(self, name: str) -> dict[str, Any]:
         """How the routers of a name's current version have shared out the tokens sampled so far.
@@ -263,6 +272,7 @@ class Versions:
         self, name: str, source: Source, dry_run: bool = False, digest: str | None = None
     ) -> Version:
         stored, about, origin = await self.sources.add(source, self._inspect)
+        self._unwanted.add(stored.digest)  # until the catalogue has it
         if digest is not None and digest != stored.digest:
             raise AdapterError(f"{origin}: its digest is {stored.digest}, expected {digest}")
         size, now = stored.size, time.time()
@@ -273,13 +283,13 @@ class Versions:
         version = replace(version, number=self.catalogue.next_number())
         loaded = self._request_of(version)
         try:
-            await self.residency.load(version.name, loaded, version.size)
+            await self._fill(version, loaded)
         except NoRoom:
             raise
         except AdapterError as e:  # it names the copy
             raise AdapterError(str(e).replace(loaded.lora_path, version.source)) from None
         try:
-            self.catalogue.put(version)
+            self._unwanted.update(self.catalogue.put(version))
         except BaseException:
             self.residency.unload(loaded)
             raise
@@ -287,10 +297,22 @@ class Versions:
         return version
 
     async def _load(self, version: Version) -> None:
-        await asyncio.to_thread(self._store.verify, version.digest)
         loaded = self._request_of(version)
-        await self.residency.load(version.name, loaded, version.size)
+        try:
+            await asyncio.to_thread(self._store.verify, version.digest)
+            await self._fill(version, loaded)
+        except NoRoom:
+            raise
+        except (AdapterError, OSError) as e:
+            self.failed[version.name] = str(e)
+            logger.error("Adapter '%s' of the catalogue is not served: %s", version.name, e)
+            raise
         self._start_serving(version, loaded)
+
+    async def _fill(self, version: Version, loaded: LoRARequest) -> None:
+        folder = self._store.folder_of(version.digest)
+        room = await asyncio.to_thread(memory_of, folder, self._itemsize)
+        await self.residency.load(version.name, loaded, room)
 
     def _start_serving(self, version: Version, loaded: LoRARequest) -> None:
         self.residency.switch(version.name, loaded)
@@ -315,11 +337,24 @@ class Versions:
             yield
         finally:
             self._putting -= 1
-            self._prune()
+            self._discard()
 
-    def _prune(self) -> None:
+    def _discard(self, *digests: str) -> None:
+        """Deletes copies that neither the catalogue has nor a request that still runs."""
+        self._unwanted.update(digests)
         if self._putting:
             return
-        # The engine may have to read the files of a version that a request still has once more.
-        in_memory = {Path(path).name for path in self.residency.paths()}
-        self._store.prune(self.catalogue.digests() | in_memory)
+        # The engine may have to read the files of a version that retires once more.
+        in_use = {Path(r.version.lora_path).name for r in self.residency.resident()}
+        for digest in self._unwanted - in_use:
+            self._unwanted.discard(digest)
+            if not self.catalogue.has_digest(digest):
+                self._store.discard(digest)
+
+
+def default_memory() -> int:
+    """What adapters may take by default, in bytes: a share of this machine's or container's."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return int(total * _SHARE)

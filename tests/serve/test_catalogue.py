@@ -155,6 +155,25 @@ def test_the_command_does_what_the_routes_do(opened, root, capsys):
     assert command.main(["ls", "--url", "http://127.0.0.1:9"]) == 1
 
 
+def test_the_list_comes_in_pages(opened, root, capsys):
+    for i in range(3):
+        assert opened.put(f"page-{i}", root / "first").status_code == 200
+    names, after, more = [], "page-", True
+    while more and after < "page-3":
+        page = opened.admin("GET", f"?limit=1&after={after}").json()
+        names += [entry["name"] for entry in page["data"]]
+        after, more = names[-1], page["has_more"]
+    assert names[:3] == ["page-0", "page-1", "page-2"]
+    last = opened.admin("GET", "?after=zzz").json()
+    assert (last["data"], last["has_more"]) == ([], False)
+    for wrong in ("limit=0", "limit=1001", "limit=x"):
+        answer = opened.admin("GET", f"?{wrong}")
+        assert answer.status_code == 400, answer.text
+    capsys.readouterr()
+    assert command.main(["ls", "--url", opened.url]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(listed(opened))
+
+
 def test_one_server_has_a_catalogue(opened, state, tmp_path):
     with pytest.raises(CatalogueError, match="another server"):
         Catalogue(state / "catalogue.sqlite3")
@@ -183,11 +202,13 @@ def test_a_killed_server_has_its_names_and_versions_again(opened, root, state, r
     assert {n: (e["version"], e["digest"], e["pinned"]) for n, e in after.items()} == {
         n: (e["version"], e["digest"], e["pinned"]) for n, e in before.items()
     }
+    # Weights come when they are asked for, but for those that are pinned or on the command line.
+    assert {name for name, entry in after.items() if entry["resident"]} == {"pinned", "given"}
     for name, text in texts.items():
         assert text_of(restarted, name, PROMPT) == text
-    assert "has changed" in after["damaged"]["error"]
     with pytest.raises(openai.BadRequestError, match="has changed"):
         text_of(restarted, "damaged", PROMPT)
+    assert "has changed" in listed(restarted)["damaged"]["error"]
     assert restarted.put("damaged", root / "first").status_code == 200  # and heals it
     assert listed(restarted)["damaged"]["error"] is None
     rolled = restarted.admin("POST", "/kept/rollback").json()

@@ -9,7 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from guilomo_serve.adapter import WEIGHTS_FILE
+from guilomo_serve.server.inspection import memory_of
 from tests.serve.helpers import (
     Server,
     eventually,
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 PROMPT = "My card has not arrived."
 LONG = 4_000_000 * "x"
 SEED = 5
+FLOAT32 = 4  # bytes
 NAMES = ("a", "b", "c")
 
 
@@ -39,8 +40,8 @@ def root(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tiny_model, root, tmp_path_factory) -> Iterator[Server]:
-    size = (root / "a" / WEIGHTS_FILE).stat().st_size
-    assert (root / "large" / WEIGHTS_FILE).stat().st_size > 2.5 * size
+    size = memory_of(root / "a", FLOAT32)
+    assert memory_of(root / "large", FLOAT32) > 2.5 * size
     command = guilomo_serve(
         tiny_model,
         {},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import time
@@ -308,6 +309,18 @@ def test_plain_vllm_serve_in_compiled_mode(tiny_model, adapters, tmp_path):
             assert server.unload("passing").ok
             shutil.copytree(adapters["second"], folder, dirs_exist_ok=True)
         assert text_of_stream(chunks) == old
+
+        # What is slow to read holds up nobody: a pipe, from which nothing comes for a while.
+        pipe = tmp_path / "piped" / CONFIG_FILE
+        pipe.parent.mkdir()
+        os.mkfifo(pipe)
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(server.load, "piped", pipe.parent)
+            with pipe.open("w") as config:  # once it is being read
+                assert text_of(server, "first", PROMPTS[0])
+                assert not loading.done()
+                config.write('{"peft_type": "GUILOMO"}')
+        assert loading.result().status_code == 400
 
 
 def test_bfloat16_model_is_as_close_to_transformers_as_its_base(small_model, tmp_path):

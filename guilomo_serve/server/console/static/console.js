@@ -10,6 +10,7 @@ import { $, announce, count, plural, tell, write } from "./dom.js";
 const REFRESH_MS = 3000;
 
 let adapters = []; // as GET /v1/adapters lists them
+let beyond = false; // whether there are more than it listed
 let models = []; // as GET /v1/models does
 let chosen; // name; null once it is deleted, undefined before anyone could choose
 let now = Date.now(); // the server's clock
@@ -43,10 +44,12 @@ async function refreshOnce() {
 }
 
 async function refreshAdapters() {
-  const answer = await guarded("admin", "v1/adapters");
+  const answer = await guarded("admin", "v1/adapters?limit=1000");
   if (!answer) return;
   now = Date.parse(answer.headers.get("date")) || Date.now();
-  adapters = (await answer.json()).data;
+  const page = await answer.json();
+  adapters = page.data;
+  beyond = page.has_more;
   if (chosen === undefined) chosen = adapters[0]?.name;
   await show();
 }
@@ -77,7 +80,7 @@ async function show() {
   showModels();
   const memory = adapters.filter((entry) => entry.resident).length;
   const running = adapters.reduce((sum, entry) => sum + entry.in_flight, 0);
-  const totals = [plural(adapters.length, "adapter"), `${count(memory)} in memory`];
+  const totals = [plural(adapters.length, beyond ? "first adapter" : "adapter"), `${count(memory)} in memory`];
   write($("#totals"), [...totals, `${count(running)} in flight`].join(" · "));
   const entry = adapters.find(({ name }) => name === chosen);
   if (!entry) {
