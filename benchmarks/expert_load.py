@@ -76,7 +76,7 @@ def measure(
     os.environ["VLLM_PLUGINS"] = "guilomo"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function for the worker, below
     # As `guilomo-serve` tells its processes; nobody administers these.
-    Settings(admin_key=secrets.token_hex(), expert_load=True).export(os.environ)
+    Settings(admin_key=secrets.token_hex()).export(os.environ)
     llm = start(
         *(str(args.model), args.requests, PROMPT_TOKENS),
         enable_lora=True,
@@ -107,13 +107,14 @@ def measure(
                     seconds[phase][sampling, count].append(took)
             done = " ".join(f"{n} {c}: {t[-1]:.2f}" for (n, c), t in seconds[phase].items() if t)
             print(f"{phase} {repeat}/{args.repeats}: {done or 'warm-up'} (s)", flush=True)
-    (versions,) = llm.collective_rpc("guilomo_report")
+    numbers = list(range(1, len(adapters) + 1))
+    (versions,) = llm.collective_rpc("guilomo_report", args=(numbers,))
     return seconds, sum(version["tokens"] for version in versions)
 
 
 def set_sampling(worker: Any, off_s: float | None) -> None:
     """In the worker: samples as if `off_s` seconds had not been, or (None) not at all."""
-    worker.guilomo_report()  # counts what the last step kept, or the next measurement would
+    worker.guilomo_report([1])  # counts what the last step kept, or the next measurement would
     load = worker.model_runner.lora_manager._adapter_manager.expert_load
     load.clock = (lambda: -math.inf) if off_s is None else (lambda: time.monotonic() - off_s)
 

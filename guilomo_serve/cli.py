@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "access.AdminGuard",
         "limits.Limits",
         "lifecycle.Lifecycle",
-        "prometheus.Observer",
+        "prometheus.Metrics",
         "leases.Leasing",
     ):
         vllm += ["--middleware", f"guilomo_serve.server.{middleware}"]
@@ -135,10 +135,11 @@ def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--expert-load",
-        choices=("on", "off"),
+        choices=("on", "off", "modules"),
         default="on",
         help="sample how the routers of adapters share tokens out over their experts, for "
-        "/v1/adapters/NAME/load and /metrics (default: on)",
+        "/v1/adapters/NAME/load, and each adapter's mean for /metrics; with 'modules' each "
+        "expert is in /metrics, which are hundreds of lines an adapter (default: on)",
     )
     parser.add_argument(
         "--max-concurrency",
@@ -221,7 +222,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         max_body=args.max_body_mib * 2**20,
         admin_key=key,
         made_key=given is None,
-        expert_load=args.expert_load == "on",
+        expert_load=args.expert_load,
     )
 
 

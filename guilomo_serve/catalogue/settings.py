@@ -35,7 +35,8 @@ class Settings:
         max_body: bytes of a request's body, for inference.
         admin_key: what an administrator has to present.
         made_key: whether the server made that key itself, and leaves it in a file.
-        expert_load: whether to sample how routers share tokens out.
+        expert_load: "on" to sample how routers share tokens out, "modules" to have each expert in
+            /metrics too, or "off".
     """
 
     admin_key: str = field(repr=False)
@@ -49,7 +50,7 @@ class Settings:
     max_body: int = 32 * 2**20
     made_key: bool = False
     remote_roots: tuple[Address, ...] = ()
-    expert_load: bool = True
+    expert_load: str = "on"
 
     def export(self, environment: MutableMapping[str, str]) -> None:
         """Leaves the settings for `from_environment` in this process and its children."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -189,7 +190,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         self._reader: Reader[tuple[LoRAModel, Routers | None]] = Reader()
         settings = Settings.from_environment()
         self._checks = settings is not None and settings.check_adapters
-        wanted = settings is not None and settings.expert_load
+        wanted = settings is not None and settings.expert_load != "off"
         self._samples = wanted and get_tensor_model_parallel_rank() == 0
 
     def add_adapter(self, lora_request: Any) -> bool:
@@ -259,16 +260,11 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         self._adapter_manager.expert_load.remove(adapter_id)
         return super().remove_adapter(adapter_id)
 
-    def report(self) -> list[dict[str, Any]]:
-        """Each version that is in memory: `version`, `bytes`, and its load (see report.py)."""
-        return [
-            {
-                "version": version,
-                "bytes": _nbytes_of(read),
-                **self._adapter_manager.expert_load.report(version),
-            }
-            for version, read in self._read.items()
-        ]
+    def report(self, versions: Sequence[int], modules: bool) -> list[dict[str, Any]]:
+        """The load of those versions that have any; see `ExpertLoad.report`."""
+        load = self._adapter_manager.expert_load
+        found = [{"version": v, **load.report(v, modules)} for v in versions]
+        return [of_version for of_version in found if of_version["tokens"]]
 
 
 def _nbytes_of(read: LoRAModel) -> int:

@@ -1,4 +1,4 @@
-"""What a worker says of its adapters: their memory, and how their routers share tokens out.
+"""What a worker says of its adapters: how their routers share tokens out, and their memory.
 
 The load of the routers is sampled. In a sampled step each layer keeps the router logits of at most
 `STEP_TOKENS` tokens, as many of each adapter in the batch and spread evenly over its tokens; before
@@ -39,9 +39,11 @@ def install() -> None:
     setattr(WorkerBase, "guilomo_report", _report_of_worker)  # noqa: B010
 
 
-def _report_of_worker(worker: Any) -> list[dict[str, Any]]:
+def _report_of_worker(
+    worker: Any, versions: Sequence[int], modules: bool = False
+) -> list[dict[str, Any]]:
     manager = getattr(worker.model_runner, "lora_manager", None)
-    return [] if manager is None else manager.report()
+    return [] if manager is None else manager.report(versions, modules)
 
 
 def nbytes(layers: Mapping[str, LayerWeights]) -> int:
@@ -194,12 +196,12 @@ class ExpertLoad:
         self._step = SampledStep(order, parts, began)
         return self._step
 
-    def report(self, version: int) -> dict[str, Any]:
-        """`tokens` sampled of a version and, for each module with a router, `modules`: see
-        `_Counted.report`. Waits for the device."""
+    def report(self, version: int, modules: bool) -> dict[str, Any]:
+        """`tokens` sampled of a version, and what `_Counted.report` says of them. Waits for the
+        device."""
         self._count()
         counted = self._versions.get(version)
-        return {"tokens": 0, "modules": {}} if counted is None else counted.report()
+        return {"tokens": 0} if counted is None else counted.report(modules)
 
     def _count(self) -> None:
         step, self._step = self._step, None
@@ -235,30 +237,36 @@ class _Counted:
         self._load = load if self._load is None else self._load + load
         self._tokens += len(logits[0])
 
-    def report(self) -> dict[str, Any]:
+    def report(self, modules: bool) -> dict[str, Any]:
         """Plain values.
 
-        `tokens`, and `modules`: module -> `tokens`, `share` (of the choices, each expert's) and
-        `entropy` (mean over tokens, 0..1); one whose logits were never finite is left out.
+        `tokens`; means over the routers, `entropy` (of one router its mean over tokens, 0..1) and
+        `imbalance` (of one router its most chosen expert's share times its experts); and if they
+        are wanted `modules`: module -> `tokens`, `share` (of the choices, each expert's) and
+        `entropy`. A router whose logits were never finite is left out.
         """
         if self._load is None:
-            return {"tokens": 0, "modules": {}}
+            return {"tokens": 0}
         names = [
             (module, columns.stop - columns.start)
             for routed in self._routers.modules.values()
             for module, columns in routed
         ]
-        chosen = self._load.chosen.double()
-        shares = (chosen / chosen.sum(1, keepdim=True)).tolist()
-        entropies = (self._load.entropy / self._load.tokens).clamp(0, 1).tolist()
-        tokens = self._load.tokens.tolist()
-        return {
-            "tokens": self._tokens,
-            "modules": {
-                module: {"tokens": t, "share": share[:experts], "entropy": entropy}
-                for (module, experts), t, share, entropy in zip(
-                    names, tokens, shares, entropies, strict=True
-                )
+        chosen, tokens = self._load.chosen.double(), self._load.tokens
+        shares = chosen / chosen.sum(1, keepdim=True)
+        entropies = (self._load.entropy / tokens).clamp(0, 1)
+        experts = torch.tensor([count for _, count in names], device=chosen.device)
+        seen = tokens > 0
+        means = [(entropies * seen), (shares.amax(1) * experts * seen)]
+        entropy, imbalance = (
+            (value.nan_to_num().sum() / seen.sum().clamp(min=1)).item() for value in means
+        )
+        found: dict[str, Any] = {"tokens": self._tokens, "entropy": entropy, "imbalance": imbalance}
+        if modules:
+            each = zip(names, tokens.tolist(), shares.tolist(), entropies.tolist(), strict=True)
+            found["modules"] = {
+                module: {"tokens": t, "share": share[:count], "entropy": e}
+                for (module, count), t, share, e in each
                 if t
-            },
-        }
+            }
+        return found

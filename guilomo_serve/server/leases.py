@@ -51,6 +51,8 @@ class Lease:
         status: of its HTTP response, once that has begun.
         left: whether its client went away before the last byte.
         reached_engine: whether the engine got a prompt of it.
+        has_token: whether an answer to it has begun.
+        engine_said: "aborted" or "failed", if the engine ended a prompt of it so.
         refusal: what it is answered in place of vLLM's own error.
     """
 
@@ -65,6 +67,8 @@ class Lease:
         self.status: int | None = None
         self.left = False
         self.reached_engine = False
+        self.has_token = False
+        self.engine_said: str | None = None
         self.refusal: JSONResponse | None = None
 
     def take(self, name: str) -> None:

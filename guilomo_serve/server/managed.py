@@ -11,7 +11,7 @@ from contextvars import Context
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -44,12 +44,19 @@ logger = init_logger("vllm.guilomo")
 _REFUSED_FOR_S = 10.0
 
 
+class _Coming(NamedTuple):
+    """A name that is asked for and not loaded: whether there is one, and its way into memory."""
+
+    found: asyncio.Task[Source | None]
+    loaded: asyncio.Task[None]
+
+
 class ManagedServingModels(VersionedServingModels):
     """vLLM's list of models, over a catalogue: `versions`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._coming: dict[str, _Coming] = {}
         # Name -> until when, and why.
         self._refused: dict[str, tuple[float, Exception]] = {}
 
@@ -128,11 +135,14 @@ class ManagedServingModels(VersionedServingModels):
         lease = current_lease()
         try:
             self.versions.check_name(lora_name)
-            known = self.versions.catalogue.get(lora_name) is not None
-            member = None if known else await self.versions.sources.member(lora_name)
+            until, refused = self._refused.get(lora_name, (0.0, None))
+            if refused is not None and time.monotonic() < until:
+                raise refused
+            coming = self._coming.get(lora_name) or self._bring_in(lora_name)
+            await asyncio.shield(coming.found)
             if lease is not None:
                 lease.take(lora_name)  # from here on nothing evicts the name
-            await self._loaded(lora_name, member)
+            await asyncio.shield(coming.loaded)
         except (Unavailable, NoRoom) as e:
             raise not_now(lora_name, e) from None
         except (Forbidden, Missing, Unknown) as e:
@@ -147,26 +157,30 @@ class ManagedServingModels(VersionedServingModels):
             lease.bind(version)
         return version
 
-    async def _loaded(self, name: str, member: Source | None) -> None:
-        """Waits until a name is loaded; it is loaded once for all who wait."""
-        until, refused = self._refused.get(name, (0.0, None))
-        if refused is not None and time.monotonic() < until:
-            raise refused
-        loading = self._loading.get(name)
-        if loading is None:
-            # In a context of its own: it is no part of the request that happens to be the first.
-            loading = asyncio.create_task(self.versions.bring_in(name, member), context=Context())
-            self._loading[name] = loading
-            loading.add_done_callback(lambda task: self._note(name, task))
-        await asyncio.shield(loading)
+    def _bring_in(self, name: str) -> _Coming:
+        """Begins to look for a name and to load it, once for all who wait."""
+        # In a context of its own: it is no part of the request that happens to be the first.
+        found = asyncio.create_task(self._find(name), context=Context())
+        loaded = asyncio.create_task(self._load(name, found), context=Context())
+        loaded.add_done_callback(lambda task: self._note(name, task))
+        self._coming[name] = _Coming(found, loaded)
+        return self._coming[name]
+
+    async def _find(self, name: str) -> Source | None:
+        """What a root has of a name; None for one of the catalogue."""
+        known = self.versions.catalogue.get(name) is not None
+        return None if known else await self.versions.sources.member(name)
+
+    async def _load(self, name: str, found: asyncio.Task[Source | None]) -> None:
+        await self.versions.bring_in(name, await found)
 
     def _note(self, name: str, loading: asyncio.Task[None]) -> None:
         """Remembers for a while why a name could not be loaded."""
-        del self._loading[name]
+        del self._coming[name]
         error = None if loading.cancelled() else loading.exception()
         if error is None:
             self._refused.pop(name, None)
-        elif isinstance(error, REFUSALS) and not isinstance(error, (NoRoom, Unknown)):
+        elif isinstance(error, REFUSALS) and not isinstance(error, (Missing, NoRoom, Unknown)):
             logger.warning("The adapter '%s' cannot be loaded: %s", name, error)
             for_s = DOWN_FOR_S if isinstance(error, Unavailable) else _REFUSED_FOR_S
             self._refused[name] = (time.monotonic() + for_s, error)

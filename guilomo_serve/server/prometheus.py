@@ -1,101 +1,139 @@
 """What a server does, for Prometheus: `guilomo_...` in vLLM's own /metrics.
 
-Each series has the label `adapter`, an adapter's public name or "base"; only adapters of the
-catalogue have series, and those of a deleted one go with it. A request is one prompt, however
-many answers (`n`) it asks for:
+Each series but one has the label `adapter`, an adapter's public name or "base". The `MOST` adapters
+that were used last have series; an adapter that comes back after others begins from zero, as all do
+when a server starts, and those of a deleted one go. A client's request is counted by how it ended:
 
     finished   answered to its end
-    aborted    its client went away, or the engine was told to drop it
+    aborted    its client went away, or the server dropped it as it ended
     failed     the engine gave an error for it
     refused    answered with an error before the engine had it (too long, no room, a bad adapter)
 
-The engine's four are counted where its outputs arrive (vLLM's `OutputProcessor`), since vLLM's
-stat loggers are not told which adapter a request used; refusals where the HTTP answer begins.
+It is one request however many prompts it has, answers (`n`) it asks for, or beams it searches; what
+the engine gets for it are its engine requests, of which answers to one prompt share one. Clients'
+requests are counted by their leases, the engine's and tokens where its outputs arrive, since vLLM's
+stat loggers are not told which adapter a request used.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from collections import Counter as Sums
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import REGISTRY, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import REGISTRY, Histogram
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
 from vllm.v1.engine import FinishReason
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from guilomo_serve.server.access import App, Scope
-from guilomo_serve.server.leases import Lease, LeasedOutputProcessor, leases
+from guilomo_serve.server.leases import Lease, LeasedOutputProcessor, current_lease, leases
 from guilomo_serve.server.report import EngineReport
 from guilomo_serve.server.residency import Residency
 
 BASE = "base"  # the base model's label; no adapter can have this name
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-_ADAPTER = ["adapter"]
+MOST = 100  # adapters with series: some 35 lines each, at 10 microseconds a line
+_SECONDS = (0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
 
-REQUESTS = Counter("guilomo_requests", "Requests by their outcome.", ["adapter", "outcome"])
-PROMPT_TOKENS = Counter("guilomo_prompt_tokens", "Tokens of prompts that were read.", _ADAPTER)
-GENERATED_TOKENS = Counter("guilomo_generated_tokens", "Tokens of answers.", _ADAPTER)
-FIRST_TOKEN = Histogram(
-    "guilomo_time_to_first_token_seconds",
-    "From a request's arrival to its first token.",
-    _ADAPTER,
-    buckets=_SECONDS,
-)
-LATENCY = Histogram(
-    "guilomo_request_seconds",
-    "From a request's arrival to its end, of finished ones.",
-    _ADAPTER,
-    buckets=_SECONDS,
-)
-LOADS = Counter("guilomo_loads", "Times that a version was loaded into the engine.", _ADAPTER)
-EVICTIONS = Counter("guilomo_evictions", "Times that idle weights were freed.", _ADAPTER)
-SWAPS = Counter("guilomo_swaps", "Times that a version took the place of another.", _ADAPTER)
 SWAP_SECONDS = Histogram(
     "guilomo_swap_seconds",
     "From the order to swap until new requests got the new version.",
-    _ADAPTER,
     buckets=_SECONDS,
 )
-_OUTCOMES = ("finished", "aborted", "failed", "refused")
-_OF_REQUESTS = (PROMPT_TOKENS, GENERATED_TOKENS, FIRST_TOKEN, LATENCY)
-_OF_ADAPTERS = (LOADS, EVICTIONS, SWAPS, SWAP_SECONDS)
-
-_known: set[str] = set()
 
 
-def know(*adapters: str) -> None:
-    """Begins the series of adapters at 0; an adapter that is known goes on."""
-    for adapter in adapters:
-        _known.add(adapter)
-        for outcome in _OUTCOMES:
-            REQUESTS.labels(adapter, outcome)
-        for metric in (*_OF_REQUESTS, *(_OF_ADAPTERS if adapter != BASE else ())):
-            metric.labels(adapter)
+@dataclass
+class _Seconds:
+    """A histogram: how many lie in each bucket and beyond the last, and their sum."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(_SECONDS) + 1))
+    sum: float = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(_SECONDS, seconds)] += 1
+        self.sum += seconds
+
+    def buckets(self) -> list[tuple[str, float]]:
+        total, found = 0, []
+        for bound, count in zip((*_SECONDS, float("inf")), self.counts, strict=True):
+            total += count
+            found.append(("+Inf" if bound == float("inf") else str(bound), float(total)))
+        return found
 
 
-def forget(adapter: str) -> None:
-    """Takes the series of a deleted adapter away; requests of it that end later do not count."""
-    _known.discard(adapter)
-    for outcome in _OUTCOMES:
-        REQUESTS.remove(adapter, outcome)
-    for metric in (*_OF_REQUESTS, *_OF_ADAPTERS):
-        metric.remove(adapter)
+@dataclass
+class Totals:
+    """What there was of one adapter."""
+
+    requests: Counter[str] = field(
+        default_factory=lambda: Counter(finished=0, aborted=0, failed=0, refused=0)
+    )
+    engine_requests: Counter[str] = field(
+        default_factory=lambda: Counter(finished=0, aborted=0, failed=0)
+    )
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    first_token: _Seconds = field(default_factory=_Seconds)
+    latency: _Seconds = field(default_factory=_Seconds)
+    loads: int = 0
+    evictions: int = 0
+    swaps: int = 0
+
+
+class Series:
+    """The totals of those adapters that were used last.
+
+    Attributes:
+        exists: whether a name is an adapter's that is in memory; others get no series.
+    """
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[str, Totals] = OrderedDict()
+        self.exists: Callable[[str], bool] = lambda name: False
+
+    def of(self, adapter: str) -> Totals:
+        """Those of an adapter, to be added to; of what is none they are thrown away."""
+        totals = self._of.get(adapter)
+        if totals is None:
+            totals = Totals()
+            if adapter != BASE and not self.exists(adapter):
+                return totals
+            self._of[adapter] = totals
+        self._of.move_to_end(adapter)
+        if len(self._of) > MOST:
+            del self._of[next(name for name in self._of if name != BASE)]
+        return totals
+
+    def forget(self, adapter: str) -> None:
+        """Takes those of a deleted adapter away; requests of it that end later do not count."""
+        self._of.pop(adapter, None)
+
+    def all(self) -> list[tuple[str, Totals]]:
+        return list(self._of.items())
+
+
+series = Series()
 
 
 def swapped(adapter: str, began: float) -> None:
     """Counts a swap that is done. Args: began: when it was ordered, by `time.monotonic`."""
-    if adapter in _known:
-        SWAPS.labels(adapter).inc()
-        SWAP_SECONDS.labels(adapter).observe(time.monotonic() - began)
-
-
-def _count(adapter: str, outcome: str) -> None:
-    if adapter in _known:
-        REQUESTS.labels(adapter, outcome).inc()
+    series.of(adapter).swaps += 1
+    SWAP_SECONDS.observe(time.monotonic() - began)
 
 
 @dataclass
@@ -103,7 +141,7 @@ class _Running:
     """A request in the engine; with n > 1 its answers share it."""
 
     adapter: str
-    arrival: float  # seconds since 1970
+    lease: Lease | None
     prompt_tokens: int
     answers: int = 0  # that are not ended
     outcome: str = "finished"  # the worst of its answers
@@ -133,7 +171,7 @@ class CountingOutputProcessor(LeasedOutputProcessor):
         if running is None:
             state = self.request_states[request.request_id]
             name = BASE if state.lora_name is None else state.lora_name.rpartition("@")[0]
-            running = _Running(name, request.arrival_time, state.prompt_len)
+            running = _Running(name, current_lease(), state.prompt_len)
         running.answers += 1
         self._running[request.request_id] = running
 
@@ -141,23 +179,21 @@ class CountingOutputProcessor(LeasedOutputProcessor):
         of_outputs = [self._running.get(output.request_id) for output in engine_core_outputs]
         result = super().process_outputs(engine_core_outputs, *args, **kwargs)
         # Now tokens behind a stop string are cut off, as in the answer's usage.
-        now, prompts, generated = time.time(), Sums[str](), Sums[str]()
+        now = time.time()
         for running, output in zip(of_outputs, engine_core_outputs, strict=True):
             if running is None:
                 continue
+            totals = series.of(running.adapter)
             if output.new_token_ids and not running.has_token:
                 running.has_token = True
-                prompts[running.adapter] += running.prompt_tokens
-                if running.adapter in _known:
-                    FIRST_TOKEN.labels(running.adapter).observe(now - running.arrival)
-            generated[running.adapter] += len(output.new_token_ids)
+                totals.prompt_tokens += running.prompt_tokens
+                if running.lease is not None and not running.lease.has_token:
+                    running.lease.has_token = True
+                    totals.first_token.observe(now - running.lease.began)
+            totals.generated_tokens += len(output.new_token_ids)
             if output.request_id not in self.request_states:
                 reasons = {FinishReason.ABORT: "aborted", FinishReason.ERROR: "failed"}
                 self._end(output.request_id, reasons.get(output.finish_reason, "finished"))
-        for metric, tokens in ((PROMPT_TOKENS, prompts), (GENERATED_TOKENS, generated)):
-            for adapter, count in tokens.items():
-                if adapter in _known:
-                    metric.labels(adapter).inc(count)
         return result
 
     def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:
@@ -173,32 +209,56 @@ class CountingOutputProcessor(LeasedOutputProcessor):
         running.answers -= 1
         if outcome != "finished":
             running.outcome = outcome
+            if running.lease is not None:
+                running.lease.engine_said = outcome
         if running.answers == 0:
-            _count(running.adapter, running.outcome)
-            if running.outcome == "finished" and running.adapter in _known:
-                LATENCY.labels(running.adapter).observe(time.time() - running.arrival)
+            series.of(running.adapter).engine_requests[running.outcome] += 1
 
 
-class Observer:
-    """ASGI middleware: has the engine asked before /metrics answers."""
+def _count(lease: Lease) -> None:
+    """Counts a client's request that asked a model, once it has ended."""
+    refused = lease.status is not None and lease.status >= 400
+    if lease.asked is None or not (refused or lease.left or lease.reached_engine):
+        return  # one that only wanted its tokens counted, for instance
+    totals = series.of(lease.asked)
+    if lease.left:
+        outcome = "aborted"
+    elif lease.engine_said is not None:
+        outcome = lease.engine_said
+    elif refused:
+        outcome = "failed" if lease.reached_engine else "refused"
+    else:
+        outcome = "finished"
+        totals.latency.observe(time.time() - lease.began)
+    totals.requests[outcome] += 1
+
+
+class Metrics:
+    """ASGI middleware in the place of vLLM's route /metrics, of the same answer.
+
+    It renders in a thread, for the streams that go on, and asks the engine for its report first.
+    """
 
     def __init__(self, app: App) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] == "http" and path.rstrip("/") == "/metrics":
-            await _refresh(scope)
-        await self._app(scope, receive, send)
-
-
-def _count_refused(lease: Lease) -> None:
-    refused = lease.status is not None and lease.status >= 400 and not lease.reached_engine
-    if lease.asked is not None and refused:
-        _count(lease.asked, "refused")
+        asked = scope["type"] == "http" and path.rstrip("/") == "/metrics"
+        if not asked or scope["method"] not in ("GET", "HEAD"):
+            await self._app(scope, receive, send)
+            return
+        await _refresh(scope)
+        registry = get_prometheus_registry()
+        names = Request(scope).query_params.getlist("name[]")
+        encode, kind = choose_encoder(Headers(scope=scope).get("accept", ""))
+        chosen = registry.restricted_registry(names) if names else registry
+        text = await asyncio.to_thread(encode, chosen)
+        await Response(text, media_type=kind)(scope, receive, send)
 
 
 _FRESH_S = 1.0
+_WAIT_S = 0.02  # for the engine; what it says later is in the next scrape
 
 
 async def _refresh(scope: Scope) -> None:
@@ -206,11 +266,11 @@ async def _refresh(scope: Scope) -> None:
     models = getattr(scope["app"].state, "openai_serving_models", None)
     if models is not None:
         with contextlib.suppress(Exception):
-            await models.versions.report.try_refresh(_FRESH_S)
+            await models.versions.report.try_refresh(_FRESH_S, _WAIT_S)
 
 
-class AdapterGauges(Collector):
-    """What is true at the moment of a scrape, from the engine's last report.
+class AdapterMetrics(Collector):
+    """The series of the adapters that were used last.
 
     Args:
         report: of the engine.
@@ -221,52 +281,109 @@ class AdapterGauges(Collector):
         self._report, self._residency = report, residency
 
     def describe(self) -> Iterable[Metric]:
-        return self._families()
+        return [*self._totals([]), *self._gauges([])]
 
     def collect(self) -> Iterator[Metric]:
-        resident, load, entropy = self._families()
-        reported = self._report.versions
-        held = Sums(dict.fromkeys(_known - {BASE}, 0))
-        for version in self._residency.resident():
-            if version.name in held:
-                held[version.name] += version.bytes
-        for name, count in held.items():
-            resident.add_metric([name], count)
-        for name, served in list(self._residency.current.items()):
-            modules = reported.get(served.lora_int_id, {}).get("modules", {})
-            for module, of_module in modules.items():
-                entropy.add_metric([name, module], of_module["entropy"])
-                for expert, share in enumerate(of_module["share"]):
-                    load.add_metric([name, module, str(expert)], share)
-        yield from (resident, load, entropy)
+        of = series.all()
+        yield from self._totals(of)
+        yield from self._gauges([name for name, _ in of if name != BASE])
 
     @staticmethod
-    def _families() -> tuple[GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily]:
-        return (
-            GaugeMetricFamily(
-                "guilomo_resident_bytes",
-                "Weights in the engine's memory, of versions that retire too.",
-                labels=["adapter"],
+    def _totals(of: list[tuple[str, Totals]]) -> Iterator[Metric]:
+        for name, text, counts in (
+            (
+                "guilomo_requests",
+                "Clients' requests by their outcome.",
+                lambda totals: totals.requests,
             ),
-            GaugeMetricFamily(
-                "guilomo_expert_load",
-                "Share of a router's choices that an expert got, of sampled tokens.",
-                labels=["adapter", "module", "expert"],
+            (
+                "guilomo_engine_requests",
+                "The engine's requests, of which a client's may need many, by their outcome.",
+                lambda totals: totals.engine_requests,
             ),
-            GaugeMetricFamily(
-                "guilomo_routing_entropy",
-                "Mean entropy of a router over the log of its experts, of sampled tokens.",
-                labels=["adapter", "module"],
+        ):
+            counter = CounterMetricFamily(name, text, labels=["adapter", "outcome"])
+            for adapter, totals in of:
+                for outcome, count in list(counts(totals).items()):
+                    counter.add_metric([adapter, outcome], count)
+            yield counter
+        for name, text, attribute in (
+            ("guilomo_prompt_tokens", "Tokens of prompts that were read.", "prompt_tokens"),
+            ("guilomo_generated_tokens", "Tokens of answers.", "generated_tokens"),
+            ("guilomo_loads", "Times that a version was loaded into the engine.", "loads"),
+            ("guilomo_evictions", "Times that idle weights were freed.", "evictions"),
+            ("guilomo_swaps", "Times that a version took the place of another.", "swaps"),
+        ):
+            counter = CounterMetricFamily(name, text, labels=["adapter"])
+            for adapter, totals in of:
+                counter.add_metric([adapter], getattr(totals, attribute))
+            yield counter
+        for name, text, attribute in (
+            (
+                "guilomo_time_to_first_token_seconds",
+                "From a client's request's arrival to its first token.",
+                "first_token",
             ),
+            (
+                "guilomo_request_seconds",
+                "From a client's request's arrival to its end, of finished ones.",
+                "latency",
+            ),
+        ):
+            histogram = HistogramMetricFamily(name, text, labels=["adapter"])
+            for adapter, totals in of:
+                seconds: _Seconds = getattr(totals, attribute)
+                histogram.add_metric([adapter], seconds.buckets(), seconds.sum)
+            yield histogram
+
+    def _gauges(self, names: list[str]) -> Iterator[Metric]:
+        held = Counter(dict.fromkeys(names, 0))
+        for resident in self._residency.resident():
+            if resident.name in held:
+                held[resident.name] += resident.bytes
+        memory = GaugeMetricFamily(
+            "guilomo_resident_bytes",
+            "Weights in the engine's memory, of versions that retire too.",
+            labels=["adapter"],
         )
+        entropy = GaugeMetricFamily(
+            "guilomo_routing_entropy",
+            "Entropy of an adapter's routers over the log of their experts; mean of all routers, "
+            "of sampled tokens.",
+            labels=["adapter"],
+        )
+        imbalance = GaugeMetricFamily(
+            "guilomo_routing_imbalance",
+            "Share of a router's most chosen expert times the router's experts, 1 where all are "
+            "chosen alike; mean of all routers, of sampled tokens.",
+            labels=["adapter"],
+        )
+        load = GaugeMetricFamily(
+            "guilomo_expert_load",
+            "Share of a router's choices that an expert got, of sampled tokens "
+            "(--expert-load modules).",
+            labels=["adapter", "module", "expert"],
+        )
+        for name, count in held.items():
+            memory.add_metric([name], count)
+            found = self._report.of(self._residency.current.get(name))
+            if found is None or not found["tokens"]:
+                continue
+            entropy.add_metric([name], found["entropy"])
+            imbalance.add_metric([name], found["imbalance"])
+            for module, of_module in found.get("modules", {}).items():
+                for expert, share in enumerate(of_module["share"]):
+                    load.add_metric([name, module, str(expert)], share)
+        yield from (memory, entropy, imbalance, load)
 
 
 def install() -> None:
     """Counts what leases tell."""
-    leases.when_ended.append(_count_refused)
-    know(BASE)
+    leases.when_ended.append(_count)
+    series.of(BASE)
 
 
 def show(report: EngineReport, residency: Residency) -> None:
-    """Adds the gauges of a server's adapters to /metrics; see `AdapterGauges`."""
-    REGISTRY.register(AdapterGauges(report, residency))
+    """Adds the series of a server's adapters to /metrics; see `AdapterMetrics`."""
+    series.exists = lambda name: residency.current.get(name) is not None
+    REGISTRY.register(AdapterMetrics(report, residency))

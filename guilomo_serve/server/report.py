@@ -1,4 +1,4 @@
-"""What the engine says of the versions in its memory.
+"""What the engine says of the routers of the versions in its memory.
 
 The seam, for vLLM 0.32: `collective_rpc` of the engine client, which calls a worker's method by its
 name; see guilomo_serve/runtime/report.py for the method.
@@ -9,45 +9,55 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
-_WAIT_S = 1.0  # for the engine, which answers between two steps
+from vllm.lora.request import LoRARequest
 
 
 class EngineReport:
-    """What the engine last said of the versions in its memory.
+    """What the engine last said of some versions.
 
-    Attributes:
-        versions: version -> `bytes`, `tokens`, `modules`; see guilomo_serve/runtime/report.py.
+    Args:
+        engine_client: vLLM's.
+        wanted: the versions that are to be asked for.
+        modules: whether to ask for each of their modules.
     """
 
-    def __init__(self, engine_client: Any) -> None:
+    def __init__(
+        self, engine_client: Any, wanted: Callable[[], Sequence[int]], modules: bool
+    ) -> None:
         self._engine = engine_client
+        self._wanted = wanted
+        self._modules = modules
         self._asking: asyncio.Task[None] | None = None
         self._as_of = -float("inf")
-        self.versions: dict[int, dict[str, Any]] = {}
+        self._versions: dict[int, dict[str, Any]] = {}
 
-    async def refresh(self, max_age: float = 0.0) -> None:
-        """Has what was true when it was called, or at most `max_age` seconds before.
+    def of(self, version: LoRARequest | None) -> dict[str, Any] | None:
+        """What it said of one; see `ExpertLoad.report`. None if it had nothing to say."""
+        return None if version is None else self._versions.get(version.lora_int_id)
 
-        The engine is asked once for all who wait.
-        """
+    async def ask(self, version: int) -> dict[str, Any]:
+        """All that there is to say of one version now."""
+        # Under tensor parallelism the first worker samples.
+        (found, *_) = await self._engine.collective_rpc("guilomo_report", args=([version], True))
+        return dict(found[0]) if found else {"tokens": 0, "modules": {}}
+
+    async def try_refresh(self, max_age: float, wait: float) -> None:
+        """Has what is at most `max_age` seconds old, or what was known before if the engine takes
+        more than `wait` seconds: it answers between two steps. It is asked once for all."""
         since = time.monotonic() - max_age
-        while self._as_of < since:
-            if self._asking is None or self._asking.done():
-                self._asking = asyncio.create_task(self._ask())
-            await asyncio.shield(self._asking)
-
-    async def try_refresh(self, max_age: float = 0.0) -> None:
-        """The same, or what was known before if the engine is in a long step."""
+        if self._as_of >= since:
+            return
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask())
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.refresh(max_age), _WAIT_S)
+            await asyncio.wait_for(asyncio.shield(self._asking), wait)
 
     async def _ask(self) -> None:
         began = time.monotonic()
-        of_workers = await self._engine.collective_rpc("guilomo_report")
-        # Under tensor parallelism each worker has a part of the weights, and the first samples.
-        versions = {entry["version"]: dict(entry) for entry in of_workers[0]}
-        for entry in (entry for of_worker in of_workers[1:] for entry in of_worker):
-            versions[entry["version"]]["bytes"] += entry["bytes"]
-        self.versions, self._as_of = versions, began
+        wanted = (list(self._wanted()), self._modules)
+        (found, *_) = await self._engine.collective_rpc("guilomo_report", args=wanted)
+        self._versions = {of_version["version"]: of_version for of_version in found}
+        self._as_of = began

@@ -235,8 +235,8 @@ class Residency:
         return sorted(idle, key=lambda name: self._leases.last_used.get(name, 0.0))
 
     def _evict(self, name: str, why: str) -> None:
-        self.withdraw(name)
         self._evicted(name)
+        self.withdraw(name)
         logger.info("Adapter '%s' %s: evicted", name, why)
 
     def _retire(self, version: LoRARequest) -> None:

@@ -82,10 +82,12 @@ class Versions:
             leases,
             default_memory() if settings.memory is None else settings.memory,
             self.catalogue.pinned,
-            evicted=lambda name: prometheus.EVICTIONS.labels(name).inc(),
+            evicted=self._evicted,
             freed=lambda version: self._discard(Path(version.lora_path).name),
         )
-        self.report = EngineReport(engine_client)
+        self.report = EngineReport(
+            engine_client, self._with_series, modules=settings.expert_load == "modules"
+        )
         self.failed: dict[str, str] = {}
         self._inspect = inspect
         self._is_base_model = is_base_model
@@ -93,7 +95,6 @@ class Versions:
         self._itemsize = engine_client.model_config.dtype.itemsize
         self._putting = 0
         self._unwanted: set[str] = set()  # digests of copies that may not be needed any more
-        prometheus.know(*self.catalogue.names(1000))
         prometheus.show(self.report, self.residency)
 
     def find(self, source: str) -> Source:
@@ -176,7 +177,7 @@ class Versions:
             self._discard()
             self.failed.pop(name, None)
             leases.last_used.pop(name, None)
-            prometheus.forget(name)
+            prometheus.series.forget(name)
         logger.info("Adapter '%s' was deleted", name)
 
     def pin(self, name: str, pinned: bool) -> None:
@@ -255,10 +256,8 @@ class Versions:
         Raises:
             Unknown: there is no such name.
         """
-        self.entry(name)
-        await self.report.refresh()
         version = self.entry(name).current.number
-        found = self.report.versions.get(version, {"tokens": 0, "modules": {}})
+        found = await self.report.ask(version)
         return {"name": name, "version": version, **{k: found[k] for k in ("tokens", "modules")}}
 
     @asynccontextmanager
@@ -318,8 +317,7 @@ class Versions:
         self.residency.switch(version.name, loaded)
         leases.last_used.setdefault(version.name, time.time())
         self.failed.pop(version.name, None)
-        prometheus.know(version.name)
-        prometheus.LOADS.labels(version.name).inc()
+        prometheus.series.of(version.name).loads += 1
         logger.info("Adapter '%s': version %d, %s", version.name, version.number, version.digest)
 
     def _request_of(self, version: Version) -> LoRARequest:
@@ -328,6 +326,15 @@ class Versions:
             lora_int_id=version.number,
             lora_path=str(self._store.folder_of(version.digest)),
         )
+
+    @staticmethod
+    def _evicted(name: str) -> None:
+        prometheus.series.of(name).evictions += 1
+
+    def _with_series(self) -> list[int]:
+        """The versions whose load /metrics shows."""
+        found = (self.residency.current.get(name) for name, _ in prometheus.series.all())
+        return [version.lora_int_id for version in found if version is not None]
 
     @contextmanager
     def _copying(self) -> Iterator[None]:

@@ -155,7 +155,7 @@ def server_with_everything(
         *("--speculative-config", json.dumps(drafts)),
         # A random model would fill its answer with the spaces that JSON allows anywhere.
         *("--structured-outputs-config.backend", "xgrammar"),
-        "--structured-outputs-config.disable_any_whitespace=true",
+        *("--structured-outputs-config.disable_any_whitespace=true", "--expert-load", "modules"),
     )
     log = tmp_path_factory.mktemp("log") / "everything.log"
     with serving(guilomo_serve(tiny_model, adapters, *flags), log) as server:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE
+from guilomo_serve.server.prometheus import BASE, MOST, Series
 from tests.serve.expert_load import check_load, expected_load, first_sampled, load_of
 from tests.serve.helpers import Server, eventually, paused, text_of
 
@@ -44,7 +46,8 @@ class Scrape:
     def of(self, adapter: str) -> dict[str, float]:
         """All that requests of an adapter move: sample, with its outcome if it has one -> value."""
         names = (
-            *("requests_total", "prompt_tokens_total", "generated_tokens_total"),
+            *("requests_total", "engine_requests_total"),
+            *("prompt_tokens_total", "generated_tokens_total"),
             *("time_to_first_token_seconds_count", "request_seconds_count"),
         )
         return {
@@ -69,8 +72,9 @@ def adapter(opened, root, request) -> str:
     return name
 
 
-def requests_of_every_kind(server: Server, model: str) -> tuple[int, int, int]:
-    """Asks in the ways that count differently; how many requests and tokens that is by usage."""
+def requests_of_every_kind(server: Server, model: str) -> tuple[int, int, int, int]:
+    """Asks in the ways that count differently; how many requests that is, of ours and of the
+    engine's, and how many tokens by usage."""
     whole = {"model": model, "temperature": 0.7, "seed": 0, "extra_body": {"ignore_eos": True}}
     completions = server.client.completions
     answers = [
@@ -95,16 +99,17 @@ def requests_of_every_kind(server: Server, model: str) -> tuple[int, int, int]:
     prompts, generated = len(PROMPT), 12  # those of `text`
     prompts += sum(of.prompt_tokens for of in usage)
     generated += sum(of.completion_tokens for of in usage)
-    return 7, prompts, generated
+    return 6, 7, prompts, generated
 
 
 @pytest.mark.parametrize("name", ["base", "adapter"])
 def test_requests_and_tokens_are_counted_as_in_their_usage(opened, adapter, name):
     asked, other = ("base", adapter) if name == "base" else (adapter, "base")
     before = Scrape(opened)
-    count, prompts, generated = requests_of_every_kind(opened, asked)
+    count, of_engine, prompts, generated = requests_of_every_kind(opened, asked)
     assert moved(opened, asked, before.of(asked)) == {
         "requests_total finished": count,
+        "engine_requests_total finished": of_engine,
         "prompt_tokens_total": prompts,
         "generated_tokens_total": generated,
         "time_to_first_token_seconds_count": count,
@@ -120,6 +125,16 @@ def test_requests_and_tokens_are_counted_as_in_their_usage(opened, adapter, name
     assert "vllm:lora_requests_info" in after.text
 
 
+def test_a_beam_search_is_one_request_of_many_of_the_engine(opened, adapter):
+    before = Scrape(opened).of(adapter)
+    settings = {"max_tokens": 4, "n": 2, "extra_body": {"use_beam_search": True}}
+    opened.client.completions.create(model=adapter, prompt=PROMPT, **settings)
+    found = moved(opened, adapter, before)
+    assert found["requests_total finished"] == found["request_seconds_count"] == 1
+    assert found["time_to_first_token_seconds_count"] == 1
+    assert found["engine_requests_total finished"] > 4
+
+
 def test_a_client_that_goes_away_is_an_aborted_request(opened, adapter):
     """One request each, however many answers it asks for; no token of theirs has come."""
     before = Scrape(opened).of(adapter)
@@ -130,14 +145,18 @@ def test_a_client_that_goes_away_is_an_aborted_request(opened, adapter):
         for stream in streams:
             stream.close()
         eventually(lambda: opened.in_flight(adapter) == 0, "they are aborted")
-    assert moved(opened, adapter, before) == {"requests_total aborted": 2}
+    assert moved(opened, adapter, before) == {
+        "requests_total aborted": 2,
+        "engine_requests_total aborted": 2,
+    }
 
 
 def test_an_aborted_request_has_read_its_prompt_once_there_is_a_token(opened, adapter):
-    """An engine that has ended the answer before it could be stopped is asked again."""
-    before, finished, running = Scrape(opened).of(adapter), 0, 0
+    """An engine that has ended the answers before they could be stopped is asked again."""
     answers, length = 8, 400
-    while not running:
+
+    def abort() -> dict[str, float] | None:
+        before = Scrape(opened).of(adapter)
         stream = opened.client.completions.create(
             model=adapter,
             prompt=PROMPT,
@@ -149,19 +168,18 @@ def test_an_aborted_request_has_read_its_prompt_once_there_is_a_token(opened, ad
         next(stream)
         with paused(opened):
             time.sleep(0.5)  # for what the worker had sent
-            running = opened.in_flight(adapter)
             stream.close()
             eventually(lambda: opened.in_flight(adapter) == 0, "it is aborted")
-        finished += not running
-        assert finished < 10
-    found = moved(opened, adapter, before)
-    assert 0 < found.pop("generated_tokens_total") - finished * answers * length < answers * length
+        found = moved(opened, adapter, before)
+        return found if "engine_requests_total aborted" in found else None
+
+    found = eventually(abort, "the engine is stopped")
+    assert 0 < found.pop("generated_tokens_total") < answers * length
     assert found == {
         "requests_total aborted": 1,
-        "prompt_tokens_total": (1 + finished) * len(PROMPT),
-        "time_to_first_token_seconds_count": 1 + finished,
-        **({"requests_total finished": finished} if finished else {}),
-        **({"request_seconds_count": finished} if finished else {}),
+        "engine_requests_total aborted": 1,
+        "prompt_tokens_total": len(PROMPT),
+        "time_to_first_token_seconds_count": 1,
     }
 
 
@@ -191,7 +209,7 @@ def test_swaps_loads_and_resident_bytes(opened, adapter, root):
         "the weights have their size",
         40,
     )
-    scrape = Scrape(opened)
+    before = scrape = Scrape(opened)
     assert scrape("loads_total", adapter=adapter) == 1
     assert scrape("swaps_total", adapter=adapter) == 0
 
@@ -206,8 +224,8 @@ def test_swaps_loads_and_resident_bytes(opened, adapter, root):
     scrape = Scrape(opened)
     assert scrape("loads_total", adapter=adapter) == 4
     assert scrape("swaps_total", adapter=adapter) == 3
-    assert scrape("swap_seconds_count", adapter=adapter) == 3
-    assert scrape("swap_seconds_sum", adapter=adapter) > 0
+    assert scrape("swap_seconds_count") - before("swap_seconds_count") == 3
+    assert scrape("swap_seconds_sum") > before("swap_seconds_sum")
     eventually(
         lambda: Scrape(opened)("resident_bytes", adapter=adapter) == bytes_of(root / "second"),
         "old versions are freed",
@@ -265,12 +283,12 @@ def test_the_load_of_experts_is_what_routers_do_in_transformers(opened, adapter,
 
     time.sleep(1.1)  # /metrics does not ask the engine more often than each second
     scrape = Scrape(opened)
-    for module, of_module in found["modules"].items():
-        entropy = scrape("routing_entropy", adapter=adapter, module=module)
-        assert entropy == pytest.approx(of_module["entropy"])
-        for expert, share in enumerate(of_module["share"]):
-            labels = {"adapter": adapter, "module": module, "expert": str(expert)}
-            assert scrape("expert_load", **labels) == pytest.approx(share)
+    modules = found["modules"].values()
+    entropy = statistics.mean(of_module["entropy"] for of_module in modules)
+    assert scrape("routing_entropy", adapter=adapter) == pytest.approx(entropy)
+    imbalance = statistics.mean(max(m["share"]) * len(m["share"]) for m in modules)
+    assert scrape("routing_imbalance", adapter=adapter) == pytest.approx(imbalance)
+    assert "guilomo_expert_load{" not in scrape.text
 
     # A new version begins from zero; an adapter without routers has no load.
     version = opened.put(adapter, root / "second").json()["version"]
@@ -287,13 +305,40 @@ def test_of_a_long_prompt_some_tokens_are_sampled_all_over_it(opened, adapter, r
     check_load(found, expected, SAMPLED)
 
 
+def test_each_expert_is_in_metrics_if_that_is_wanted(server_with_everything):
+    _, found = first_sampled(server_with_everything, "first", PROMPT)
+    time.sleep(1.1)
+    scrape = Scrape(server_with_everything)
+    for module, of_module in found["modules"].items():
+        for expert, share in enumerate(of_module["share"]):
+            labels = {"adapter": "first", "module": module, "expert": str(expert)}
+            assert scrape("expert_load", **labels) == pytest.approx(share)
+
+
+def test_only_the_adapters_used_last_have_series():
+    series, names = Series(), [f"a{i}" for i in range(MOST + 50)]
+    series.exists = names.__contains__
+    series.of(BASE).loads += 1
+    for name in names:
+        series.of(name).loads += 1
+        series.of(names[0]).loads += 1
+    series.of("made-up").loads += 1
+    kept = dict(series.all())
+    assert kept.keys() == {BASE, names[0], *names[-(MOST - 2) :]}
+    assert kept[names[0]].loads == 1 + len(names)
+    series.forget(names[-1])
+    series.exists = lambda name: False
+    series.of(names[-1]).loads += 1
+    assert names[-1] not in dict(series.all())
+
+
 def test_the_dashboard_asks_for_series_that_there_are(opened, adapter):
     first_sampled(opened, adapter, PROMPT)
     time.sleep(1.1)
     names = {sample.name for sample in Scrape(opened).samples}
     asked = set(re.findall(r"\b(?:guilomo_|vllm:)\w+", DASHBOARD.read_text()))
     assert len(asked) > 10
-    assert asked <= names
+    assert asked <= names | {"guilomo_expert_load"}  # of --expert-load modules
 
 
 def test_an_eviction_is_counted(restarted):

@@ -419,6 +419,11 @@ def test_a_client_that_leaves_while_a_root_is_asked_holds_no_place(world, adapte
     """Its adapter may have one request at once."""
     hub = world.hub
     hub.commit("acme/limited", adapters["first"])
+    unknown = {"model": "nobody-here", "prompt": PROMPT}
+    eventually(
+        lambda: world.server.post("/v1/completions", **unknown).status_code == 404,
+        "the root is not taken to be down",
+    )
     hub.requests.clear()
     hub.silent.set()
     body = json.dumps({"model": "limited", "prompt": PROMPT, "max_tokens": 1}).encode()
