@@ -282,8 +282,8 @@ def test_a_swap_is_checked_confirmed_and_rolled_back(console, served, folders):
     assert after["digest"] == digest_of(folders["new"])
     console.wait(lambda: console.row("shown")["Version"] == str(after["version"]))
     cell = next(iter(after["allocation"]))
-    shown = console.text(f'#allocation [data-module="{cell}"]')
-    assert shown == f"{sum(after['allocation'][cell])}{TIMES}{len(after['allocation'][cell])}"
+    expected = f"{sum(after['allocation'][cell])}{TIMES}{len(after['allocation'][cell])}"
+    console.wait(lambda: console.text(f'#allocation [data-module="{cell}"]') == expected)
 
     console.one("#rollback").click()
     assert digest_of(folders["old"])[:16] in console.text("#change .comparison")

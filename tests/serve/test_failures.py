@@ -172,7 +172,10 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(limited):
         ("POST", "/v1/completions", 2**20),
         ("POST", "/v1/chat/completions", 2**20),
     ):
-        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head = (
+            f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"Authorization: Bearer {limited.admin_key}\r\n"
+        )
         with socket.create_connection(("127.0.0.1", limited.port), timeout=60) as connection:
             connection.sendall(f"{head}Content-Length: {bound + 1}\r\n\r\n".encode())
             refused_as_too_large(connection, bound)
