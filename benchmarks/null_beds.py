@@ -20,6 +20,8 @@ from guilomo_train.search.space import SearchSpace
 
 MODULES, STEPS = 30, 75
 SPACE = SearchSpace({f"m{i}": (64, 64) for i in range(MODULES)})
+# The same, in five blocks of six kinds.
+BLOCKS = SearchSpace({f"layers.{i // 6}.{'abcdef'[i % 6]}": (64, 64) for i in range(MODULES)})
 BUDGET = SPACE.cost(8, 8) / 3
 Slopes = Callable[[torch.Generator, int], torch.Tensor]  # of a step: a value a module, [M]
 
@@ -68,9 +70,11 @@ def trained() -> torch.Tensor:
     return torch.stack([(d.experts[..., None] * d.ranks).mean(0) for d in draws()]).mean(0)
 
 
-def searched(slopes: Slopes, seed: int, steps: int = STEPS) -> MarginalWorth:
+def searched(
+    slopes: Slopes, seed: int, steps: int = STEPS, space: SearchSpace = SPACE
+) -> MarginalWorth:
     """What a search has learned from such slopes."""
-    learner = MarginalWorth(SelectionVectors(SPACE, budget=BUDGET), 10**9)
+    learner = MarginalWorth(SelectionVectors(space, budget=BUDGET), 10**9)
     for draw, values in zip(cycle(draws()), values_of(slopes, seed, steps), strict=False):
         see(learner.evidence, draw, values)
     return learner
@@ -90,9 +94,10 @@ def see(evidence: Evidence, draw: Draw, values: torch.Tensor) -> None:
     evidence.see(draw, values[..., 0] * of_experts, values * row[..., None])
 
 
-def is_even(kind: str, seed: int) -> bool:
+def is_even(kind: str, seed: int, space: SearchSpace = SPACE) -> bool:
     """Whether a search under such noise gives all modules as many rows, or one more."""
-    rows = [sum(ranks) for ranks in searched(NULL[kind], seed).allocation().ranks.values()]
+    found = searched(NULL[kind], seed, space=space).allocation()
+    rows = [sum(ranks) for ranks in found.ranks.values()]
     return max(rows) - min(rows) <= 1
 
 

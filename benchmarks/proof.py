@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/proof.py --base .cache/small-base --data DATA --out runs/proof
 
-DATA has `banking77.train.jsonl`, `banking77.test.jsonl` and the same of gsm8k, with prompt and
-completion a line. Each finished run is one JSON file in --out, written whole or not at all, so this
-may be killed at any time; with --resume it goes on with what is missing. Several processes that are
-started so share the work: a lock tells each what another has under way.
+DATA has `banking77.train.jsonl` and `banking77.test.jsonl`, with prompt and completion a line. Each
+finished run is one JSON file in --out, written whole or not at all, so this may be killed at any
+time; with --resume it goes on with what is missing. Several processes that are started so share the
+work: a lock tells each what another has under way.
 
     .venv/bin/python benchmarks/proof.py --out runs/proof --summary --picture docs/proof.png
 """
@@ -48,7 +48,7 @@ from guilomo_train.models import load_base, sizes_of
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.space import SearchSpace
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # LoRA of rank 1 has 8 times the scale of LoRA-MoE
+RATES = (0.005, 0.01, 0.02, 0.04)  # and one more beyond an end that is best (docs/protocol.md)
 TUNING_SEED = 1000
 PILOT_SEEDS = (1001, 1002, 1003)
 MAX_LENGTH = 512

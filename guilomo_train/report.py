@@ -78,7 +78,7 @@ def finding(search: Mapping[str, Any]) -> str:
         return ""
     steps = f"{search['evidence_steps']} steps"
     if search["told_apart"]:
-        p = min(search[key] for key in ("p_modules", "p_curves", "p_entries"))
+        p = min(value for key, value in search.items() if key.startswith("p_"))
         return f"The data tell layers apart ({steps}; chance shows as much with p = {p:g})."
     return (
         f"Nothing found: the data do not tell layers apart ({steps}; chance shows as much with "

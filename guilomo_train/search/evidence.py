@@ -5,10 +5,13 @@ whole, since it comes and goes with it. In each step the entries at the edges of
 the last one on and the first one off, have a slope dL/dM (estimators.py says why those). From these
 
     worth of entry k of module m, a parameter  =  profile[k] + L[k] u[m] + v[m, j] + w[m, k]
+    u[m]  =  kind of m  +  block of m  +  m itself
 
-is inferred: what is common to all modules, then what tells modules apart in three levels: the whole
-module, its curve over rank rows, and single entries. L is the share of steps in which an entry was
-trained, as a row that was trained half as often shows half as much. Five rules keep it honest:
+is inferred: what is common to all modules, then what tells modules apart. First whole modules: by
+kind (all q_proj), by block (all of layer 3) and by themselves, since thirty modules of a kind are
+known much better than each of them. Then a module's curve over rank rows, and single entries. L is
+the share of steps in which an entry was trained, as a row that was trained half as often shows half
+as much. Five rules keep it honest:
 
 1. *The unit of evidence is the step.* All slopes of one step share a batch and a state of the
    weights, so they are no independent observations: each level takes one value a step, and its
@@ -39,11 +42,14 @@ a spread in none of 5,000: the modules differ.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
 from guilomo_train.search.selection import Draw, first_off, last_on
 from guilomo_train.search.space import SearchSpace, expert_costs
@@ -86,7 +92,8 @@ class Level:
         return self.mean if self.sure else torch.zeros_like(self.mean)
 
 
-LEVELS = ("modules", "curves", "entries")
+OF_MODULES = ("kinds", "blocks", "modules")
+LEVELS = (*OF_MODULES, "curves", "entries")
 
 
 @dataclass(frozen=True)
@@ -127,18 +134,25 @@ class Worths:
 
     def of_modules(self) -> torch.Tensor:
         """What each module is worth a parameter, `[M]`, by what chance does not explain."""
-        return self.common + self.levels["modules"].kept[:, 0]
+        return (
+            self.common + _sum_of_modules({n: level.kept for n, level in self.levels.items()})[:, 0]
+        )
 
     def error(self) -> float:
         """A typical standard error of the worth of one entry."""
-        variance = self.trained.square() * self.levels["modules"].sd.square()[..., None]
+        of_modules = _sum_of_modules({n: level.sd.square() for n, level in self.levels.items()})
+        variance = self.trained.square() * of_modules[..., None]
         variance = variance + self.levels["curves"].sd.square()[:, None]
         return float(variance.mean().sqrt())
 
     def _sum(self, effects: dict[str, torch.Tensor]) -> torch.Tensor:
-        by_module = self.profile + self.trained * effects["modules"][..., None]
+        by_module = self.profile + self.trained * _sum_of_modules(effects)[..., None]
         entries = effects["entries"].view(-1, *self.profile.shape)
         return by_module + effects["curves"][:, None] + entries
+
+
+def _sum_of_modules(by_level: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([by_level[name] for name in OF_MODULES]).sum(0)
 
 
 class Evidence:
@@ -147,6 +161,10 @@ class Evidence:
     def __init__(self, space: SearchSpace) -> None:
         self.row_sizes = space.sizes.row
         self.expert_sizes = expert_costs(space.sizes, space.max_experts)
+        self.groups = {
+            "kinds": _groups(map(kind_of, space.linears)),
+            "blocks": _groups(map(block_of, space.linears)),
+        }
         # A block's, by edge (last on, first off), module and entry: [2, M, E, r].
         self.sums: list[torch.Tensor] = []
         self.seen: list[torch.Tensor] = []
@@ -228,25 +246,26 @@ class Evidence:
         left = sums - seen * profile[:, None]
 
         by_module = of_modules(left)
-        by_module = by_module - _mean(by_module, loads * quiet[:, 0, 0], -1)
-        modules = _level(by_module[..., None], loads[..., None])
+        weights = loads * quiet[:, 0, 0]
+        by_module = by_module - _mean(by_module, weights, -1)
+        levels, rest = {}, by_module
+        for name, groups in self.groups.items():
+            levels[name], of_groups = _of_groups(rest, weights, groups)
+            rest = rest - of_groups
+        levels["modules"] = _level(rest[..., None], loads[..., None])
 
         left = left - seen * (trained * by_module[..., None, None])
         n = seen.sum(-2)
-        curves = _level(left.sum(-2) / n.clamp_min(1), n)
-        left = left - seen * curves.mean[:, None]
-        entries = _level((left / seen.clamp_min(1)).flatten(3), seen.flatten(3))
-        levels = dict(zip(LEVELS, (modules, curves, entries), strict=True))
+        levels["curves"] = _level(left.sum(-2) / n.clamp_min(1), n)
+        left = left - seen * levels["curves"].mean[:, None]
+        levels["entries"] = _level((left / seen.clamp_min(1)).flatten(3), seen.flatten(3))
         return Worths(common, of_all, trained, levels, self.steps)
 
     def _nothing(self) -> Worths:
         """Before a step could show something."""
         (experts, rank), modules = self.on.shape, len(self.row_sizes)
-        none = torch.zeros(0, 1, dtype=torch.float64)
-        levels = {}
-        for name, groups in zip(LEVELS, (1, rank, experts * rank), strict=True):
-            zeros = torch.zeros(modules, groups, dtype=torch.float64)
-            levels[name] = Level(zeros, zeros, none)
+        sizes = {"curves": rank, "entries": experts * rank}
+        levels = {name: _no_level(modules, sizes.get(name, 1)) for name in LEVELS}
         return Worths(torch.zeros_like(self.trained), 0.0, self.trained, levels, 0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -267,6 +286,48 @@ def _within_limit(values: torch.Tensor) -> torch.Tensor:
     spread = (values - middle).abs().median(0).values
     limit = middle.abs() + _LIMIT * _MAD * spread
     return (limit / values.abs().clamp_min(_TINY)).clamp(max=1.0)
+
+
+def kind_of(module: str) -> str:
+    """What a module has in common with those of other blocks: its name without the numbers."""
+    return re.sub(r"\d+", "*", module)
+
+
+def block_of(module: str) -> str:
+    """The block that a module is in: its name up to the first number, `model.layers.3`."""
+    return re.sub(r"(\d+).*", r"\1", module)
+
+
+def _groups(names: Iterable[str]) -> torch.Tensor | None:
+    """The group of each module, `[M]`; None where there is one group, or each is its own."""
+    listed = list(names)
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(listed))}
+    if not 1 < len(numbers) < len(listed):
+        return None
+    return torch.tensor([numbers[name] for name in listed])
+
+
+def _of_groups(
+    values: torch.Tensor, weights: torch.Tensor, groups: torch.Tensor | None
+) -> tuple[Level, torch.Tensor]:
+    """The effects of groups of modules, for each module `[M, 1]`, and what each step says of them.
+
+    Args:
+        values, weights: `[K, 2, M]`, as `_level` takes them.
+        groups: the group of each module, `[M]`; None for no groups.
+    """
+    if groups is None:
+        return _no_level(values.shape[-1], 1), torch.zeros_like(values)
+    of = nn.functional.one_hot(groups).to(values)
+    total = weights @ of
+    means = (weights * values) @ of / total.clamp_min(_TINY)
+    level = _level(means[..., None], total[..., None])
+    return Level(level.mean[groups], level.sd[groups], level.by_step), means[..., groups]
+
+
+def _no_level(modules: int, groups: int) -> Level:
+    zeros = torch.zeros(modules, groups, dtype=torch.float64)
+    return Level(zeros, zeros, torch.zeros(0, 1, dtype=torch.float64))
 
 
 def _level(values: torch.Tensor, weights: torch.Tensor) -> Level:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.null_beds import BLOCKS as IN_BLOCKS
 from benchmarks.null_beds import (
     BUDGET,
     MODULES,
@@ -34,6 +35,37 @@ from guilomo_train.search.selection import SelectionVectors
 def test_noise_becomes_the_even_allocation(kind: str) -> None:
     """In at least 95 of 100 searches, whatever the noise."""
     assert sum(is_even(kind, seed) for seed in range(100)) >= 95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pure", "shared unequally"])
+def test_noise_is_even_where_modules_are_in_groups(kind: str) -> None:
+    assert sum(is_even(kind, seed, IN_BLOCKS) for seed in range(100)) >= 95
+
+
+@pytest.mark.parametrize("level", ["kinds", "blocks"])
+def test_modules_in_groups_are_known_by_what_their_group_shows(level: str) -> None:
+    module = torch.arange(MODULES)
+    group = module % 6 if level == "kinds" else module // 6
+    true = torch.tensor([0.3, -0.2, -0.1, 0.2, -0.2, 0.0])[group]
+
+    def slopes(generator: torch.Generator, step: int) -> torch.Tensor:
+        return normal(generator) - true
+
+    def spread(rows: torch.Tensor) -> int:
+        """Of rows within a group, the largest."""
+        return int(max(rows[group == g].max() - rows[group == g].min() for g in range(5)))
+
+    alone, grouped = searched(slopes, 1), searched(slopes, 1, space=IN_BLOCKS)
+    worths = grouped.evidence.worths()
+    assert [name for name, found in worths.levels.items() if found.sure] == [level]
+    assert alone.evidence.worths().levels[level].p_value == 1  # no groups
+    rows, rows_alone = (
+        torch.tensor([sum(ranks) for ranks in learner.allocation().ranks.values()])
+        for learner in (grouped, alone)
+    )
+    assert rows[true > 0.25].min() > rows[true < -0.15].max()
+    assert spread(rows) <= 1 < spread(rows_alone)
 
 
 def test_the_even_allocation_is_what_a_search_without_evidence_returns() -> None:

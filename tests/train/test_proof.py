@@ -26,15 +26,11 @@ def benchmark(monkeypatch):
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Files of the two tasks that come with files, in the form of the real ones."""
-    for task in ("banking77", "gsm8k"):
-        for split in ("train", "test"):
-            rows = [
-                {"prompt": f"{task} {split} {i}\u2028?", "completion": str(i % 7)}
-                for i in range(40)
-            ]
-            lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-            (tmp_path / f"{task}.{split}.jsonl").write_text("\n".join(lines) + "\n")
+    """Files of the task that comes with files, in the form of the real ones."""
+    for split in ("train", "test"):
+        rows = [{"prompt": f"{split} {i}\u2028?", "completion": str(i % 7)} for i in range(40)]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        (tmp_path / f"banking77.{split}.jsonl").write_text("\n".join(lines) + "\n")
     return tmp_path
 
 
@@ -66,7 +62,7 @@ def test_no_row_is_in_two_pools_and_scored_ones_are_left_out(small, benchmark, d
 
 def test_arms_of_a_seed_have_the_same_rows_and_seeds_others(benchmark, small, data: Path) -> None:
     tasks = benchmark("proof_tasks")
-    sizes = tasks.Sizes(train=8, dev=4, test=8)
+    sizes = tasks.Sizes(train=6, dev=3, test=5)
     first, again, other = (tasks.draw("mixture", s, "test", data, sizes) for s in (0, 0, 1))
     assert first == again != other
     assert {part: len(rows) for part, rows in first.score.items()} == dict.fromkeys(tasks.PARTS, 2)
