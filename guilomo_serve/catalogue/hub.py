@@ -24,7 +24,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from guilomo_serve.adapter import AdapterError
-from guilomo_serve.catalogue.remote import ANSWER_S, Address, Denied, Found, Unavailable
+from guilomo_serve.catalogue.remote import (
+    ANSWER_S,
+    Address,
+    Busy,
+    Denied,
+    Found,
+    Unavailable,
+    seconds_of,
+)
 from guilomo_serve.catalogue.store import FILES, Forbidden, Missing
 
 
@@ -96,6 +104,10 @@ def _errors(address: Address) -> Iterator[None]:
             raise Denied(address, f"the Hub denies access (HTTP {status}, HF_TOKEN)") from None
         if status == 404:
             raise Missing(f"{address}: no such adapter") from None
-        raise Unavailable(address, f"the Hub answers with HTTP {status}") from None
+        reason = f"the Hub answers with HTTP {status}"
+        if status == 429:
+            retry_after_s = seconds_of(e.response.headers.get("Retry-After"))
+            raise Busy(address, reason, retry_after_s) from None
+        raise Unavailable(address, reason) from None
     except Exception as e:  # of the HTTP client, which differs between versions of the library
         raise Unavailable(address, f"the Hub does not answer ({type(e).__name__})") from None

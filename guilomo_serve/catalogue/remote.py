@@ -10,8 +10,10 @@ Branches and tags of the Hub may be asked for, but what is recorded is the commi
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Protocol
 
 from guilomo_serve.adapter import AdapterError
@@ -38,6 +40,30 @@ class Unavailable(AdapterError):
     def __init__(self, where: Address, reason: str) -> None:
         super().__init__(f"{where}: {reason}")
         self.reason = reason
+
+
+class Busy(Unavailable):
+    """A storage asks to be left alone for a while.
+
+    Attributes:
+        retry_after_s: how long it said, or by now still means; None if it did not say.
+    """
+
+    def __init__(self, where: Address, reason: str, retry_after_s: float | None) -> None:
+        super().__init__(where, reason)
+        self.retry_after_s = retry_after_s
+
+
+def seconds_of(retry_after: str | None) -> float | None:
+    """An HTTP header Retry-After, which is a number of seconds or a date (RFC 9110, 10.2.3)."""
+    if retry_after is None:
+        return None
+    if retry_after.strip().isdecimal():
+        return float(retry_after)
+    try:
+        return max(parsedate_to_datetime(retry_after).timestamp() - time.time(), 0.0)
+    except ValueError:
+        return None
 
 
 class Denied(Unavailable):
@@ -125,7 +151,7 @@ class Storage(Protocol):
         Raises:
             Missing: there is no adapter, or it is no longer of the address's revision.
             AdapterError: it has no weights; Forbidden: it has moved.
-            Unavailable: the storage does not say.
+            Busy: the storage says 429; Unavailable: it does not say.
         """
 
     def read(self, address: Address, name: str) -> Generator[bytes, None, None]:

@@ -26,9 +26,11 @@ from guilomo_serve.catalogue.remote import (
     ANSWER_S,
     CONNECT_S,
     Address,
+    Busy,
     Denied,
     Found,
     Unavailable,
+    seconds_of,
 )
 from guilomo_serve.catalogue.store import FILES, Missing
 
@@ -119,7 +121,11 @@ def _errors(address: Address) -> Iterator[None]:
             raise Missing(f"{address}: the files changed while they were read") from None
         if status in (401, 403):
             raise Denied(address, f"the storage denies access ({code})") from None
-        raise Unavailable(address, f"the storage answers with HTTP {status} ({code})") from None
+        reason = f"the storage answers with HTTP {status} ({code})"
+        if status == 429 or code == "SlowDown":
+            headers = e.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+            raise Busy(address, reason, seconds_of(headers.get("retry-after"))) from None
+        raise Unavailable(address, reason) from None
     except ParamValidationError:
         raise Missing(f"{address}: no bucket can have that name") from None
     except (NoCredentialsError, PartialCredentialsError):

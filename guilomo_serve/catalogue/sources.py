@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -20,6 +21,7 @@ from typing import TypeVar
 from guilomo_serve.adapter import AdapterError
 from guilomo_serve.catalogue.remote import (
     Address,
+    Busy,
     Denied,
     Storage,
     Unavailable,
@@ -29,8 +31,13 @@ from guilomo_serve.catalogue.store import LIMITS, Forbidden, Missing, Store, Sto
 
 logger = logging.getLogger("vllm.guilomo")
 
-# How long a storage that was down is not asked on behalf of requests.
-DOWN_FOR_S = 5.0
+# How long a storage that was down, or wants to be left alone and does not say for how long, is not
+# asked on behalf of requests: at first, and at most after it was so again and again.
+_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
+_LONGEST_ASKED_PAUSE_S = 3600.0
+# How long a storage's no to a name stands, and of how many names: clients may ask for any.
+_NO_FOR_S = 30.0
+_MOST_NOES = 10_000
 # Less than the 600 s that `guilomo-serve adapters` waits for an answer.
 _FETCH_S = 500.0
 # Of each storage, so that one that is slow leaves the other's and the server's own threads alone;
@@ -58,8 +65,10 @@ class Sources:
         self._storages = {scheme: storage_class(scheme)() for scheme in schemes}
         self._lookers = {scheme: ThreadPoolExecutor(_THREADS, "look") for scheme in schemes}
         self._fetchers = {scheme: ThreadPoolExecutor(_THREADS, "fetch") for scheme in schemes}
-        self._looks: dict[Address, asyncio.Future[bool]] = {}
-        self._down: dict[Address, tuple[float, str]] = {}  # root -> until when, and why
+        self._looks: dict[Address, asyncio.Future[AdapterError | None]] = {}
+        self._pauses = {root: _Pause() for root in roots}
+        # Address -> until when it stands that there is nothing, or nothing that may be read.
+        self._noes: OrderedDict[Address, tuple[float, AdapterError]] = OrderedDict()
 
     def find(self, source: str) -> Source:
         """The folder or address that an administrator names; asks no storage.
@@ -86,7 +95,7 @@ class Sources:
 
         Raises:
             Missing: no root has it. Forbidden: its folder leads out of the root.
-            Unavailable: a root cannot be asked, or could not a moment ago.
+            Busy, Unavailable: a root cannot be asked, or could not a moment ago.
         """
         if self._store.roots:
             try:
@@ -126,33 +135,81 @@ class Sources:
 
     async def _has(self, root: Address, address: Address) -> bool:
         """Whether there is an adapter below a root; asked once for all who wait for it."""
+        until, no = self._noes.get(address, (0.0, None))
+        if no is not None and time.monotonic() < until:
+            return self._refuse(no)
         look = self._looks.get(address)
         if look is None:
+            self._pauses[root].check(address)
             if len(self._looks) >= _MAX_LOOKS:
                 raise Unavailable(address, "too many other names are being looked for")
             loop = asyncio.get_running_loop()
             look = loop.run_in_executor(self._lookers[root.scheme], self._look, root, address)
             self._looks[address] = look
             look.add_done_callback(lambda _: self._looks.pop(address))
-        return await asyncio.shield(look)
+        no = await asyncio.shield(look)
+        if no is None:
+            return True
+        self._noes[address] = (time.monotonic() + _NO_FOR_S, no)
+        self._noes.move_to_end(address)
+        if len(self._noes) > _MOST_NOES:
+            self._noes.popitem(last=False)
+        return self._refuse(no)
 
-    def _look(self, root: Address, address: Address) -> bool:
-        until, reason = self._down.get(root, (0.0, ""))
-        if time.monotonic() < until:
-            raise Unavailable(address, reason)
+    @staticmethod
+    def _refuse(no: AdapterError) -> bool:
+        """Nothing is there; what is denied or has moved ends the search."""
+        if isinstance(no, Missing):
+            return False
+        raise no
+
+    def _look(self, root: Address, address: Address) -> AdapterError | None:
+        """Asks a storage. Returns: what it says of this address alone, if that is no."""
+        pause, no = self._pauses[root], None
+        pause.check(address)  # it may have begun while this was waiting for a thread
         try:
             self._storages[root.scheme].look(address)
-        except Missing:
-            return False
-        except (Denied, Forbidden):  # which say nothing of other names
-            raise
+        except (Missing, Denied, Forbidden) as e:
+            no = e
         except Unavailable as e:
-            self._down[root] = (time.monotonic() + DOWN_FOR_S, e.reason)
+            pause.begin(e)
             logger.warning("Adapters below %s cannot be fetched: %s", root, e.reason)
             raise
         except AdapterError:
             pass  # there is one, and `add` will say what is wrong with it
-        return True
+        pause.failures = 0
+        return no
+
+
+class _Pause:
+    """When a root may be asked again on behalf of requests.
+
+    Attributes:
+        failures: how often in a row it could not be asked.
+    """
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self._until = 0.0
+        self._why: Unavailable | None = None
+
+    def begin(self, why: Unavailable) -> None:
+        if time.monotonic() < self._until:
+            return  # one of several that were asked at once
+        seconds = min(_PAUSE_S * 2**self.failures, _LONGEST_PAUSE_S)
+        if isinstance(why, Busy) and why.retry_after_s is not None:
+            seconds = min(why.retry_after_s, _LONGEST_ASKED_PAUSE_S)
+        self.failures += 1
+        self._until, self._why = time.monotonic() + seconds, why
+
+    def check(self, address: Address) -> None:
+        """Raises what began the pause, of another address, while it lasts."""
+        left = self._until - time.monotonic()
+        if self._why is None or left <= 0:
+            return
+        if isinstance(self._why, Busy):
+            raise Busy(address, self._why.reason, left)
+        raise Unavailable(address, self._why.reason)
 
 
 def storage_class(scheme: str) -> type[Storage]:

@@ -12,6 +12,7 @@ from vllm.exceptions import GracefulHTTPError
 
 from guilomo_serve.adapter import AdapterError
 from guilomo_serve.catalogue import CatalogueError, Forbidden, Missing, Unavailable
+from guilomo_serve.catalogue.remote import Busy
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a process's limit
 REFUSALS = (AdapterError, CatalogueError, OSError, sqlite3.Error)
@@ -31,7 +32,7 @@ def status_of(error: Exception) -> HTTPStatus:
         return HTTPStatus.NOT_FOUND
     if isinstance(error, Forbidden):
         return HTTPStatus.FORBIDDEN
-    if isinstance(error, NoRoom):
+    if isinstance(error, (Busy, NoRoom)):
         return HTTPStatus.SERVICE_UNAVAILABLE
     if isinstance(error, Unavailable):
         return HTTPStatus.BAD_GATEWAY

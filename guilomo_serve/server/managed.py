@@ -6,6 +6,7 @@ Here is only what vLLM asks for; how it is done is in versions.py and residency.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from contextvars import Context
 from functools import cached_property
@@ -20,7 +21,7 @@ from vllm.lora.request import LoRARequest
 
 from guilomo_serve.adapter import BaseModel
 from guilomo_serve.catalogue import Forbidden, Missing, Settings, Source, Unavailable
-from guilomo_serve.catalogue.sources import DOWN_FOR_S
+from guilomo_serve.catalogue.remote import Busy
 from guilomo_serve.server import prometheus
 from guilomo_serve.server.access import administrating
 from guilomo_serve.server.errors import (
@@ -36,6 +37,7 @@ from guilomo_serve.server.inspection import inspect
 from guilomo_serve.server.leases import current_lease, leases
 from guilomo_serve.server.models import VersionedServingModels
 from guilomo_serve.server.residency import Residency
+from guilomo_serve.server.schemas import refusal
 from guilomo_serve.server.versions import Versions
 
 logger = init_logger("vllm.guilomo")
@@ -143,6 +145,11 @@ class ManagedServingModels(VersionedServingModels):
             if lease is not None:
                 lease.take(lora_name)  # from here on nothing evicts the name
             await asyncio.shield(coming.loaded)
+        except Busy as e:
+            if lease is not None:
+                seconds = math.ceil(e.retry_after_s or 1.0)
+                lease.refusal = refusal(503, str(e), {"Retry-After": str(seconds)})
+            raise not_now(lora_name, e) from None
         except (Unavailable, NoRoom) as e:
             raise not_now(lora_name, e) from None
         except (Forbidden, Missing, Unknown) as e:
@@ -162,7 +169,7 @@ class ManagedServingModels(VersionedServingModels):
         # In a context of its own: it is no part of the request that happens to be the first.
         found = asyncio.create_task(self._find(name), context=Context())
         loaded = asyncio.create_task(self._load(name, found), context=Context())
-        loaded.add_done_callback(lambda task: self._note(name, task))
+        loaded.add_done_callback(lambda _: self._note(name, found, loaded))
         self._coming[name] = _Coming(found, loaded)
         return self._coming[name]
 
@@ -174,13 +181,15 @@ class ManagedServingModels(VersionedServingModels):
     async def _load(self, name: str, found: asyncio.Task[Source | None]) -> None:
         await self.versions.bring_in(name, await found)
 
-    def _note(self, name: str, loading: asyncio.Task[None]) -> None:
-        """Remembers for a while why a name could not be loaded."""
+    def _note(
+        self, name: str, found: asyncio.Task[Source | None], loaded: asyncio.Task[None]
+    ) -> None:
+        """Remembers for a while why a name that there is could not be loaded."""
         del self._coming[name]
-        error = None if loading.cancelled() else loading.exception()
+        error = None if loaded.cancelled() else loaded.exception()
         if error is None:
             self._refused.pop(name, None)
-        elif isinstance(error, REFUSALS) and not isinstance(error, (Missing, NoRoom, Unknown)):
+        elif found.exception() is None and not isinstance(error, (NoRoom, Unknown)):
             logger.warning("The adapter '%s' cannot be loaded: %s", name, error)
-            for_s = DOWN_FOR_S if isinstance(error, Unavailable) else _REFUSED_FOR_S
-            self._refused[name] = (time.monotonic() + for_s, error)
+            if isinstance(error, REFUSALS):
+                self._refused[name] = (time.monotonic() + _REFUSED_FOR_S, error)

@@ -24,6 +24,7 @@ class HubStandIn:
         repositories: "owner/name" -> commit -> path -> contents.
         moved: "owner/name" -> what the Hub has it as now.
         denied: repositories that nobody may read.
+        busy: repositories that may not be asked for now -> the Retry-After that it answers.
         claimed: path -> the size that the Hub says it has.
         silent: set while requests are accepted and not answered.
         requests: method, path and Authorization header of each request so far.
@@ -32,6 +33,7 @@ class HubStandIn:
     repositories: dict[str, dict[str, Files]] = field(default_factory=dict)
     moved: dict[str, str] = field(default_factory=dict)
     denied: set[str] = field(default_factory=set)
+    busy: dict[str, str] = field(default_factory=dict)
     claimed: dict[str, int] = field(default_factory=dict)
     silent: threading.Event = field(default_factory=threading.Event)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
@@ -92,6 +94,9 @@ class _Handler(BaseHTTPRequestHandler):
             repository, _, rest = path.lstrip("/").partition("/resolve/")
             revision, _, file = rest.partition("/")
         revision = unquote(revision) or "main"
+        if repository in hub.busy:
+            self._answer(429, b"", {"Retry-After": hub.busy[repository]})
+            return
         if repository in hub.denied:
             self._answer(403, b"")
             return

@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from guilomo_serve import cli
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterError
 from guilomo_serve.catalogue import Missing, Sources, Store, command, digest_of
 from guilomo_serve.catalogue import sources as catalogue_sources
-from guilomo_serve.catalogue.remote import Address, Found, Unavailable
+from guilomo_serve.catalogue.remote import Address, Found, Unavailable, seconds_of
 from tests.serve.helpers import Server, eventually, guilomo_serve, random_adapter, serving, text_of
 from tests.serve.hub_stand_in import HubStandIn
 
@@ -415,15 +417,67 @@ def test_a_silent_storage_holds_up_nobody_else(world, adapters, texts):
     assert server.put("late", "hf://acme/late").ok
 
 
+def until_asked(world, name: str) -> None:
+    """Waits until roots that were down are asked again, for a name that is not there."""
+    asked = {"model": name, "prompt": PROMPT}
+    eventually(
+        lambda: world.server.post("/v1/completions", **asked).status_code == 404,
+        "the roots are asked",
+    )
+
+
+def test_a_name_that_is_not_there_is_asked_for_once(world):
+    until_asked(world, "not-there")
+    hub, asked = world.hub, {"model": "made-up", "prompt": PROMPT}
+    hub.requests.clear()
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: world.server.post("/v1/completions", **asked), range(16)))
+    assert {answer.status_code for answer in answers} == {404}
+    assert [path for _, path, _ in hub.requests] == ["/api/models/acme/made-up"]
+
+
+def test_a_storage_that_is_busy_is_left_alone_as_long_as_it_says(world, adapters):
+    """Other names wait with it; what the server has is served."""
+    hub, server = world.hub, world.server
+    for name in ("at-once", "in-peace"):
+        hub.commit(f"acme/{name}", adapters["first"])
+    assert server.put("at-once", "hf://acme/at-once").ok
+    until_asked(world, "nor-there")
+    hub.busy["acme/too-many"] = "4"
+    hub.requests.clear()
+    for name in ("too-many", "in-peace", "too-many", "made-up-too"):
+        refused = server.post("/v1/completions", model=name, prompt=PROMPT)
+        assert refused.status_code == 503, refused.text
+        assert 1 <= int(refused.headers["Retry-After"]) <= 4
+        assert "HTTP 429" in refused.json()["error"]["message"]
+    assert [path for _, path, _ in hub.requests] == ["/api/models/acme/too-many"]
+    assert text_of(server, "at-once", PROMPT)
+    in_peace = {"model": "in-peace", "prompt": PROMPT, "max_tokens": 1}
+    eventually(lambda: server.post("/v1/completions", **in_peace).ok, "it is asked again")
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [
+        ("7", 7, 7),
+        (format_datetime(datetime.now(UTC) + timedelta(minutes=5), usegmt=True), 200, 300),
+        ("Fri, 31 Dec 1999 23:59:59 GMT", 0, 0),
+    ],
+    ids=["seconds", "a date", "a date that has been"],
+)
+def test_both_forms_of_retry_after_are_read(header, least, most):
+    assert least <= seconds_of(header) <= most
+
+
+def test_a_retry_after_that_is_none_says_nothing():
+    assert [seconds_of(header) for header in (None, "", "soon", "-1")] == 4 * [None]
+
+
 def test_a_client_that_leaves_while_a_root_is_asked_holds_no_place(world, adapters, texts):
     """Its adapter may have one request at once."""
     hub = world.hub
     hub.commit("acme/limited", adapters["first"])
-    unknown = {"model": "nobody-here", "prompt": PROMPT}
-    eventually(
-        lambda: world.server.post("/v1/completions", **unknown).status_code == 404,
-        "the root is not taken to be down",
-    )
+    until_asked(world, "nobody-here")
     hub.requests.clear()
     hub.silent.set()
     body = json.dumps({"model": "limited", "prompt": PROMPT, "max_tokens": 1}).encode()
@@ -453,7 +507,7 @@ def test_while_s3_is_down(world, adapters, texts, tiny_model, tmp_path):
 
     status, message = world.refusal(later)
     assert (status, message.startswith(f"{later}: the storage does not answer")) == (502, True)
-    for name in ("other", "nobody", "other"):
+    for name in ("other", "nowhere", "other"):
         for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/messages"):
             body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
             if path in ("/v1/completions", "/tokenize"):
@@ -471,7 +525,7 @@ def test_while_s3_is_down(world, adapters, texts, tiny_model, tmp_path):
         lambda: server.post("/v1/completions", **asked).status_code == 200, "it is looked for again"
     )
     with pytest.raises(openai.NotFoundError):
-        text_of(server, "nobody", PROMPT)
+        text_of(server, "nowhere", PROMPT)
     log = server.log.read_text()
     assert f"below s3://{BUCKET}/{BELOW} cannot be fetched" in log
     assert not any(secret in log for secret in SECRETS.values())
