@@ -150,6 +150,14 @@ def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
         "refused with 429; may be repeated",
     )
     parser.add_argument(
+        "--list-models",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="how many names of adapters /v1/models lists at most, of the catalogue and of folders "
+        "in a root; 0: those that are in memory (default: %(default)s)",
+    )
+    parser.add_argument(
         "--max-body-mib",
         type=int,
         default=32,
@@ -202,6 +210,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise UsageError(f"--drain-timeout {args.drain_timeout}: expected a number of seconds >= 0")
     if args.max_body_mib < 1:
         raise UsageError(f"--max-body-mib {args.max_body_mib}: expected a number >= 1")
+    if args.list_models < 0:
+        raise UsageError(f"--list-models {args.list_models}: expected a number >= 0")
     limits = _concurrency(args.max_concurrency)
     given = args.admin_key if args.admin_key is not None else os.environ.get(ADMIN_KEY) or None
     try:
@@ -220,6 +230,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         max_concurrency=limits.pop("", None),
         max_concurrency_of=limits,
         max_body=args.max_body_mib * 2**20,
+        list_models=args.list_models,
         admin_key=key,
         made_key=given is None,
         expert_load=args.expert_load,

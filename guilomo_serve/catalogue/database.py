@@ -129,14 +129,14 @@ class Catalogue:
         """The first `limit` names that come after one, in their order, with their entries."""
         return self._entries("WHERE name > ? ORDER BY name LIMIT ?", after, limit)
 
-    def names(self, limit: int) -> list[str]:
-        """The first `limit` names."""
-        rows = self._db.execute("SELECT name FROM adapter ORDER BY name LIMIT ?", (limit,))
-        return [name for (name,) in rows]
-
-    def __len__(self) -> int:
-        (count,) = self._db.execute("SELECT count(*) FROM adapter").fetchone()
-        return int(count)
+    def sources(self, limit: int) -> dict[str, str]:
+        """The first `limit` names, each with what its current version was taken from."""
+        rows = self._db.execute(
+            "SELECT adapter.name, source FROM adapter JOIN version ON current = number "
+            "ORDER BY adapter.name LIMIT ?",
+            (limit,),
+        )
+        return dict(rows.fetchall())
 
     def _entries(self, which: str, *values: str | int) -> dict[str, Entry]:
         """Args: which: clauses that choose rows of the table `adapter`."""
@@ -157,14 +157,6 @@ class Catalogue:
             name: Entry(versions[current], versions.get(previous), bool(pinned))
             for name, current, previous, pinned in rows
         }
-
-    def source_of(self, name: str) -> str | None:
-        """What the current version of a name was taken from."""
-        row = self._db.execute(
-            "SELECT source FROM adapter JOIN version ON current = number WHERE adapter.name = ?",
-            (name,),
-        ).fetchone()
-        return None if row is None else str(row[0])
 
     def pinned(self) -> set[str]:
         """The names that are pinned."""

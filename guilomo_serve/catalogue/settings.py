@@ -32,6 +32,7 @@ class Settings:
         check_adapters: compare each adapter's products with the formula as it is loaded.
         max_concurrency: requests that each adapter may have at once; None: any number.
         max_concurrency_of: adapter -> the same for it alone.
+        list_models: names of adapters that /v1/models lists at most; 0: those in memory.
         max_body: bytes of a request's body, for inference.
         admin_key: what an administrator has to present.
         made_key: whether the server made that key itself, and leaves it in a file.
@@ -49,6 +50,7 @@ class Settings:
     max_concurrency_of: Mapping[str, int] = field(default_factory=dict)
     max_body: int = 32 * 2**20
     made_key: bool = False
+    list_models: int = 1000
     remote_roots: tuple[Address, ...] = ()
     expert_load: str = "on"
 
@@ -67,6 +69,7 @@ class Settings:
                 "max_concurrency_of": dict(self.max_concurrency_of),
                 "max_body": self.max_body,
                 "made_key": self.made_key,
+                "list_models": self.list_models,
             }
         )
         environment[ADMIN_KEY] = self.admin_key
@@ -88,6 +91,7 @@ class Settings:
             max_body=value["max_body"],
             admin_key=os.environ[ADMIN_KEY],
             made_key=value["made_key"],
+            list_models=value["list_models"],
             remote_roots=tuple(Address.parse(root) for root in value["remote_roots"]),
             expert_load=value["expert_load"],
         )

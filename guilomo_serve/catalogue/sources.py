@@ -109,6 +109,10 @@ class Sources:
                 return address
         raise Missing(f"there is no adapter {name!a}")
 
+    def members(self, limit: int) -> list[str]:
+        """Names of adapters in the folders among the roots; see `Store.members`."""
+        return self._store.members(limit)
+
     async def add(self, source: Source, check: Callable[[Path], T]) -> tuple[Stored, T, str]:
         """Stores an adapter, as `Store.add` does.
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +34,7 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE)
 MAX_WEIGHTS_BYTES = 8 * 2**30
 LIMITS = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: MAX_WEIGHTS_BYTES}
 _CHUNK = 2**20
+_LOOKED_AT = 10  # entries of a root for each name that is wanted
 _PARTIAL = ".partial-"
 
 T = TypeVar("T")
@@ -91,6 +93,23 @@ class Store:
             if path.is_dir():
                 return path
         raise Missing(f"{source}: no such adapter folder")
+
+    def members(self, limit: int) -> list[str]:
+        """Names of adapter folders in the roots, at most `limit`, in no order.
+
+        What has an adapter's files counts; whether it can be served is seen when it is asked for.
+        A folder with many other entries is not read to its end.
+        """
+        names: set[str] = set()
+        for root in self.roots:
+            with os.scandir(root) as entries:
+                for entry in islice(entries, _LOOKED_AT * limit):
+                    folder = _resolved(root / entry.name)
+                    if self._is_inside(folder) and all((folder / f).is_file() for f in FILES):
+                        names.add(entry.name)
+                    if len(names) == limit:
+                        return list(names)
+        return list(names)
 
     def add(self, source: Path, check: Callable[[Path], T]) -> tuple[Stored, T]:
         """Copies an adapter's files and keeps them once `check` has accepted the copy.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm.entrypoints.serve import create_error_response
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelPermission
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
@@ -66,6 +66,7 @@ class ManagedServingModels(VersionedServingModels):
         settings = Settings.from_environment()
         assert settings is not None
         self._evict_idle = settings.evict_idle
+        self._list_models = settings.list_models
         self.versions = Versions(settings, self.engine_client, self._inspect, super().is_base_model)
         leases.limit(settings.max_concurrency, settings.max_concurrency_of)
         return self.versions.residency
@@ -101,9 +102,18 @@ class ManagedServingModels(VersionedServingModels):
             self._evicting = asyncio.create_task(self.residency.evict_idle(self._evict_idle))
 
     async def show_available_models(self) -> Any:
-        models = await super().show_available_models()
-        for card in models.data:
-            card.root = self.versions.catalogue.source_of(card.id) or card.root
+        """The base, and as many names of adapters that can be asked for as are to be listed."""
+        models = await self.registry.show_available_models()
+        names = await self.versions.names(self._list_models)
+        models.data += [
+            ModelCard(
+                id=name,
+                root=source,
+                parent=self.base_model_paths[0].name,
+                permission=[ModelPermission()],
+            )
+            for name, source in names.items()
+        ]
         return models
 
     async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> Any:

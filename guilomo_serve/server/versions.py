@@ -240,6 +240,24 @@ class Versions:
         except REFUSALS:
             pass  # `failed` and the log have the reason
 
+    async def names(self, limit: int) -> dict[str, str]:
+        """Names that can be asked for, each with where its adapter is from, in their order.
+
+        Args:
+            limit: how many at most, those of the catalogue first; 0: those in memory alone.
+        """
+        if not limit:
+            known = ((name, self.catalogue.get(name)) for name in sorted(self.residency.current))
+            return {name: entry.current.source for name, entry in known if entry is not None}
+        found = self.catalogue.sources(limit)
+        for name in sorted(await asyncio.to_thread(self.sources.members, limit)):
+            if len(found) >= limit:
+                break
+            with contextlib.suppress(AdapterError):  # a folder of a name that no adapter can have
+                self.check_name(name)
+                found.setdefault(name, name)
+        return dict(sorted(found.items()))
+
     def in_flight(self, name: str) -> int:
         return leases.of(name)
 

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, read_spec
-from guilomo_serve.catalogue import Catalogue, CatalogueError, command, digest_of
+from guilomo_serve.catalogue import Catalogue, CatalogueError, Store, command, digest_of
 from tests.serve.helpers import (
     eventually,
     paused,
@@ -180,6 +180,28 @@ def test_one_server_has_a_catalogue(opened, state, tmp_path):
     (tmp_path / "catalogue.sqlite3").write_bytes(b"no database" * 100)
     with pytest.raises(CatalogueError, match="not a catalogue"):
         Catalogue(tmp_path / "catalogue.sqlite3")
+
+
+def test_models_lists_what_can_be_asked_for(opened, root):
+    """Members of the root that nobody has asked for yet, too."""
+    (root / "no-adapter").mkdir()
+    shutil.copytree(root / "first", root / "a name with spaces")
+    (root / "leads-out").symlink_to("/etc")
+    shutil.copytree(root / "first", root / "never-asked")
+    found = {model.id: model for model in opened.client.models.list().data}
+    members = {"first", "second", "plain", "never-asked"}
+    assert found.keys() >= {"base"} | members | listed(opened).keys()
+    assert not found.keys() & {"no-adapter", "a name with spaces", "leads-out"}
+    assert found["never-asked"].parent == "base"
+    assert "never-asked" not in listed(opened)
+    for name in members:
+        assert text_of(opened, name, PROMPT)
+
+
+def test_as_many_members_are_listed_as_are_wanted(root, tmp_path):
+    store = Store(tmp_path, [root])
+    assert len(store.members(2)) == 2
+    assert {"first", "second", "plain"} <= set(store.members(1000))
 
 
 def test_a_killed_server_has_its_names_and_versions_again(opened, root, state, request):

@@ -47,6 +47,7 @@ def server(tiny_model, root, tmp_path_factory) -> Iterator[Server]:
         {},
         *("--adapter-root", str(root), "--adapter-memory", str(2.5 * size / 2**30)),
         *("--enforce-eager", "--dtype", "float32", "--served-model-name", "base"),
+        *("--list-models", "0"),
     )
     with serving(command, tmp_path_factory.mktemp("log") / "memory.log") as running:
         yield running
@@ -67,6 +68,12 @@ def test_what_was_not_used_for_longest_makes_room(server):
     text_of(server, "c", PROMPT)
     assert text_of(server, "b", PROMPT) == texts["b"]
     assert resident(server) == {"a", "b"}, "a is pinned"
+
+
+def test_models_lists_what_is_in_memory_if_that_is_wanted(server):
+    text_of(server, "a", PROMPT)
+    listed = {model.id for model in server.client.models.list().data}
+    assert listed == {"base"} | resident(server)
 
 
 def test_what_is_in_use_or_pinned_stays_and_a_client_hears_of_it(server):
