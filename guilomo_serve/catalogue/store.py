@@ -6,7 +6,9 @@ they are copied once, checked as they are copied, and read from the copy ever af
     STATE/adapters/<sha256>/adapter_config.json
     STATE/adapters/<sha256>/adapter_model.safetensors
 
-The digest is that of `sha256sum adapter_config.json adapter_model.safetensors | sha256sum`.
+The digest is that of `sha256sum adapter_config.json adapter_model.safetensors | sha256sum`. When
+`add` returns it, the files, their folder and its name are on the disk, so that what is written down
+with it afterwards is true whenever the power goes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import islice
@@ -68,6 +70,9 @@ class Store:
         self.roots = tuple(root.resolve() for root in roots)
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        for place in folder.parents:
+            with suppress(PermissionError):  # one that this server cannot have made
+                _sync(place)
         for left in folder.glob(f"{_PARTIAL}*"):  # of a server that was killed
             shutil.rmtree(left, ignore_errors=True)
 
@@ -181,15 +186,13 @@ class Store:
 
     def _keep(self, partial: Path, digest: str) -> None:
         target = self.folder_of(digest)
-        if target.is_dir():
-            try:
-                if digest_of(target) == digest:
-                    return
-            except AdapterError:
-                pass
-            shutil.rmtree(target)  # damaged; this is what it should be
-        partial.chmod(0o755)
-        os.rename(partial, target)
+        if not _is(target, digest):
+            if target.is_dir():
+                shutil.rmtree(target)  # damaged; this is what it should be
+            partial.chmod(0o755)
+            _sync(partial)
+            os.rename(partial, target)
+        _sync(self._folder)  # also of a server that was killed before it could
 
 
 def digest_of(folder: Path) -> str:
@@ -203,6 +206,22 @@ def digest_of(folder: Path) -> str:
         with _opened(folder, name) as file:
             sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return _combined(sums)
+
+
+def _is(folder: Path, digest: str) -> bool:
+    try:
+        return digest_of(folder) == digest
+    except (AdapterError, OSError):
+        return False
+
+
+def _sync(folder: Path) -> None:
+    """Has the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _combined(sums: dict[str, str]) -> str:
