@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from guilomo_serve.adapter import AdapterError, BaseModel, is_guilomo_adapter, read_adapter
-from guilomo_serve.catalogue import Settings, check_name, command, keys
+from guilomo_serve.catalogue import CatalogueError, Settings, check_name, command, keys
+from guilomo_serve.catalogue.database import hold
 from guilomo_serve.catalogue.remote import Address, is_address
 from guilomo_serve.catalogue.settings import ADMIN_KEY
 from guilomo_serve.catalogue.sources import storage_class
@@ -68,8 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, flags = parser.parse_known_args(arguments)
     try:
         settings = _settings(args)
+        held = hold(settings.state) if settings.state else None
         vllm = vllm_command(args.base, args.adapter, flags)
-    except (UsageError, AdapterError) as e:
+    except (UsageError, AdapterError, CatalogueError) as e:
         print(f"guilomo-serve: {e}", file=sys.stderr)
         return 2
     settings.export(os.environ)
@@ -86,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Loading and unloading while serving; vLLM keeps the routes away without it.
     os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     _run_vllm(vllm)
+    if held is not None:
+        held.close()
     from guilomo_serve.server import lifecycle
 
     return lifecycle.exit_status()

@@ -6,13 +6,15 @@ process however that ends.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+CATALOGUE_FILE = "catalogue.sqlite3"
 _SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE version (
@@ -73,6 +75,34 @@ class Entry:
     current: Version
     previous: Version | None
     pinned: bool
+
+
+def hold(state: Path) -> IO[str]:
+    """Takes a state folder for this process, before a model is loaded that could not be served.
+
+    Returns:
+        An open file; while it is open, no other process gets the folder. A process that ends,
+        however it does, and its children do not keep it.
+
+    Raises:
+        CatalogueError: another server has it, or its catalogue is none.
+    """
+    path = state / "lock"
+    try:
+        lock = path.open("a")
+    except OSError as e:
+        raise CatalogueError(f"{path}: cannot be opened ({e.strerror})") from None
+    try:
+        # Of the process: flock's would be the engine's too, which may outlive a killed server.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        Catalogue(state / CATALOGUE_FILE).close()
+    except OSError:
+        lock.close()
+        raise CatalogueError(f"{state}: another server is running with this --state") from None
+    except CatalogueError:
+        lock.close()
+        raise
+    return lock
 
 
 class Catalogue:

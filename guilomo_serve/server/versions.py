@@ -34,6 +34,7 @@ from guilomo_serve.catalogue import (
     check_name,
     digest_of,
 )
+from guilomo_serve.catalogue.database import CATALOGUE_FILE
 from guilomo_serve.server import prometheus
 from guilomo_serve.server.errors import REFUSALS, NoRoom, Unknown
 from guilomo_serve.server.inspection import memory_of
@@ -74,7 +75,7 @@ class Versions:
         if state is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="guilomo-serve-")
             state = Path(self._temporary.name)
-        self.catalogue = Catalogue(state / "catalogue.sqlite3")
+        self.catalogue = Catalogue(state / CATALOGUE_FILE)
         self._store = Store(state / "adapters", settings.roots)
         self.sources = Sources(self._store, settings.remote_roots)
         self.residency = Residency(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 
+from guilomo_serve import cli
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, read_spec
 from guilomo_serve.catalogue import Catalogue, CatalogueError, Store, command, digest_of
+from guilomo_serve.catalogue.database import CATALOGUE_FILE, hold
 from tests.serve.helpers import (
     eventually,
     paused,
@@ -180,6 +184,32 @@ def test_one_server_has_a_catalogue(opened, state, tmp_path):
     (tmp_path / "catalogue.sqlite3").write_bytes(b"no database" * 100)
     with pytest.raises(CatalogueError, match="not a catalogue"):
         Catalogue(tmp_path / "catalogue.sqlite3")
+
+
+def test_a_state_that_another_server_has_is_refused_before_a_model_is_looked_at(
+    opened, state, tmp_path, capsys
+):
+    (tmp_path / CATALOGUE_FILE).write_bytes(b"no database" * 100)
+    for folder, why in ((state, "another server"), (tmp_path, "not a catalogue")):
+        assert cli.main(["/no/such/model", "--state", str(folder)]) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_a_state_is_free_again_when_its_server_was_killed(tmp_path):
+    holding = (
+        "import pathlib, sys, time\n"
+        "from guilomo_serve.catalogue.database import hold\n"
+        "lock = hold(pathlib.Path(sys.argv[1]))\n"
+        "print('held', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", holding, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(CatalogueError, match="another server"):
+            hold(tmp_path)
+        process.kill()
+    hold(tmp_path).close()
 
 
 def test_models_lists_what_can_be_asked_for(opened, root):
