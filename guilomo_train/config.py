@@ -29,9 +29,9 @@ class CommonConfig:
     base: str = field(metadata={"help": "Base model: a folder or a hub name."})
     train: str = field(
         metadata={
-            "help": "Training rows: a .jsonl file, or a data set as NAME, NAME:SPLIT or "
-            "NAME:CONFIG:SPLIT. Rows have prompt and completion, or messages, or instruction, "
-            "input and output."
+            "help": "Training rows: a .jsonl, .json, .csv or .parquet file, a folder of such, or a "
+            "data set as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT. Rows have prompt and completion, "
+            "or messages, or conversations, or instruction, input and output."
         }
     )
     output: str = field(metadata={"help": "Folder for the results."})

@@ -2,28 +2,41 @@
 
     {"prompt": "...", "completion": "..."}                     both may be lists of messages
     {"messages": [..., {"role": "assistant", ...}]}            the last message is the completion
+    {"conversations": [{"from": "human", "value": ...}, ...]}  ShareGPT; likewise
     {"instruction": "...", "input": "...", "output": "..."}    Alpaca; input may be missing
 
-`answer` is what an evaluation compares with; it is the completion where a row has none. Rows stay
-plain text for a tokenizer without chat template.
+Beside a text as prompt, `system` is a system message and `history` the turns before, pairs of
+texts. `answer` is what an evaluation compares with; it is the completion where a row has none. Rows
+stay plain text for a tokenizer without chat template.
+
+What would change what is learned and is not known here (tools, images, weights of messages) is
+refused by its name. Other columns, such as a row's number or source, are left alone.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from guilomo_train import sources
 from guilomo_train.config import VALIDATION_SHARE, CommonConfig
 from guilomo_train.errors import DataError
 
-FORMS = "prompt and completion, or messages, or instruction and output"
+FORMS = "prompt and completion, or messages, or conversations, or instruction and output"
 _FEWEST_ROWS = 8  # that a search can judge by
+# Columns by which other trainers change what a row teaches.
+_REFUSED = (
+    "tools", "functions", "documents", "chat_template_kwargs",
+    "image", "images", "audio", "audios", "video", "videos",
+    "reasoning_content", "weight", "loss_mask",
+)  # fmt: skip
+_SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+             "system": "system"}  # fmt: skip
+# What chat templates raise of themselves for messages that they do not like.
+_OF_TEMPLATES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
 def load_rows(
@@ -35,8 +48,7 @@ def load_rows(
     """Loads a data set in one form.
 
     Args:
-        source: a .jsonl file, or NAME, NAME:SPLIT or NAME:CONFIG:SPLIT of a data set that the
-            `datasets` library can load.
+        source: a file, a folder or a data set's name, as `sources.read` takes it.
         tokenizer: its chat template decides whether rows become messages.
         limit: rows to keep, drawn at random: files are often sorted by their answers.
         seed: of that draw.
@@ -49,18 +61,17 @@ def load_rows(
             the base's chat template rejects.
     """
     chat = tokenizer.chat_template is not None
-    is_file = source.endswith((".jsonl", ".json")) or Path(source).is_file()
-    raw = _read_jsonl(Path(source)) if is_file else _read_named(source)
-    rows = [{**_row(row, where, chat), "where": where} for where, row in raw]
-    if not rows:
+    raw = sources.read(source)
+    if not raw:
         raise DataError(f"{source}: has no rows")
+    if limit is not None and limit < len(raw):
+        numbers = Dataset.from_dict({"number": list(range(len(raw)))})
+        raw = [raw[number] for number in numbers.shuffle(seed=seed)["number"][:limit]]
+    rows = [{**_row(row, where, chat), "where": where} for where, row in raw]
     if chat:
         for row in rows:
             _check_template(row, tokenizer)
-    dataset = Dataset.from_list(rows)
-    if limit is not None and limit < len(dataset):
-        dataset = dataset.shuffle(seed=seed).select(range(limit))
-    return dataset
+    return Dataset.from_list(rows)
 
 
 def search_rows(
@@ -92,86 +103,126 @@ def search_rows(
     return lower, upper
 
 
-def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: cannot be read as text ({e})") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((f"{path}, line {number}", json.loads(line)))
-        except ValueError as e:
-            raise DataError(f"{path}, line {number}: not JSON ({e})") from None
-    return rows
-
-
-def _read_named(source: str) -> list[tuple[str, Any]]:
-    name, *rest = source.split(":")
-    split = rest[-1] if rest else "train"
-    config = rest[0] if len(rest) == 2 else None
-    try:
-        dataset = load_dataset(name, config, split=split)
-    except (DatasetsError, FileNotFoundError, ValueError, ConnectionError) as e:
-        reason = str(e.__cause__ or e).strip().splitlines()[0]
-        raise DataError(f"{source}: not a file, and not a data set to load: {reason}") from None
-    return [(f"{source}, row {i}", row) for i, row in enumerate(dataset)]
-
-
 def _row(row: Any, where: str, chat: bool) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"{where}: found {type(row).__name__}, expected an object with {FORMS}")
+    for key in _REFUSED:
+        if row.get(key) not in (None, "", [], {}):
+            raise DataError(f"{where}: has {key!r}, which is not used here: leave it out")
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
     elif isinstance(row.get("messages"), list) and len(row["messages"]) >= 2:
         prompt, completion = row["messages"][:-1], row["messages"][-1:]
+    elif isinstance(row.get("conversations"), list) and len(row["conversations"]) >= 2:
+        turns = [_of_sharegpt(turn, where) for turn in row["conversations"]]
+        prompt, completion = turns[:-1], turns[-1:]
     elif "instruction" in row and "output" in row:
-        given = row.get("input") or ""
-        prompt = f"{row['instruction']}\n\n{given}" if given else row["instruction"]
-        completion = row["output"]
+        prompt, completion = _instruction(row, where), row["output"]
     else:
-        raise DataError(f"{where}: has {sorted(row)}, expected {FORMS}")
-    prompt = _messages(prompt, "user", f"{where}: prompt")
-    completion = _messages(completion, "assistant", f"{where}: completion")
+        raise DataError(f"{where}: has {sorted(map(str, row))}, expected {FORMS}")
+    before = _before(row, where)
+    if before and not isinstance(prompt, str):
+        raise DataError(
+            f"{where}: has 'system' or 'history' beside messages, expected them among the messages"
+        )
+    prompt = before + _messages(prompt, "user", f"{where}: prompt")
+    completion = _messages(completion, "assistant", f"{where}: completion", learned=True)
     if completion[-1]["role"] != "assistant":
         raise DataError(f"{where}: the last message is not the assistant's")
     text = completion[-1]["content"]
-    answer = row.get("answer")
-    answer = text if answer is None else str(answer)
+    answer = text if row.get("answer") is None else _text(str(row["answer"]), f"{where}: answer")
     if chat:
         return {"prompt": prompt, "completion": completion, "answer": answer}
     plain = "\n".join(m["content"] for m in prompt)
     return {"prompt": plain, "completion": text, "answer": answer}
 
 
+def _instruction(row: dict[str, Any], where: str) -> str:
+    instruction = _text(row["instruction"], f"{where}: instruction")
+    given = _text(row.get("input") or "", f"{where}: input")
+    return f"{instruction}\n\n{given}" if given else instruction
+
+
+def _before(row: dict[str, Any], where: str) -> list[dict[str, str]]:
+    """The messages that `system` and `history` stand for."""
+    messages = []
+    if row.get("system"):
+        messages.append({"role": "system", "content": _text(row["system"], f"{where}: system")})
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise DataError(f"{where}: history is {history!r}, expected a list of pairs of texts")
+    for turn in history:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise DataError(f"{where}: history has {turn!r}, expected a pair of texts")
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            messages.append({"role": role, "content": _text(text, f"{where}: history")})
+    return messages
+
+
+def _of_sharegpt(turn: Any, where: str) -> Any:
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn  # as other messages, or refused as one of them
+    if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT:
+        raise DataError(
+            f"{where}: conversations has a turn from {turn['from']!r}, expected "
+            f"{', '.join(_SHAREGPT)}"
+        )
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {"role": _SHAREGPT[turn["from"]], "content": turn.get("value"), **others}
+
+
 def _check_template(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Renders a row as training and generation will; templates have rules of their own on roles."""
+    """Renders a row as training and generation will; templates have rules of their own."""
+    messages = row["prompt"] + row["completion"]
     try:
         tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-        tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
-    except TemplateError as e:
-        roles = [message["role"] for message in row["prompt"] + row["completion"]]
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    except _OF_TEMPLATES as e:
+        roles = [message["role"] for message in messages]
         raise DataError(
             f"{row['where']}: the base's chat template rejects messages of the roles {roles}: {e}"
         ) from None
+    # The last line: templates may move what comes before it, such as reasoning.
+    if messages[-1]["content"].strip().splitlines()[-1].strip() not in rendered:
+        raise DataError(
+            f"{row['where']}: the base's chat template leaves out the completion's text; it may "
+            "expect content in another form than text"
+        )
 
 
-def _messages(value: Any, role: str, where: str) -> list[dict[str, str]]:
+def _messages(value: Any, role: str, where: str, learned: bool = False) -> list[dict[str, str]]:
+    """Messages of a text or a list; `learned` says whether the last one is what a row teaches."""
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
         raise DataError(f"{where} is {value!r}, expected text or a list of messages")
     messages = []
     for message in value:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{where} has {message!r}, expected an object with role and content")
-        messages.append({"role": message["role"], "content": message["content"]})
+        for key, given in message.items():
+            if key == "weight" and given == (1 if learned else 0):
+                continue  # what happens anyway
+            if key not in ("role", "content") and given not in (None, "", [], {}):
+                raise DataError(f"{where} has a message with {key!r}, which is not used here")
+        if not isinstance(message.get("content"), str):
+            raise DataError(f"{where} has {message!r}, expected an object with role and content")
+        content = _text(message["content"], where)
+        messages.append({"role": message["role"], "content": content})
     if not messages[-1]["content"].strip():
         raise DataError(f"{where} is empty")
     return messages
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where} is {value!r}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        broken = value[e.start].encode("unicode_escape").decode()
+        raise DataError(
+            f"{where} has half a character ({broken}, at {e.start}), as a text that was cut within "
+            "an emoji: no tokenizer can read it"
+        ) from None
+    return value

@@ -16,6 +16,7 @@ whole step is known only when its last part has run.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -46,6 +47,17 @@ from guilomo_train.models import DEEPSPEED_REFUSED, check_tokens, unsharded_stat
 _logger = logging.getLogger(__name__)
 
 
+# TRL's options for the loss, and for batches that its own loss knows, with what leaves them off.
+_OF_OTHER_LOSSES: dict[str, tuple[Any, ...]] = {
+    "packing": (False,),
+    "eval_packing": (None, False),
+    "padding_free": (False,),
+    "label_smoothing_factor": (0.0,),
+    "loss_type": ("nll",),
+    "use_liger_kernel": (False,),
+}
+
+
 class LoraMoeTrainer(SFTTrainer):
     """TRL's SFTTrainer with the load-balance loss.
 
@@ -58,7 +70,8 @@ class LoraMoeTrainer(SFTTrainer):
         checkpointing: the settings to write into checkpoints, and the one to go on from.
 
     Raises:
-        ConfigError: DeepSpeed is asked for, or gradient checkpointing in its reentrant form.
+        ConfigError: DeepSpeed is asked for, gradient checkpointing in its reentrant form, or an
+            option of TRL's own losses.
         DataError: no row of a data set has a token to learn from.
         BaseError: a row has a token that the base has no embedding of.
     """
@@ -76,6 +89,12 @@ class LoraMoeTrainer(SFTTrainer):
     ) -> None:
         if args.deepspeed_plugin is not None:
             raise ConfigError(DEEPSPEED_REFUSED)
+        for option, only in _OF_OTHER_LOSSES.items():
+            if getattr(args, option) not in only:
+                raise ConfigError(
+                    f"{option} is {getattr(args, option)!r}, expected {only[0]!r}: the loss of a "
+                    "LoRA-MoE is computed by its own trainer, which has no such option"
+                )
         # On a base that is sharded as it is loaded transformers refuses checkpoints, for it cannot
         # write sharded optimiser states; what is trained here is whole in each process.
         strategy, args.save_strategy = args.save_strategy, SaveStrategy.NO
@@ -107,24 +126,32 @@ class LoraMoeTrainer(SFTTrainer):
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: SFTConfig, *rest: Any
     ) -> Dataset:
-        """TRL's tokenized rows. TRL leaves out those of whose completion truncation leaves nothing
-        and says nothing of it."""
-        prepared = super()._prepare_dataset(dataset, processing_class, args, *rest)
-        lost = len(dataset) - len(prepared)
-        if lost:
-            first = ""
-            if "where" in dataset.column_names:
-                kept = set(prepared["where"])
-                first = f" (first: {next(w for w in dataset['where'] if w not in kept)})"
-            found = (
-                f"{lost} of {len(dataset)} rows have no token of their completion within "
-                f"--max_length {args.max_length}{first}"
-            )
-            if lost == len(dataset):
+        """TRL's tokenized rows, cut to `max_length`. TRL cuts them and says nothing of it."""
+        whole = copy.copy(args)
+        whole.max_length = None
+        prepared = super()._prepare_dataset(dataset, processing_class, whole, *rest)
+        limit = args.max_length
+        if limit is None:
+            return prepared
+        kept_end = args.truncation_mode == "keep_end"
+        span = slice(-limit, None) if kept_end else slice(None, limit)
+        long = [i for i, ids in enumerate(prepared["input_ids"]) if len(ids) > limit]
+        if not long:
+            return prepared
+        cut = prepared.map(lambda row: {k: row[k][span] for k in ("input_ids", "labels")})
+        learned = [i for i, labels in enumerate(cut["labels"]) if any(x != -100 for x in labels)]
+        if len(learned) < len(cut):
+            lost = sorted(set(range(len(cut))) - set(learned))
+            what = f"have no token of their completion within --max_length {limit}"
+            found = _counted(prepared, lost, what)
+            if not learned:
                 raise DataError(f"{found}; raise --max_length or shorten the prompts")
-            if args.process_index == 0:
-                _logger.warning("%s; they are left out", found)
-        return prepared
+            _warn(args, f"{found}; they are left out")
+        ends = [] if kept_end else sorted(set(long) & set(learned))
+        if ends:
+            what = f"go on after --max_length {limit}, where their completion is cut"
+            _warn(args, f"{_counted(prepared, ends, what)}: they teach no end")
+        return cut.select(learned)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         resume = resume_from_checkpoint or self.checkpointing.resume
@@ -312,6 +339,16 @@ class LoraMoeTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: a checkpoint is no model to pass on, and `report.py` writes the adapter's card."""
+
+
+def _warn(args: SFTConfig, message: str) -> None:
+    if args.process_index == 0:
+        _logger.warning("%s", message)
+
+
+def _counted(rows: Dataset, which: list[int], what: str) -> str:
+    first = f" (first: {rows[which[0]]['where']})" if "where" in rows.column_names else ""
+    return f"{len(which)} of {len(rows)} rows {what}{first}"
 
 
 def _read_state(checkpoint: str | Path) -> dict[str, Any]:

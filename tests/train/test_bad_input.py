@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
 
 from guilomo_train.cli import main
+from guilomo_train.errors import ConfigError
 from guilomo_train.search.allocation import Allocation
+from guilomo_train.trainer import LoraMoeTrainer
 from tests.train.tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 ROWS = [{"prompt": f"number {i}", "completion": "odd" if i % 2 else "even"} for i in range(44)]
@@ -99,6 +102,37 @@ def test_rows_whose_completion_is_cut_off_are_left_out_and_counted(
         sum(int(r.getMessage().split()[0]) for r in caplog.records if "no token" in r.msg % r.args)
         == 6
     )
+
+
+def test_completions_that_are_cut_are_counted(
+    base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(
+        data, [*ROWS, {"prompt": "x", "completion": "y" * 80}, {"prompt": "x", "completion": "y"}]
+    )
+    given = ["--base", base, "--train", data, "--output", tmp_path / "out", "--max_length", 64]
+    assert main(["search", *map(str, [*given, *SMALL])]) == 0
+    said = [
+        record.getMessage()
+        for record in caplog.records
+        if "teach no end" in record.msg % record.args
+    ]
+    assert sum(int(line.split()[0]) for line in said) == 1
+    assert f"line {len(ROWS) + 1})" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("packing", True), ("padding_free", True), ("label_smoothing_factor", 0.1),
+     ("loss_type", "dft")],
+)  # fmt: skip
+def test_an_option_of_other_losses_is_refused_by_name(
+    option: str, value: object, tmp_path: Path
+) -> None:
+    args = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    setattr(args, option, value)
+    with pytest.raises(ConfigError, match=f"{option} is {value!r}, expected"):
+        LoraMoeTrainer(model=None, args=args, balance_coefficient=0.0)  # type: ignore[arg-type]
 
 
 def test_no_completion_is_left_at_all(refused: Refused, base: Path, allocation: Path) -> None:

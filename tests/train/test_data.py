@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from guilomo_train.config import CommonConfig
 from guilomo_train.data import load_rows, search_rows
 from guilomo_train.errors import DataError
+from tests.train.tiny import tiny_tokenizer
 
 PROMPT = [{"role": "user", "content": "2 + 2?"}]
 COMPLETION = [{"role": "assistant", "content": "4"}]
+CHAT = json.dumps(PROMPT[0])
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +45,9 @@ def write(path: Path, rows: list[Any]) -> str:
         {"messages": PROMPT + COMPLETION},
         {"instruction": "2 + 2?", "output": "4"},
         {"instruction": "2 + 2?", "input": "", "output": "4"},
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+        {"prompt": "2 + 2?", "completion": "4", "system": None, "history": [], "tools": None},
+        {"messages": [*PROMPT, {**COMPLETION[0], "tool_calls": None, "weight": 1}], "id": 7},
     ],
 )
 def test_every_form_gives_the_same_row(
@@ -53,6 +65,74 @@ def test_alpaca_input_follows_the_instruction_and_answer_is_kept(
     (loaded,) = load_rows(write(tmp_path / "rows.jsonl", [row]), tokenizer)
     assert loaded["prompt"][0]["content"] == "Add.\n\n2 and 2"
     assert loaded["answer"] == "4"
+
+
+def test_a_system_text_and_earlier_turns_come_before_the_prompt(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    row = {
+        "instruction": "2 + 2?",
+        "output": "4",
+        "system": "Be brief.",
+        "history": [["Hi", "Hi!"]],
+    }
+    (loaded,) = load_rows(write(tmp_path / "rows.jsonl", [row]), tokenizer)
+    assert [m["role"] for m in loaded["prompt"]] == ["system", "user", "assistant", "user"]
+    assert [m["content"] for m in loaded["prompt"]] == ["Be brief.", "Hi", "Hi!", "2 + 2?"]
+
+
+LINE_SEPARATOR = {"prompt": "one\u2028two\x85three", "completion": "4"}
+
+
+def files_of(rows: list[dict[str, str]], folder: Path, name: str) -> dict[str, Path]:
+    """The same rows in a file of each kind."""
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    texts = {
+        ".jsonl": lines,
+        ".json": json.dumps(rows, indent=1),
+        ".csv": "prompt,completion\n" + "\n".join(f"{r['prompt']},{r['completion']}" for r in rows),
+        ".tsv": "prompt\tcompletion\n" + "\n".join("\t".join(r.values()) for r in rows),
+    }
+    files = {}
+    for kind, text in texts.items():
+        for mark, encoding in (("", "utf-8"), ("bom", "utf-8-sig")):
+            files[kind + mark] = folder / (kind[1:] + mark) / f"{name}{kind}"
+            files[kind + mark].parent.mkdir(exist_ok=True)
+            files[kind + mark].write_bytes(text.encode(encoding))
+        files[f"{kind}.gz"] = folder / f"{kind[1:]}gz" / f"{name}{kind}.gz"
+        files[f"{kind}.gz"].parent.mkdir(exist_ok=True)
+        files[f"{kind}.gz"].write_bytes(gzip.compress(text.encode()))
+    files[".parquet"] = folder / "parquet" / f"{name}.parquet"
+    files[".parquet"].parent.mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), files[".parquet"])
+    return files
+
+
+def test_files_and_folders_of_every_kind_have_the_same_rows(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [LINE_SEPARATOR, {"prompt": "2 + 2?", "completion": "4"}]
+    for kind, file in files_of(rows, tmp_path, "train").items():
+        for source in (file, file.parent):
+            loaded = load_rows(str(source), tokenizer)
+            found = [row["prompt"][0]["content"] for row in loaded]
+            assert found == [row["prompt"] for row in rows], (kind, source)
+
+
+def test_rows_beyond_a_limit_are_not_rendered(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered = []
+    render = type(tokenizer).apply_chat_template
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        rendered.append(args)
+        return render(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", counted)
+    rows = [{"prompt": "p", "completion": str(i)} for i in range(500)]
+    assert len(load_rows(write(tmp_path / "rows.jsonl", rows), tokenizer, 3)) == 3
+    assert len(rendered) == 6  # a prompt and a whole row each
 
 
 def test_without_a_chat_template_rows_stay_text(tmp_path: Path, tiny_base: Path) -> None:
@@ -100,6 +180,26 @@ def test_a_limit_draws_rows_by_the_seed(tmp_path: Path, tokenizer: PreTrainedTok
             "not the assistant's",
         ),
         ("\n", "has no rows"),
+        ('{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}', "line 1: has 'tools'"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", '
+            '"tool_calls": [1]}]}',
+            "completion has a message with 'tool_calls'",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", '
+            '"weight": 0}]}',
+            "completion has a message with 'weight'",
+        ),
+        (
+            '{"prompt": "a", "completion": "hi \\ud83d"}',
+            r"completion has half a character \(\\ud83d",
+        ),
+        ('{"instruction": null, "output": "b"}', "instruction is None"),
+        ('{"conversations": [{"from": "tool", "value": "a"}, 1]}', "a turn from 'tool'"),
+        ('{"instruction": "a", "output": "b", "history": ["c"]}', "expected a pair"),
+        (f'{{"messages": [{CHAT}, {CHAT}], "system": "c"}}', "beside messages"),
+        ("[" * 10**5, "line 1: not JSON"),
     ],
 )
 def test_a_bad_row_is_named(
@@ -109,6 +209,94 @@ def test_a_bad_row_is_named(
     path.write_text(text)
     with pytest.raises(DataError, match=message):
         load_rows(str(path), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.json", b"[{]", r"rows\.json: not JSON"),
+        ("rows.csv", b"prompt,completion\na,b\nc", "line 3: has not the 2 columns"),
+        ("rows.csv", b'prompt,completion\na,"b', "not a table"),
+        ("rows.jsonl.gz", b"{}", "cannot be read as text"),
+        ("rows.parquet", b"{}", "cannot be read as Parquet"),
+        ("rows.jsonl", b"\xff", "cannot be read as text"),
+    ],
+)
+def test_a_broken_file_is_named(
+    name: str, content: bytes, message: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_rows(str(tmp_path / name), tokenizer)
+
+
+def test_a_folder_without_the_split_says_which_it_has(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write(tmp_path / "train.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(DataError, match=r"no split 'dev', only \['train'\]"):
+        load_rows(f"{tmp_path}:dev", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content + 1 }}", "rejects messages of the roles"),
+        (
+            "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}"
+            "{% endfor %}",
+            "leaves out the completion's text",
+        ),
+    ],
+)
+def test_a_template_that_does_not_take_text_is_no_traceback(
+    template: str, message: str, tmp_path: Path, tiny_base: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = template
+    source = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(DataError, match=message):
+        load_rows(source, tokenizer)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+KEYS = ["prompt", "completion", "messages", "conversations", "instruction", "input", "output",
+        "answer", "system", "history", "weight"]  # fmt: skip
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={"role": st.sampled_from(["user", "assistant", 1]), "content": VALUES,
+                  "from": VALUES, "value": VALUES, "weight": VALUES},
+    ),
+    max_size=3,
+)  # fmt: skip
+ROWS = st.dictionaries(st.sampled_from(KEYS), VALUES | MESSAGES) | VALUES
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ROWS.map(json.dumps) | st.text(st.characters(codec="utf-8")), max_size=3))
+def test_whatever_a_file_has_ends_in_rows_or_a_named_error(lines: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.write_text("\n".join(lines))
+        rows, refusal = [], str(path)
+        try:
+            rows = list(load_rows(str(path), fuzzed_tokenizer()))
+        except DataError as e:
+            refusal = str(e)
+    assert str(path) in refusal
+    for row in rows:
+        for message in row["prompt"] + row["completion"]:
+            message["content"].encode()
+
+
+@cache
+def fuzzed_tokenizer() -> PreTrainedTokenizerBase:
+    return tiny_tokenizer()
 
 
 def test_a_missing_file_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
