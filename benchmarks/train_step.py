@@ -129,10 +129,10 @@ def build(name: str, args: argparse.Namespace) -> Callable[[int], list[float]]:
         "callbacks": [times],
     }
     if name.startswith("search"):
-        assert isinstance(config, LoraMoeConfig)
-        assert config.experts is not None
         linears = BaseModel.from_config(base.model.config).linears
-        space = SearchSpace({m: linears[m] for m in config.experts}, EXPERTS, RANK, TOP_K)
+        space = SearchSpace(
+            {m: linears[m] for m in model.peft_config["default"].experts}, EXPERTS, RANK, TOP_K
+        )
         trainer: LoraMoeTrainer = SearchTrainer(
             **shared,
             selection=SelectionVectors(space, budget=space.cost(EXPERTS, RANK) // 3),

@@ -75,9 +75,8 @@ def sizes_of(name: str, target_modules: str | list[str]) -> Sizes:
     # Wrapped as a search wraps it, so that both mean the same layers.
     wrapped = LoraMoeConfig(target_modules=target_modules, num_experts=1, expert_rank=1)
     with torch.device("meta"):
-        with_adapter(model, wrapped)
-    assert wrapped.experts is not None
-    return Sizes(parameters, linears, tuple(wrapped.experts))
+        adapted = with_adapter(model, wrapped).peft_config["default"].experts
+    return Sizes(parameters, linears, tuple(adapted))
 
 
 def with_adapter(model: PreTrainedModel, config: LoraMoeConfig) -> PeftModel:

@@ -293,10 +293,7 @@ def _routers(run: Finished) -> str:
     if "finetune" not in run.history:
         return ""
     if not routers:
-        return (
-            "## Routers\n\nNot watched: no layer has a router, or `balance_coefficient` is 0 "
-            "(health is read off the load-balance loss)."
-        )
+        return "## Routers\n\nNone: no layer has more than one expert."
     layers, kinds, cells = grid(run.allocation.ranks)
     router_picture(routers, layers, kinds, cells, run.folder / "routers.png")
     rows = ["| layer | routers | entropy | largest load | dead experts |", "|---|---|---|---|---|"]

@@ -66,12 +66,12 @@ class LoraMoeTrainer(SFTTrainer):
     step.
 
     Args:
-        balance_coefficient: weight of the load-balance loss; 0 turns it off.
+        balance_coefficient: weight of the load-balance loss; with 0 it is only watched.
         checkpointing: the settings to write into checkpoints, and the one to go on from.
 
     Raises:
-        ConfigError: DeepSpeed is asked for, gradient checkpointing in its reentrant form, or an
-            option of TRL's own losses.
+        ConfigError: DeepSpeed is asked for, gradient checkpointing in its reentrant form, an option
+            of TRL's own losses, several GPUs in one process, or float16 without loss scaling.
         DataError: no row of a data set has a token to learn from.
         BaseError: a row has a token that the base has no embedding of.
     """
@@ -89,6 +89,17 @@ class LoraMoeTrainer(SFTTrainer):
     ) -> None:
         if args.deepspeed_plugin is not None:
             raise ConfigError(DEEPSPEED_REFUSED)
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"{args.n_gpu} GPUs are in one process, where DataParallel would split each batch "
+                "behind the routers' backs: start a process for each (torchrun --nproc-per-node "
+                f"{args.n_gpu}), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
+        if getattr(model, "dtype", None) == torch.float16 and not args.fp16:
+            raise ConfigError(
+                "the base is float16, in which small gradients are 0 without loss scaling: load it "
+                "in bfloat16 or float32, or set fp16=True"
+            )
         for option, only in _OF_OTHER_LOSSES.items():
             if getattr(args, option) not in only:
                 raise ConfigError(
@@ -220,8 +231,7 @@ class LoraMoeTrainer(SFTTrainer):
         parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         both = self.accelerator.reduce(torch.stack([parts * nll, balance]).detach(), "mean")
         self._metrics["train"]["nll"].append(self._finite(both[0], "the loss"))
-        if self.balance_coefficient > 0:
-            self._metrics["train"]["balance"].append(both[1].item())
+        self._metrics["train"]["balance"].append(both[1].item())
         return nll + self.balance_coefficient * balance / parts
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -261,14 +271,15 @@ class LoraMoeTrainer(SFTTrainer):
         # Kept in this forward pass alone: gradient checkpointing runs layers again in the backward
         # pass, and what they would keep then holds their activations until the next step.
         for layer in self.layers:
-            layer.keep_routing = self.balance_coefficient > 0
+            layer.keep_routing = self.balance_coefficient > 0 or health is not None
         nll = processes * completion_nll(model, inputs, num_items)
-        if self.balance_coefficient == 0:
+        if self.balance_coefficient == 0 and health is None:
             return nll, nll.new_zeros(())
         routings = [layer.routing for layer in self.layers if layer.routing is not None]
         # A row without labels is there only to fill a batch.
         tokens = inputs["attention_mask"].bool() & scored.any(dim=-1, keepdim=True)
-        balance = processes * balance_loss(routings, tokens, self._over_processes, health)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.balance_coefficient > 0):
+            balance = processes * balance_loss(routings, tokens, self._over_processes, health)
         for layer in self.layers:
             layer.keep_routing, layer.routing = False, None
         return nll, balance

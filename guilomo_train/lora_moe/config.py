@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
@@ -75,6 +76,16 @@ class LoraMoeConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected an integer >= 1")
+        if self.r is not None and self.experts is None:
+            raise ValueError(
+                f"r is {self.r}, expected expert_rank={self.r}: each expert has a rank"
+            )
+        if self.top_k == 1 and self.num_experts > 1 and self.experts is None:
+            warnings.warn(
+                "top_k is 1: the one expert's weight is always 1, so the router learns from the "
+                "load-balance loss alone; 2 or more let it learn which expert helps",
+                stacklevel=3,
+            )
         if self.experts is not None and not (self.experts and all(self.experts.values())):
             empty = next((m for m, listed in self.experts.items() if not listed), None)
             where = "" if empty is None else f" for {empty!r}"

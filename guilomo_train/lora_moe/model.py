@@ -5,6 +5,7 @@ Every check comes before the first layer is replaced: a model that is refused st
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,9 +68,12 @@ class LoraMoeModel(BaseTuner):
                         "layers (torch.nn.Linear)"
                     )
             for unknown in _unmatched(peft_config.target_modules, modules):
+                pattern = " as a pattern for whole names" * isinstance(
+                    peft_config.target_modules, str
+                )
                 raise ValueError(
-                    f"target_modules has {unknown!r}, which names no layer of the model; "
-                    f"expected some of {_kinds(model, modules, moe)}"
+                    f"target_modules has {unknown!r}, which{pattern} names no layer of the model; "
+                    f"expected a list of some of {_kinds(model, modules, moe)}"
                 )
         output = getattr(model, "get_output_embeddings", lambda: None)()
         for name, module in modules.items():
@@ -115,7 +119,8 @@ class LoraMoeModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Adds an adapter and makes its allocation explicit, so that the saved config needs no
-        rule to be read."""
+        rule to be read. The caller's own config stays as it is, for other models."""
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         experts = {

@@ -261,8 +261,7 @@ def search(
         lora_alpha=common.lora_alpha,
     )
     model = with_adapter(base.model, peft_config)
-    assert peft_config.experts is not None
-    adapted = {module: linears[module] for module in peft_config.experts}
+    adapted = {module: linears[module] for module in model.peft_config["default"].experts}
     space = SearchSpace(
         adapted,
         config.max_experts,

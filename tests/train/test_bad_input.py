@@ -135,6 +135,21 @@ def test_an_option_of_other_losses_is_refused_by_name(
         LoraMoeTrainer(model=None, args=args, balance_coefficient=0.0)  # type: ignore[arg-type]
 
 
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
+    args = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    assert args.n_gpu <= 1
+    args._n_gpu = 2
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"):
+        LoraMoeTrainer(model=None, args=args, balance_coefficient=0.0)  # type: ignore[arg-type]
+
+
+def test_float16_without_loss_scaling_is_refused(tmp_path: Path) -> None:
+    args = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    model = tiny_llama(len(tiny_tokenizer())).half()
+    with pytest.raises(ConfigError, match="the base is float16"):
+        LoraMoeTrainer(model=model, args=args, balance_coefficient=0.0)  # type: ignore[arg-type]
+
+
 def test_no_completion_is_left_at_all(refused: Refused, base: Path, allocation: Path) -> None:
     line = refused("finetune", "--allocation", allocation, "--max_length", 8)
     assert "44 of 44 rows have no token of their completion within --max_length 8" in line

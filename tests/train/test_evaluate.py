@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from guilomo_train.config import EvalConfig
 from guilomo_train.evaluate import (
+    answers_given,
     completion_loss,
-    ends_with_answer,
     evaluate,
     prompt_ids,
     score,
@@ -29,10 +29,28 @@ from guilomo_train.evaluate import (
         ("#### 12 or 13", "12", False),
         ("", "yes", False),
         ("C++", "C++", True),
+        ("x = -5", "5", False),
+        ("x = -5", "-5", True),
+        ("that is 8-5", "5", True),
+        ("It is 1,500.", "500", False),
+        ("It is 1.5", "5", False),
+        ("x=5", "5", True),
+        ("答案是北京。", "北京", True),
+        ("答案是南京", "北京", False),
+        ("Die Stadt ist Örebro", "rebro", False),
     ],
 )
 def test_an_answer_is_right_if_the_text_ends_with_it(text: str, answer: str, right: bool) -> None:
-    assert ends_with_answer(text, answer) is right
+    assert (answers_given([text], [answer]) == [answer.casefold()]) is right
+
+
+def test_of_answers_that_end_alike_the_longest_is_given() -> None:
+    answers = ["Equivalent", "not equivalent", "not"]
+    texts = ["not equivalent", "Equivalent.", "They are not equivalent", "unequivalent", "so not"]
+    found = ["not equivalent", "equivalent", "not equivalent", None, "not"]
+    assert answers_given(texts, answers) == found
+    got = score(["not equivalent"] * 2, answers[:2], answers[:2], 0.0)
+    assert got.accuracy == 0.5
 
 
 def test_scores_are_shares_of_rows() -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import get_peft_model
+from trl import SFTConfig
 
 from guilomo_train.health import RouterHealth
+from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.lora_moe.layer import Routing
 from guilomo_train.lora_moe.routing import masked_top_k_softmax, top_k_softmax
-from guilomo_train.trainer import balance_loss
+from guilomo_train.trainer import LoraMoeTrainer, balance_loss
+from tests.train.tiny import tiny_llama, tiny_tokenizer
 
 
 def routing(logits: torch.Tensor, top_k: int = 2, mask: torch.Tensor | None = None) -> Routing:
@@ -132,3 +138,35 @@ def test_counts_of_several_processes_are_summed() -> None:
     both = RouterHealth()
     balance_loss([routing(logits)], torch.ones(1, 100), health=both)
     assert one.scalars(lambda counts: counts + next(others)) == pytest.approx(both.scalars(same))
+
+
+def test_routers_are_watched_without_a_load_balance_loss(tmp_path: Path) -> None:
+    """Experts die where nothing keeps their load even; watching changes no weight."""
+
+    def trained(balance: float) -> tuple[dict[str, float], list[torch.Tensor]]:
+        tokenizer = tiny_tokenizer()
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(len(tokenizer)), LoraMoeConfig(task_type="CAUSAL_LM"))
+        rows = [{"prompt": f"number {i}", "completion": "odd"} for i in range(8)]
+        trainer = LoraMoeTrainer(
+            model=model,
+            args=SFTConfig(
+                output_dir=str(tmp_path), bf16=False, use_cpu=True, max_steps=2, logging_steps=2,
+                per_device_train_batch_size=4, report_to="none", save_strategy="no",
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            balance_coefficient=balance,
+        )  # fmt: skip
+        trainer.train()
+        weights = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        return trainer.state.log_history[0], weights
+
+    log, weights = trained(0.0)
+    assert 0 < log["router_entropy"] <= 1
+    assert log["balance"] > 0
+    assert log["loss"] == pytest.approx(log["nll"], rel=1e-3)
+    tiny_log, tiny_weights = trained(1e-12)
+    assert log["dead_experts"] == tiny_log["dead_experts"]
+    for one, other in zip(weights, tiny_weights, strict=True):
+        torch.testing.assert_close(one, other)

@@ -162,9 +162,8 @@ def test_an_upper_step_changes_the_selection_vectors_and_nothing_else(
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     config = LoraMoeConfig(num_experts=3, expert_rank=2, task_type="CAUSAL_LM")
     model = get_peft_model(tiny_llama(len(tokenizer)), config)
-    assert config.experts is not None
     shapes = BaseModel.from_module(tiny_llama(len(tokenizer))).linears
-    linears = {module: shapes[module] for module in config.experts}
+    linears = {module: shapes[module] for module in model.peft_config["default"].experts}
     common = CommonConfig(base="", train="", output="")
     trainer = SearchTrainer(
         model=model,

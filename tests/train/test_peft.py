@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,29 @@ def test_a_config_that_cannot_be_applied_says_which_field(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         get_peft_model(tiny_llama(64), LoraMoeConfig(**fields))  # type: ignore[arg-type]
+
+
+def test_a_config_used_twice_fits_each_model() -> None:
+    config = LoraMoeConfig(task_type="CAUSAL_LM", num_experts=2, expert_rank=3)
+    small = get_peft_model(tiny_llama(300, layers=1), config)
+    large = get_peft_model(tiny_llama(300, layers=3), config)
+    adapted = [
+        sum(isinstance(m, LoraMoeLayer) for m in model.modules()) for model in (small, large)
+    ]
+    assert adapted == [7, 21]
+    other = get_peft_model(tiny_llama(300, layers=1), replace(config, expert_rank=5))
+    ranks = {e["rank"] for listed in other.peft_config["default"].experts.values() for e in listed}
+    assert ranks == {5}
+
+
+def test_what_other_methods_call_rank_is_refused() -> None:
+    with pytest.raises(ValueError, match="r is 16, expected expert_rank=16"):
+        LoraMoeConfig(r=16)
+
+
+def test_a_router_that_chooses_one_expert_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="top_k is 1"):
+        LoraMoeConfig(top_k=1)
 
 
 def test_a_task_with_a_new_head_is_refused() -> None:

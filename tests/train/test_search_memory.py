@@ -40,7 +40,6 @@ def trained(search: bool, rank: int, length: int, folder: Path) -> int:
     linears = BaseModel.from_module(base).linears
     config = LoraMoeConfig(num_experts=EXPERTS, expert_rank=rank, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
-    assert config.experts is not None
     ids = torch.randint(3, 200, (4 * STEPS, length)).tolist()
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
     shared: dict[str, Any] = {
@@ -57,7 +56,9 @@ def trained(search: bool, rank: int, length: int, folder: Path) -> int:
         "balance_coefficient": 0.01,
     }
     if search:
-        space = SearchSpace({m: linears[m] for m in config.experts}, EXPERTS, rank)
+        space = SearchSpace(
+            {m: linears[m] for m in model.peft_config["default"].experts}, EXPERTS, rank
+        )
         budget = space.cost(EXPERTS, rank) // 2
         trainer: LoraMoeTrainer = SearchTrainer(
             **shared,
