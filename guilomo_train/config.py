@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -83,6 +84,7 @@ class CommonConfig:
         if self.validation_share is not None and not 0 < self.validation_share < 1:
             raise ConfigError(f"validation_share is {self.validation_share}, expected 0 < s < 1")
         positive("lora_alpha", self.lora_alpha)
+        check_seed(self.seed)
         if self.report_to == "tensorboard" and find_spec("tensorboard") is None:
             raise ConfigError(
                 "report_to is 'tensorboard', but that package is not installed: "
@@ -244,6 +246,7 @@ class BaselineConfig:
     seed: int = option(0, "random: another seed, another allocation.")
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         for name in ("experts", "rank", "top_k"):
             at_least(name, getattr(self, name), 1)
         if self.budget is not None and self.like is not None:
@@ -266,10 +269,16 @@ def targets_of(target_modules: str) -> str | list[str]:
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
+    if not least <= value < math.inf:
         raise ConfigError(f"{name} is {value}, expected at least {least}")
 
 
 def positive(name: str, value: float) -> None:
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise ConfigError(f"{name} is {value}, expected more than 0")
+
+
+def check_seed(seed: int) -> None:
+    """As numpy takes it, which draws the order of rows."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed is {seed}, expected 0 to {2**32 - 1}")
