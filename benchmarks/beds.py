@@ -260,7 +260,7 @@ class Bed:
             # An expert works for top_k / experts of the inputs: stronger where there are more.
             nn.init.normal_(b, std=planted.row_spread * (experts / TOP_K) ** 0.5)
             if experts > 1:
-                router = layer.router["default"].weight
+                router = layer.lora_router["default"].weight
                 nn.init.normal_(router, std=3 * WIDTH**-0.5 / planted.input_scale)
             if planted.mirrored:
                 _mirror(a, dim=0, sign=1.0)

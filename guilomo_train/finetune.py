@@ -186,7 +186,7 @@ def adapter_of(model: PeftModel) -> Adapter:
         module: ModuleWeights(
             lora_a=tensor(module, "lora_A").to(dtype),
             lora_b=tensor(module, "lora_B").to(dtype),
-            router=tensor(module, "router").float() if len(listed) > 1 else None,
+            router=tensor(module, "lora_router").float() if len(listed) > 1 else None,
         )
         for module, listed in experts.items()
     }

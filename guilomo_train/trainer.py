@@ -243,7 +243,7 @@ class LoraMoeTrainer(SFTTrainer):
         names = [
             name.removeprefix("base_model.model.")
             for name, layer in self.model.named_modules()
-            if isinstance(layer, LoraMoeLayer) and len(layer.router) > 0
+            if isinstance(layer, LoraMoeLayer) and len(layer.lora_router) > 0
         ]
         return {names[place]: figures for place, figures in self.health.figures.items()}
 

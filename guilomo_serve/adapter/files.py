@@ -4,8 +4,11 @@
     adapter_model.safetensors   per module, with R = sum of its experts' ranks:
                                 base_model.model.<module>.lora_A.weight  [R, in]
                                 base_model.model.<module>.lora_B.weight  [out, R]
-                                base_model.model.<module>.router.weight  [E, in] float32, if E > 1
+                                base_model.model.<module>.lora_router.weight  [E, in], if E > 1
     README.md                   a model card
+
+The router is float32. Format 1 calls it `router`, which is read too; in format 2 all names have
+"lora_" in them, by which PEFT finds an adapter's parameters.
 
 The rows of an expert are contiguous, in expert order. Names follow PEFT
 (`peft/utils/save_and_load.py`); tensors are never unpickled.
@@ -165,7 +168,8 @@ def read_adapter(folder: str | Path, base: BaseModel | None = None) -> Adapter:
         with safe_open(path, framework="pt") as tensors:
             _check_headers(spec, base, _headers_of_file(tensors), str(path))
             weights = {
-                m: _module_weights(m, experts, tensors) for m, experts in spec.experts.items()
+                m: _module_weights(_tensor_names(m, experts, spec.format_version), tensors)
+                for m, experts in spec.experts.items()
             }
     except (SafetensorError, OSError) as e:
         raise AdapterError(
@@ -192,7 +196,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, card: str) -> None:
     if target.exists() and not (target / CONFIG_FILE).is_file() and not _is_empty_folder(target):
         raise AdapterError(f"{target}: exists and is not an adapter folder; choose another name")
     config = adapter.spec.to_json()
-    AdapterSpec.from_json(config, str(target / CONFIG_FILE))
+    spec = AdapterSpec.from_json(config, str(target / CONFIG_FILE))
     tensors = {
         # A copy: save_file refuses tensors that share memory, as slices of one parameter do.
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -202,7 +206,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, card: str) -> None:
         name: (_DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
         for name, tensor in tensors.items()
     }
-    _check_headers(adapter.spec, None, headers, str(target / WEIGHTS_FILE))
+    _check_headers(spec, None, headers, str(target / WEIGHTS_FILE))
     _check_finite(adapter.weights, str(target / WEIGHTS_FILE))
     with _written(target), replace_folder(target) as partial:
         with _written(target / WEIGHTS_FILE):
@@ -291,7 +295,7 @@ def _check_headers(
     """Names, shapes and dtypes of the tensors, before one of them is loaded."""
     expected: set[str] = set()
     for module, experts in spec.experts.items():
-        names = _tensor_names(module, experts)
+        names = _tensor_names(module, experts, spec.format_version)
         expected.update(names)
         for name in names:
             if name not in headers:
@@ -339,19 +343,21 @@ def _headers_of_file(file: safe_open) -> dict[str, Header]:
     return {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
 
 
-def _tensor_names(module: str, experts: Sequence[Expert]) -> list[str]:
+def _tensor_names(module: str, experts: Sequence[Expert], format_version: int) -> list[str]:
     """Names on disk of A, B and, if there is a choice to make, the router."""
-    kinds = ("lora_A", "lora_B", "router") if len(experts) > 1 else ("lora_A", "lora_B")
+    kinds = ["lora_A", "lora_B"]
+    if len(experts) > 1:
+        kinds.append("router" if format_version == 1 else "lora_router")
     return [f"{TENSOR_PREFIX}{module}.{kind}.weight" for kind in kinds]
 
 
-def _module_weights(module: str, experts: Sequence[Expert], file: safe_open) -> ModuleWeights:
-    tensors = [file.get_tensor(name) for name in _tensor_names(module, experts)]
-    return ModuleWeights(tensors[0], tensors[1], tensors[2] if len(experts) > 1 else None)
+def _module_weights(names: Sequence[str], file: safe_open) -> ModuleWeights:
+    tensors = [file.get_tensor(name) for name in names]
+    return ModuleWeights(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None)
 
 
 def _named_tensors(module: str, weights: ModuleWeights) -> Iterator[tuple[str, torch.Tensor]]:
     yield f"{TENSOR_PREFIX}{module}.lora_A.weight", weights.lora_a
     yield f"{TENSOR_PREFIX}{module}.lora_B.weight", weights.lora_b
     if weights.router is not None:
-        yield f"{TENSOR_PREFIX}{module}.router.weight", weights.router
+        yield f"{TENSOR_PREFIX}{module}.lora_router.weight", weights.router

@@ -15,7 +15,7 @@ from typing import Any
 from guilomo_serve.adapter.base import BaseFingerprint
 
 PEFT_TYPE = "GUILOMO"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 TENSOR_PREFIX = "base_model.model."
@@ -72,6 +72,7 @@ class AdapterSpec:
         base: fingerprint of the base model, None where the writer did not know it.
         task_type: PEFT's task type.
         search: record of the search (method, seed, data, versions), None for a hand-made one.
+        format_version: of the folder that it was read from.
     """
 
     base_model_name_or_path: str
@@ -82,6 +83,7 @@ class AdapterSpec:
     base: BaseFingerprint | None = None
     task_type: str | None = "CAUSAL_LM"
     search: Mapping[str, Any] | None = field(default=None, compare=False)
+    format_version: int = field(default=FORMAT_VERSION, compare=False)
 
     @property
     def max_total_rank(self) -> int:
@@ -124,7 +126,8 @@ class AdapterSpec:
             where: the file's path, for messages.
 
         Raises:
-            AdapterError: the value is not a version 1 config; the message names the key.
+            AdapterError: the value is no config of a version up to this one; the message names the
+                key.
         """
         _check(isinstance(value, dict), where, "the file", type(value).__name__, "a JSON object")
         peft_type = value.get("peft_type")
@@ -139,7 +142,7 @@ class AdapterSpec:
                 f"{where}: format_version is {version}, this guilomo reads up to "
                 f"{FORMAT_VERSION}: install a newer guilomo"
             )
-        _check(version == FORMAT_VERSION, where, "format_version", version, str(FORMAT_VERSION))
+        _check(version >= 1, where, "format_version", version, f"1 to {FORMAT_VERSION}")
         unknown = sorted(value.keys() - _KNOWN_KEYS)
         if unknown:
             raise AdapterError(
@@ -190,6 +193,7 @@ class AdapterSpec:
             base=_fingerprint_of(fingerprint, where) if fingerprint is not None else None,
             task_type=task_type,
             search=search,
+            format_version=version,
         )
         for module in spec.experts:
             if not _MODULE_NAME.fullmatch(module):

@@ -33,7 +33,10 @@ from guilomo_train.lora_moe.layer import LoraMoeLayer, LoraMoeLinear  # noqa: E4
 from guilomo_train.lora_moe.model import LoraMoeModel  # noqa: E402
 
 register_peft_method(
-    name=PEFT_TYPE.lower(), config_cls=LoraMoeConfig, model_cls=LoraMoeModel, prefix="guilomo_"
+    name=PEFT_TYPE.lower(),
+    config_cls=LoraMoeConfig,
+    model_cls=LoraMoeModel,
+    prefix=LoraMoeModel.prefix,
 )
 
 __all__ = ["LoraMoeConfig", "LoraMoeLayer", "LoraMoeLinear", "LoraMoeModel"]

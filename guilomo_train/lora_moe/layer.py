@@ -53,14 +53,14 @@ class Routing:
 class LoraMoeLayer(BaseTunerLayer):
     """The adapters of one linear layer; see the head of this file for the maths."""
 
-    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "router")
+    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_router")
     other_param_names: tuple[str, ...] = ("lora_dropout",)
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
-        self.router = nn.ModuleDict()
+        self.lora_router = nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
         self.top_k: dict[str, int] = {}
         self.experts: dict[str, tuple[Expert, ...]] = {}
@@ -88,7 +88,7 @@ class LoraMoeLayer(BaseTunerLayer):
         self.lora_B[adapter_name] = nn.Linear(rank, self.out_features, bias=False)
         nn.init.zeros_(_weight(self.lora_B[adapter_name]))
         if len(experts) > 1:
-            self.router[adapter_name] = nn.Linear(self.in_features, len(experts), bias=False)
+            self.lora_router[adapter_name] = nn.Linear(self.in_features, len(experts), bias=False)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -96,8 +96,8 @@ class LoraMoeLayer(BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        if adapter_name in self.router:
-            self.router[adapter_name].float()  # near ties are decided in float32 everywhere
+        if adapter_name in self.lora_router:
+            self.lora_router[adapter_name].float()  # near ties are decided in float32 everywhere
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -150,7 +150,7 @@ class LoraMoeLinear(nn.Module, LoraMoeLayer):
         if self.masks is not None:
             expand = expand.to(self.masks.ranks.dtype) * self.masks.ranks.reshape(1, -1)
         h = F.linear(self.lora_dropout[adapter](x), a)
-        if adapter in self.router:
+        if adapter in self.lora_router:
             gates = self._expert_weights(adapter, x) @ expand
         else:  # one expert, whose weight is 1 while it is there
             gates = expand[0] if self.masks is None else self.masks.experts @ expand
@@ -158,7 +158,7 @@ class LoraMoeLinear(nn.Module, LoraMoeLayer):
 
     def _expert_weights(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """`[..., E]` in the router's precision, at least float32."""
-        weight = _weight(self.router[adapter])
+        weight = _weight(self.lora_router[adapter])
         weight = weight.to(_at_least_float32(weight))
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(weight.dtype), weight)
@@ -175,8 +175,8 @@ class LoraMoeLinear(nn.Module, LoraMoeLayer):
         matrix = self._expand[adapter]
         if matrix.device != device:
             matrix = self._expand[adapter] = matrix.to(device)
-        if adapter in self.router:
-            matrix = matrix.to(_at_least_float32(_weight(self.router[adapter])))
+        if adapter in self.lora_router:
+            matrix = matrix.to(_at_least_float32(_weight(self.lora_router[adapter])))
         return matrix
 
     def __repr__(self) -> str:

@@ -30,7 +30,7 @@ class LoraMoeModel(BaseTuner):
             of experts itself.
     """
 
-    prefix = "guilomo_"
+    prefix = "lora_"  # of all that belongs to an adapter, by which PEFT finds it
     tuner_layer_cls = LoraMoeLayer
     target_module_mapping: Any = MappingProxyType(
         {}
@@ -94,7 +94,7 @@ class LoraMoeModel(BaseTuner):
         """What is saved. A router is float32 in the adapter format, whatever a trainer made it:
         TRL turns all of an adapter on a quantised base into bfloat16."""
         state = super()._get_adapter_state_dict(*args, **kwargs)
-        return {key: t.float() if ".router." in key else t for key, t in state.items()}
+        return {key: t.float() if ".lora_router." in key else t for key, t in state.items()}
 
     def _create_and_replace(
         self,

@@ -132,10 +132,27 @@ def test_names_on_disk_are_those_of_peft(folder: Path) -> None:
         "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight",
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
         "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
-        "base_model.model.model.layers.0.self_attn.q_proj.router.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_router.weight",
     ]
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"]) == ("GUILOMO", 6)
+
+
+def test_a_folder_of_format_1_is_read_and_written_in_format_2(folder: Path) -> None:
+    """It has "router" where format 2 has "lora_router"."""
+    adapter = read_adapter(folder, BASE)
+    weights, config = folder / files.WEIGHTS_FILE, folder / files.CONFIG_FILE
+    old = {name.replace("lora_router", "router"): t for name, t in load_file(weights).items()}
+    assert len(old.keys() - load_file(weights).keys()) == 1
+    save_file(old, weights)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "format_version": 1}))
+    found = read_adapter(folder, BASE)
+    assert_same(found, adapter)
+    write_adapter(found, folder.parent / "new", "card")
+    assert (
+        json.loads((folder.parent / "new" / files.CONFIG_FILE).read_text())["format_version"] == 2
+    )
+    assert_same(read_adapter(folder.parent / "new", BASE), adapter)
 
 
 @pytest.mark.parametrize(
@@ -264,8 +281,12 @@ ERRORS: dict[str, tuple[Spoil, str]] = {
     "not UTF-8": (file(CONFIG, b'{"a": "\xff"}'), f"{CONFIG}: not a JSON file"),
     "not an object": (file(CONFIG, "[]"), "the file is 'list', expected a JSON object"),
     "another method": (config(peft_type="LORA"), "peft_type is 'LORA', expected 'GUILOMO'"),
-    "future format": (config(format_version=2), "format_version is 2, this guilomo reads up to 1"),
-    "format 0": (config(format_version=0), "format_version is 0, expected 1"),
+    "future format": (config(format_version=3), "format_version is 3, this guilomo reads up to 2"),
+    "format 0": (config(format_version=0), "format_version is 0, expected 1 to 2"),
+    "names of format 2": (
+        config(format_version=1),
+        "the tensor base_model.model.model.layers.0.self_attn.q_proj.router.",
+    ),
     "format by words": (config(format_version="1"), "format_version is '1', expected an integer"),
     "no format": (without_key("format_version"), "the key 'format_version' is missing"),
     "no experts": (without_key("experts"), "the key 'experts' is missing"),
@@ -331,16 +352,18 @@ ERRORS: dict[str, tuple[Spoil, str]] = {
         f"the tensor {TENSOR}.lora_A.weight is missing",
     ),
     "missing router": (
-        tensors(lambda t: t.pop(f"{TENSOR}.router.weight")),
-        f"the tensor {TENSOR}.router.weight is missing",
+        tensors(lambda t: t.pop(f"{TENSOR}.lora_router.weight")),
+        f"the tensor {TENSOR}.lora_router.weight is missing",
     ),
     "extra tensor": (
         tensors(lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(1)})),
         "the tensor base_model.model.lm_head.weight belongs to no module",
     ),
     "router of a single expert": (
-        tensors(lambda t: t.update({f"base_model.model.{SINGLE}.router.weight": torch.ones(1)})),
-        f"the tensor base_model.model.{SINGLE}.router.weight belongs to no module",
+        tensors(
+            lambda t: t.update({f"base_model.model.{SINGLE}.lora_router.weight": torch.ones(1)})
+        ),
+        f"the tensor base_model.model.{SINGLE}.lora_router.weight belongs to no module",
     ),
     "rank too small": (
         tensor(f"{TENSOR}.lora_A.weight", lambda t: t[:5]),
@@ -351,8 +374,8 @@ ERRORS: dict[str, tuple[Spoil, str]] = {
         f"{TENSOR}.lora_B.weight has shape [16, 6], expected [24, 6]",
     ),
     "router too wide": (
-        tensor(f"{TENSOR}.router.weight", lambda t: t.repeat(2, 1)),
-        f"{TENSOR}.router.weight has shape [6, 16], expected [3, 16]",
+        tensor(f"{TENSOR}.lora_router.weight", lambda t: t.repeat(2, 1)),
+        f"{TENSOR}.lora_router.weight has shape [6, 16], expected [3, 16]",
     ),
     "flat A": (
         tensor(f"{TENSOR}.lora_A.weight", lambda t: t.flatten()),
@@ -363,8 +386,8 @@ ERRORS: dict[str, tuple[Spoil, str]] = {
         f"{TENSOR}.lora_B.weight has shape [], expected two dimensions",
     ),
     "router in bfloat16": (
-        tensor(f"{TENSOR}.router.weight", lambda t: t.bfloat16()),
-        f"{TENSOR}.router.weight is BF16, expected F32",
+        tensor(f"{TENSOR}.lora_router.weight", lambda t: t.bfloat16()),
+        f"{TENSOR}.lora_router.weight is BF16, expected F32",
     ),
     "A in float64": (
         tensor(f"{TENSOR}.lora_A.weight", lambda t: t.double()),
@@ -375,8 +398,8 @@ ERRORS: dict[str, tuple[Spoil, str]] = {
         f"{TENSOR}.lora_A.weight has values that are not finite",
     ),
     "infinite router": (
-        tensor(f"{TENSOR}.router.weight", poisoned(float("-inf"))),
-        f"{TENSOR}.router.weight has values that are not finite",
+        tensor(f"{TENSOR}.lora_router.weight", poisoned(float("-inf"))),
+        f"{TENSOR}.lora_router.weight has values that are not finite",
     ),
 }
 
@@ -417,8 +440,8 @@ def test_a_link_to_the_folder_and_links_inside_it_are_fine(folder: Path) -> None
     [
         (lambda w: replace(w, lora_a=w.lora_a[:5]), "lora_A.weight has shape [5, 16]"),
         (lambda w: replace(w, lora_b=w.lora_b.T), "lora_B.weight has shape [6, 24]"),
-        (lambda w: replace(w, router=None), "router.weight is missing"),
-        (lambda w: replace(w, router=w.router.half()), "router.weight is F16, expected F32"),
+        (lambda w: replace(w, router=None), "lora_router.weight is missing"),
+        (lambda w: replace(w, router=w.router.half()), "lora_router.weight is F16, expected F32"),
         (lambda w: replace(w, lora_a=w.lora_a.double()), "lora_A.weight is torch.float64"),
         (lambda w: replace(w, lora_a=w.lora_a * float("nan")), "that are not finite"),
     ],

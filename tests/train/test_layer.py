@@ -30,7 +30,7 @@ def random_layer(ranks: tuple[int, ...], top_k: int, dtype: torch.dtype) -> Lora
     )
     layer = layer.to(dtype)
     if len(ranks) > 1:
-        layer.router["default"].to(torch.promote_types(dtype, torch.float32))
+        layer.lora_router["default"].to(torch.promote_types(dtype, torch.float32))
     nn.init.normal_(layer.lora_B["default"].weight)
     layer.base_layer.requires_grad_(False)
     return layer
@@ -38,8 +38,8 @@ def random_layer(ranks: tuple[int, ...], top_k: int, dtype: torch.dtype) -> Lora
 
 def adapter_tensors(layer: LoraMoeLinear) -> dict[str, torch.Tensor]:
     named = {"lora_a": layer.lora_A["default"].weight, "lora_b": layer.lora_B["default"].weight}
-    if "default" in layer.router:
-        named["router"] = layer.router["default"].weight
+    if "default" in layer.lora_router:
+        named["router"] = layer.lora_router["default"].weight
     return named
 
 
@@ -93,7 +93,9 @@ def test_hard_masks_give_the_layer_of_the_chosen_experts_and_ranks() -> None:
             small.lora_A["default"].weight.copy_(full.lora_A["default"].weight[rows])
             small.lora_B["default"].weight.copy_(full.lora_B["default"].weight[:, rows])
             if chosen > 1:
-                small.router["default"].weight.copy_(full.router["default"].weight[:chosen])
+                small.lora_router["default"].weight.copy_(
+                    full.lora_router["default"].weight[:chosen]
+                )
         torch.testing.assert_close(full(x), small(x), rtol=1e-12, atol=1e-12)
 
 
@@ -108,7 +110,7 @@ def test_the_derivative_in_a_mask_is_the_whole_change_it_makes(
     torch.manual_seed(1)
     layer = random_layer((3,) * len(there), 2, torch.float64)
     with torch.no_grad():
-        for router in layer.router.values():
+        for router in layer.lora_router.values():
             router.weight.mul_(scale)
     x, weight = torch.randn(TOKENS, IN).double(), torch.randn(TOKENS, OUT).double()
 

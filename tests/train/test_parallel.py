@@ -177,7 +177,7 @@ from guilomo_train.cli import main
 def look(module, _):
     if isinstance(module, LlamaForCausalLM):
         named = module.model.layers.named_parameters()
-        base = [p for name, p in named if "lora_" not in name and "router" not in name]
+        base = [p for name, p in named if "lora_" not in name]
         held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in base)
         # One write a line: two processes share the log.
         os.write(1, f"held: {held / sum(p.numel() for p in base)}\\n".encode())

@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from transformers import LlamaForSequenceClassification
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 from trl import SFTConfig, SFTTrainer
 
 from guilomo_serve.adapter import BaseModel, read_adapter, write_adapter
@@ -57,6 +63,43 @@ def test_what_peft_saves_is_the_adapter_format_and_loads_again(
     assert not torch.equal(logits(again), logits(tiny_llama(64)))
 
 
+def test_transformers_loads_an_adapter_as_it_loads_a_lora(tmp_path: Path) -> None:
+    """By the folder alone, and into a model that is there; neither loads nothing and says so."""
+    tiny_llama(64).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = LoraMoeConfig(num_experts=3, expert_rank=2, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    by_folder = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(logits(by_folder), logits(model))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(loaded.eval()), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["lora_B", "lora_router"])
+def test_weights_that_are_missing_are_warned_of(tmp_path: Path, kind: str) -> None:
+    trained(LoraMoeConfig(num_experts=3, expert_rank=2)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({k: t for k, t in weights.items() if kind not in k},
+              tmp_path / "adapter_model.safetensors")  # fmt: skip
+    with pytest.warns(UserWarning, match=f"missing adapter keys.*{kind}"):
+        PeftModel.from_pretrained(tiny_llama(64), tmp_path)
+
+
+def test_a_state_dict_says_which_modules_are_adapted() -> None:
+    config = LoraMoeConfig(num_experts=3, expert_rank=2, target_modules=["q_proj"])
+    state = get_peft_model_state_dict(inject_adapter_in_model(config, tiny_llama(64)))
+    other = inject_adapter_in_model(
+        LoraMoeConfig(num_experts=3, expert_rank=2), tiny_llama(64), state_dict=state
+    )
+    adapted = [n for n, m in other.named_modules() if isinstance(m, LoraMoeLayer)]
+    assert adapted == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+
+
 def test_what_we_write_peft_loads(tmp_path: Path) -> None:
     model = trained(LoraMoeConfig(experts=RAGGED, task_type="CAUSAL_LM"))
     write_adapter(adapter_of(model), tmp_path / "adapter", "card")
@@ -69,7 +112,7 @@ def test_a_fresh_adapter_says_what_the_base_says_and_only_it_trains() -> None:
     model = get_peft_model(tiny_llama(64), LoraMoeConfig(num_experts=2, expert_rank=2)).eval()
     assert torch.equal(logits(model), base)
     trainable = {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {"lora_A", "lora_B", "router"}
+    assert trainable == {"lora_A", "lora_B", "lora_router"}
 
 
 def test_adapters_are_switched_and_disabled() -> None:

@@ -80,9 +80,7 @@ def learns(model: PeftModel) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.05
-    assert all(
-        "lora_" in n or "router" in n for n, p in model.named_parameters() if p.requires_grad
-    )
+    assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
 
 
 def test_layers_without_a_float_weight_are_adapted() -> None:
@@ -140,7 +138,7 @@ def test_trl_on_a_quantised_base_saves_an_adapter_of_the_format(base: Path, tmp_
     )
     trainer.train()
     layers = [m for m in trainer.model.modules() if isinstance(m, LoraMoeLayer)]
-    assert {layer.router["default"].weight.dtype for layer in layers} == {torch.bfloat16}
+    assert {layer.lora_router["default"].weight.dtype for layer in layers} == {torch.bfloat16}
     trainer.save_model(str(tmp_path / "adapter"))
     read_adapter(tmp_path / "adapter")
 
