@@ -85,10 +85,9 @@ def memory_of(folder: Path, itemsize: int) -> int:
     total, modules = 0, set()
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
-            module, _, kind = name.rpartition(".lora_")
-            router = not module
-            total += math.prod(file.get_slice(name).get_shape()) * (4 if router else itemsize)
-            modules.add(module if kind else name)
+            size = 4 if name.endswith("router.weight") else itemsize
+            total += math.prod(file.get_slice(name).get_shape()) * size
+            modules.add(name.rsplit(".", 2)[0])
     return total + _MODULE_BYTES * len(modules)
 
 

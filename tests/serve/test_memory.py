@@ -8,7 +8,9 @@ from pathlib import Path
 
 import openai
 import pytest
+from safetensors.torch import load_file
 
+from guilomo_serve.adapter import WEIGHTS_FILE
 from guilomo_serve.server.inspection import memory_of
 from tests.serve.helpers import (
     Server,
@@ -51,6 +53,19 @@ def server(tiny_model, root, tmp_path_factory) -> Iterator[Server]:
     )
     with serving(command, tmp_path_factory.mktemp("log") / "memory.log") as running:
         yield running
+
+
+@pytest.mark.parametrize("itemsize", [2, FLOAT32])
+def test_memory_is_counted_in_the_models_precision(adapters, itemsize):
+    """But for routers, which are in float32 everywhere."""
+    for name in ("first", "plain"):
+        tensors = load_file(adapters[name] / WEIGHTS_FILE)
+        routers = sum(t.numel() for n, t in tensors.items() if "router" in n)
+        others = sum(t.numel() for n, t in tensors.items() if "router" not in n)
+        modules = sum("lora_A" in n for n in tensors)
+        beside = memory_of(adapters[name], itemsize) - others * itemsize - routers * FLOAT32
+        assert 0 < beside / modules <= 2**13
+        assert (routers > 0) == (name == "first")
 
 
 def resident(server: Server) -> set[str]:
