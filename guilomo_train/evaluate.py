@@ -111,13 +111,19 @@ def completion_loss(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Token ids of a row and its labels: those after the prompt's."""
-    start = len(prompt_ids(tokenizer, row["prompt"]))
+    """Token ids of a row and its labels: those from where the row differs from its prompt alone.
+
+    That is where training begins to learn (TRL's rule): a template may end a prompt in what a whole
+    row does not have, and a plain text's last token may join the completion's first.
+    """
     if isinstance(row["prompt"], str):
         ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
     else:
         messages = row["prompt"] + row["completion"]
         ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    prompt = prompt_ids(tokenizer, row["prompt"])
+    start = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), None)
+    start = min(len(prompt), len(ids)) if start is None else start
     return ids, [-100] * start + ids[start:]
 
 

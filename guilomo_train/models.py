@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -22,7 +24,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from guilomo_serve.adapter import BaseModel
+from guilomo_serve.adapter import CONFIG_FILE, BaseModel
 from guilomo_serve.precision import half_precision_is_slow
 from guilomo_train.errors import BaseError, ConfigError
 from guilomo_train.limits import enough_memory
@@ -64,6 +66,7 @@ def sizes_of(name: str, target_modules: str | list[str]) -> Sizes:
         BaseError: there is no such model.
         ConfigError: it has no such modules.
     """
+    _check_no_adapter(name)
     try:
         config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
@@ -77,6 +80,15 @@ def sizes_of(name: str, target_modules: str | list[str]) -> Sizes:
     with torch.device("meta"):
         adapted = with_adapter(model, wrapped).peft_config["default"].experts
     return Sizes(parameters, linears, tuple(adapted))
+
+
+def _check_no_adapter(name: str) -> None:
+    """transformers would load an adapter's base and put the adapter on it."""
+    if (Path(name) / CONFIG_FILE).is_file():
+        raise BaseError(
+            f"--base {name}: is an adapter and no model; give the base that it was trained on (its "
+            f"{CONFIG_FILE} names it), and to go on from its weights use finetune --start"
+        )
 
 
 def with_adapter(model: PreTrainedModel, config: LoraMoeConfig) -> PeftModel:
@@ -109,10 +121,12 @@ def load_base(
             is whole in each process.
 
     Raises:
-        BaseError: there is no such model, it is not a causal language model, it has no tokenizer,
-            bitsandbytes is missing, or transformers has no plan to shard it.
+        BaseError: there is no such model, it is an adapter, it is not a causal language model, it
+            has no tokenizer or no end token, bitsandbytes is missing, or transformers has no plan
+            to shard it.
         OutOfMemoryError: it does not fit.
     """
+    _check_no_adapter(name)
     device = processes().device  # quantised weights cannot be moved there later
     if dtype == "auto" and half_precision_is_slow():
         dtype = "float32"
@@ -138,20 +152,21 @@ def load_base(
             f"--base {name}: has no tokenizer that can be loaded; put its tokenizer files "
             f"beside the weights ({_first_line(e)})"
         ) from None
+    if tokenizer.eos_token is None:
+        raise BaseError(
+            f"--base {name}: its tokenizer has no eos_token, by which an answer ends; set it in "
+            "tokenizer_config.json"
+        )
     if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise BaseError(
-                f"--base {name}: its tokenizer has neither a pad_token nor an eos_token; "
-                "set one in tokenizer_config.json"
-            )
         tokenizer.pad_token = tokenizer.eos_token
     return Base(name, model, tokenizer)
 
 
 def check_tokens(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Iterable[list[int]]
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[list[int]]
 ) -> None:
-    """Checks that the base has an embedding of all tokens; a tokenizer may know more of them.
+    """Checks that the base has an embedding of all tokens, of which a tokenizer may know more, and
+    of all positions, where they are learned.
 
     Args:
         model: the base, or a PEFT model of it.
@@ -159,8 +174,18 @@ def check_tokens(
         texts: token ids.
 
     Raises:
-        BaseError: it lacks a token's; the message names it.
+        BaseError: it lacks a token's, which the message names, or the last position's.
     """
+    longest = max(map(len, texts), default=0)
+    for part, module in model.named_modules():
+        # Two of OPT's positions are for padding; others have as many as they say.
+        if isinstance(module, nn.Embedding) and re.search(r"wpe|position", part.split(".")[-1]):
+            most = int(getattr(model.config, "max_position_embeddings", module.num_embeddings))
+            if longest > most:
+                raise BaseError(
+                    f"--base: has {most} positions ({part}), but a row has {longest} tokens; give "
+                    f"--max_length {most} or less, or shorter rows"
+                )
     most = max(max(ids, default=0) for ids in [*texts, [tokenizer.pad_token_id]])
     embeddings = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if most >= embeddings:

@@ -80,6 +80,12 @@ class LoraMoeModel(BaseTuner):
             if self._check_target_module_exists(peft_config, name):
                 _check_target(name, module, module is output, moe, peft_config)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "add_weighted_adapter: routers of two LoRA-MoE adapters have no weighted sum; set both "
+            "active, whose outputs then add up, or serve them as two adapters"
+        )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 from trl import SFTConfig
 
 from guilomo_train.cli import main
 from guilomo_train.errors import ConfigError
+from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.trainer import LoraMoeTrainer
 from tests.train.tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -148,6 +151,39 @@ def test_float16_without_loss_scaling_is_refused(tmp_path: Path) -> None:
     model = tiny_llama(len(tiny_tokenizer())).half()
     with pytest.raises(ConfigError, match="the base is float16"):
         LoraMoeTrainer(model=model, args=args, balance_coefficient=0.0)  # type: ignore[arg-type]
+
+
+def test_an_adapter_is_no_base(refused: Refused, base: Path, tmp_path: Path) -> None:
+    for config in (LoraConfig(), LoraMoeConfig(num_experts=2, expert_rank=2)):
+        config.target_modules = ["q_proj"]
+        folder = tmp_path / type(config).__name__
+        model = AutoModelForCausalLM.from_pretrained(base)
+        get_peft_model(model, config).save_pretrained(folder)
+        line = refused("search", "--base", folder)
+        assert f"--base {folder}: is an adapter and no model" in line
+        assert "finetune --start" in line
+
+
+def test_a_base_without_an_end_token(refused: Refused, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "endless")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    assert "its tokenizer has no eos_token" in refused("search", "--base", tmp_path / "endless")
+
+
+def test_rows_longer_than_learned_positions(refused: Refused, data: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = OPTConfig(vocab_size=len(tokenizer), word_embed_proj_dim=32, **sizes,
+                       max_position_embeddings=50)  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    tokenizer.save_pretrained(tmp_path / "opt")
+    write(data, [*ROWS, {"prompt": "x" * 40, "completion": "y"}])
+    line = refused("search", "--base", tmp_path / "opt")
+    assert re.search(r"has 50 positions \([a-z_.]*embed_positions\)", line)
+    assert "give --max_length 50 or less" in line
 
 
 def test_no_completion_is_left_at_all(refused: Refused, base: Path, allocation: Path) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
 from guilomo_train.config import EvalConfig
 from guilomo_train.evaluate import (
+    _encode,
     answers_given,
     completion_loss,
     evaluate,
@@ -86,6 +88,37 @@ def test_the_loss_is_that_of_the_completions_tokens(small_model: Path, chat: boo
         count += ids.shape[1] - start
     got = completion_loss(model, tokenizer, Dataset.from_list(rows), batch_size=2)
     assert got == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("2 + 2 = ", "4"), ("Once upon", " a time"), ("Say hel", "lo")],
+)
+def test_the_loss_scores_what_training_learns(
+    small_model: Path, tmp_path: Path, prompt: str, completion: str
+) -> None:
+    """Where the prompt's last token joins the completion's first, and where a template ends a
+    prompt in what a whole row does not have."""
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    thinking = tokenizer.chat_template.replace(
+        "<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"
+    )
+    assert thinking != tokenizer.chat_template
+    for template in (None, thinking):
+        tokenizer.chat_template = template
+        row = {"prompt": prompt, "completion": completion}
+        if template is not None:
+            row = {
+                "prompt": [{"role": "user", "content": prompt}],
+                "completion": [{"role": "assistant", "content": completion}],
+            }
+        args = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, max_length=512)
+        model = AutoModelForCausalLM.from_pretrained(small_model)
+        trainer = SFTTrainer(
+            model, args, train_dataset=Dataset.from_list([row]), processing_class=tokenizer
+        )
+        (learned,) = trainer.train_dataset
+        assert _encode(tokenizer, row) == (learned["input_ids"], learned["labels"])
 
 
 def test_batched_generation_is_what_each_prompt_gives_alone(small_model: Path) -> None:

@@ -288,6 +288,12 @@ def test_a_config_that_cannot_be_applied_says_which_field(
         get_peft_model(tiny_llama(64), LoraMoeConfig(**fields))  # type: ignore[arg-type]
 
 
+def test_a_weighted_sum_of_adapters_is_refused_in_one_sentence() -> None:
+    model = trained(LoraMoeConfig(num_experts=2, expert_rank=2))
+    with pytest.raises(ValueError, match="add_weighted_adapter: routers of two"):
+        model.add_weighted_adapter(["default"], [0.5], "half")
+
+
 def test_a_config_used_twice_fits_each_model() -> None:
     config = LoraMoeConfig(task_type="CAUSAL_LM", num_experts=2, expert_rank=3)
     small = get_peft_model(tiny_llama(300, layers=1), config)
