@@ -14,8 +14,13 @@ from guilomo_serve.catalogue.remote import Address
 
 ADMIN_KEY = "GUILOMO_ADMIN_KEY"
 _SETTINGS = "GUILOMO_SERVE"
-# In URLs, logs and folders as they are; "@" parts a name from its version.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+# In URLs, logs and folders as they are; "@" parts a name from its version. No part is hidden or
+# leads upwards.
+_PART = "[A-Za-z0-9][A-Za-z0-9._:-]*"
+NAME = f"{_PART}(/{_PART})*"
+NAME_LENGTH = 128
+# What /v1/adapters/NAME/... does; a name that ends so would have the URL of another's.
+_ACTIONS = ("load", "pin", "rollback", "unpin")
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,10 @@ def check_name(name: str) -> None:
     Raises:
         AdapterError: it has other characters than the allowed ones, or too many.
     """
-    if not _NAME.fullmatch(name):
+    if len(name) > NAME_LENGTH or not re.fullmatch(NAME, name):
         raise AdapterError(
-            f"the name {name[:140]!a} cannot be served: expected 1 to 128 letters, digits and "
-            "._:- of ASCII, the first a letter or digit"
+            f"the name {name[:140]!a} cannot be served: expected 1 to {NAME_LENGTH} letters, "
+            'digits and ._:- of ASCII, in parts parted by "/" that begin with a letter or digit'
         )
+    if "/" in name and name.rpartition("/")[2] in _ACTIONS:
+        raise AdapterError(f"the name {name!a} cannot be served: its last part is a route's")

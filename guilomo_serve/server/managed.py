@@ -79,7 +79,7 @@ class ManagedServingModels(VersionedServingModels):
             return None  # no plain causal LM to transformers; the engine checks shapes
 
     def _inspect(self, folder: Path) -> dict[str, Any]:
-        return inspect(folder, self._base, self.engine_client.vllm_config.lora_config)
+        return inspect(folder, self._base, self.engine_client.vllm_config)
 
     def is_base_model(self, model_name: str) -> bool:
         """vLLM asks this first of each request's model."""
@@ -95,6 +95,7 @@ class ManagedServingModels(VersionedServingModels):
         Raises:
             AdapterError: an adapter of the command line is refused.
         """
+        await self.engine_client.collective_rpc("guilomo_warm_up")
         await self.versions.restore()
         for module in self.static_lora_modules or ():
             await self.versions.give(module.name, Path(module.path))
@@ -121,7 +122,10 @@ class ManagedServingModels(VersionedServingModels):
         if not administrating.get():
             return not_allowed()
         if not request.load_inplace and self.versions.catalogue.get(name) is not None:
-            return create_error_response(f"{name} is loaded; replace it with load_inplace: true")
+            return create_error_response(  # in vLLM's words, which clients look for
+                f"The lora adapter '{name}' has already been loaded. If you want to load the "
+                "adapter in place, set 'load_inplace' to True."
+            )
         try:
             await self.versions.put(name, self.versions.find(request.lora_path))
         except REFUSALS as e:

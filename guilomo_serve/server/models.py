@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
 from guilomo_serve.adapter import AdapterError
+from guilomo_serve.server import model_names
 from guilomo_serve.server.leases import leases
 from guilomo_serve.server.residency import Residency
 
@@ -27,6 +28,7 @@ class VersionedServingModels(OpenAIServingModels):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        model_names.install()  # here, where vLLM has its routes by now
         self.residency = self._make_residency()
         self.lora_requests = self.residency.current
 

@@ -53,7 +53,7 @@ class AdapterRoutes:
     """The routes in the form of vLLM's endpoint plugins."""
 
     name = "guilomo"
-    required_tasks = ("generate",)
+    required_tasks = None  # those that pool, too
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
@@ -97,16 +97,7 @@ async def list_adapters(
     }
 
 
-@router.get("/{name}", response_model=AdapterDetails, responses=errors(404))
-async def get_adapter(name: Name, versions: Served) -> Any:
-    """One adapter, with the ranks of each module's experts and the versions one can serve."""
-    try:
-        return _detailed(versions, name)
-    except REFUSALS as e:
-        return _failed(e)
-
-
-@router.get("/{name}/load", response_model=AdapterLoad, responses=errors(404))
+@router.get("/{name:path}/load", response_model=AdapterLoad, responses=errors(404))
 async def get_load(name: Name, versions: Served) -> Any:
     """The share of each expert in the choices of each router, and the routers' entropy."""
     try:
@@ -115,8 +106,17 @@ async def get_load(name: Name, versions: Served) -> Any:
         return _failed(e)
 
 
+@router.get("/{name:path}", response_model=AdapterDetails, responses=errors(404))
+async def get_adapter(name: Name, versions: Served) -> Any:
+    """One adapter, with the ranks of each module's experts and the versions one can serve."""
+    try:
+        return _detailed(versions, name)
+    except REFUSALS as e:
+        return _failed(e)
+
+
 @router.put(
-    "/{name}",
+    "/{name:path}",
     response_model=AdapterPut | AdapterChecked,
     responses=errors(400, 404, 502, 507),
 )
@@ -132,7 +132,7 @@ async def put_adapter(name: Name, body: PutBody, versions: Served) -> Any:
         return _failed(e)
 
 
-@router.delete("/{name}", response_model=AdapterDeleted, responses=errors(404, 507))
+@router.delete("/{name:path}", response_model=AdapterDeleted, responses=errors(404, 507))
 async def delete_adapter(name: Name, versions: Served) -> Any:
     """Takes an adapter away; its running requests finish."""
     try:
@@ -143,7 +143,7 @@ async def delete_adapter(name: Name, versions: Served) -> Any:
 
 
 @router.post(
-    "/{name}/rollback",
+    "/{name:path}/rollback",
     response_model=AdapterDetails,
     responses=errors(400, 404, 409, 507),
 )
@@ -156,13 +156,13 @@ async def roll_back(name: Name, versions: Served) -> Any:
         return _failed(e)
 
 
-@router.post("/{name}/pin", response_model=AdapterDetails, responses=errors(404, 507))
+@router.post("/{name:path}/pin", response_model=AdapterDetails, responses=errors(404, 507))
 async def pin(name: Name, versions: Served) -> Any:
     """Keeps an adapter's weights in memory while nobody asks for it."""
     return _pin(versions, name, True)
 
 
-@router.post("/{name}/unpin", response_model=AdapterDetails, responses=errors(404, 507))
+@router.post("/{name:path}/unpin", response_model=AdapterDetails, responses=errors(404, 507))
 async def unpin(name: Name, versions: Served) -> Any:
     """Lets an adapter that nobody asks for be evicted again."""
     return _pin(versions, name, False)
@@ -211,6 +211,7 @@ def _described(version: Version) -> dict[str, Any]:
         "bytes": version.size,
         "source": version.source,
         "created": _time(version.created),
+        "warnings": version.about.get("warnings", []),
     }
 
 

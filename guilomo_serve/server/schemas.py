@@ -13,6 +13,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+from guilomo_serve.catalogue.settings import NAME, NAME_LENGTH
+
 OURS = ("/v1/adapters", "/ready")
 _TYPES = {
     400: "BadRequestError",
@@ -60,6 +62,7 @@ class AdapterVersion(_Answer):
     bytes: int = Field(description="size of the weights file")
     source: str = Field(description="where it was taken from")
     created: str = Field(description="ISO 8601, when it was put")
+    warnings: list[str] = Field(description="what cannot be known of it, such as its base")
 
 
 class Adapter(AdapterVersion):
@@ -140,7 +143,7 @@ class Error(_Answer):
 # Described, not checked: what is wrong with a name is said better by check_name and the catalogue.
 Name = Annotated[
     str,
-    Path(json_schema_extra={"pattern": "^[A-Za-z0-9][A-Za-z0-9._:-]*$", "maxLength": 128}),
+    Path(json_schema_extra={"pattern": f"^{NAME}$", "maxLength": NAME_LENGTH}),
 ]
 
 

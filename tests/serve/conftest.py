@@ -27,6 +27,8 @@ from tests.serve.helpers import (
     serving,
 )
 
+TELLING = {"TORCH_LOGS": "graph_code"}  # in a server's log, of each graph that torch compiles
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What asks `opened` comes before what kills it, whatever the names of the files."""
@@ -115,8 +117,9 @@ def _command(tiny_model: Path, adapters: dict[str, Path], root: Path, state: Pat
 def opened(tiny_model, adapters, root, state, tmp_path_factory) -> Iterator[Server]:
     """A server with a root, a state and no keys of ours, and with vLLM's routes for developers."""
     log = tmp_path_factory.mktemp("log") / "opened.log"
-    developing = {"VLLM_SERVER_DEV_MODE": "1"}
-    with serving(_command(tiny_model, adapters, root, state), log, developing) as server:
+    developing = {"VLLM_SERVER_DEV_MODE": "1", **TELLING}
+    command = [*_command(tiny_model, adapters, root, state), "--enable-scale-out"]
+    with serving(command, log, developing) as server:
         yield server
 
 
@@ -158,5 +161,5 @@ def server_with_everything(
         *("--structured-outputs-config.disable_any_whitespace=true", "--expert-load", "modules"),
     )
     log = tmp_path_factory.mktemp("log") / "everything.log"
-    with serving(guilomo_serve(tiny_model, adapters, *flags), log) as server:
+    with serving(guilomo_serve(tiny_model, adapters, *flags), log, TELLING) as server:
         yield server

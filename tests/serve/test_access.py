@@ -40,7 +40,9 @@ CLOSED = {
 
 def routes(server: Server) -> set[tuple[str, str]]:
     """Method and path of all routes that a server has, as vLLM prints them when it starts."""
-    found = re.findall(r"Route: (\S+), Methods: (.+)", server.log.read_text())
+    found = re.findall(
+        r"Route: (\S+), Methods: (.+)", server.log.read_text().replace(":path}", "}")
+    )
     return {(method, path) for path, methods in found for method in methods.split(", ")}
 
 
@@ -142,7 +144,7 @@ def test_the_key_is_in_files_that_its_user_alone_can_read(opened, state):
 def test_routes_that_nobody_has_are_not_found(opened):
     for method, path, status in (
         ("POST", "/v1/images/generations", 404),
-        ("GET", "/v1/adapters/a/b", 404),
+        ("PUT", "/v1/adapter/a", 404),
         ("GET", "/v1/chat/completions", 405),
         ("PATCH", "/v1/adapters", 405),
     ):

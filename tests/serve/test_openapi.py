@@ -112,7 +112,6 @@ def test_unknown_paths_and_methods_are_errors_of_the_same_form(restarted, key):
     for method, path, status in (
         ("PATCH", "/v1/adapters", 405),
         ("POST", "/v1/adapters/target", 405),
-        ("GET", "/v1/adapters/target/pin", 405),
         ("GET", "/v1/adapters/target/nothing", 404),
         ("PUT", "/ready", 405),
     ):

@@ -317,7 +317,18 @@ def _raw(server: Server, request: str) -> int:
 @pytest.mark.parametrize(
     "name",
     [
-        *("%2e%2e", "a%2Fb", "..%2f..%2fetc", "a%0d%0aSet-Cookie:x", "a%00b", ".hidden", "a@1"),
+        *(
+            "%2e%2e",
+            "a%2F.b",
+            "a%2F%2Fb",
+            "%2Fa",
+            "a%2Fpin",
+            "..%2f..%2fetc",
+            "a%0d%0aSet-Cookie:x",
+            "a%00b",
+            ".hidden",
+            "a@1",
+        ),
         *("t%C3%A4rget", "t%D0%B0rget", "tar%E2%80%AEget", "%F0%9F%92%A5", "a" * 129, "base"),
     ],
 )
