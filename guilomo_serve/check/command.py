@@ -11,7 +11,8 @@ from typing import Any
 from guilomo_serve.adapter import AdapterError
 from guilomo_serve.check import hf
 from guilomo_serve.check.compare import compare, difference, table, tolerance_of
-from guilomo_serve.check.served import ServedError, record
+from guilomo_serve.check.served import ServedError, engine_flags, record
+from guilomo_serve.flags import UsageError
 
 PROMPTS = (
     "My card has not arrived and it has been two weeks. What can I do?",
@@ -25,18 +26,12 @@ _COLUMNS = (
 )
 
 
-class _UsageError(ValueError):
-    """The check cannot be run; the message names what is wrong."""
-
-
 def main(argv: Sequence[str]) -> int:
     """Compares, and prints a table and a verdict for each adapter.
 
     Returns:
         0 if vLLM computes what transformers does, 1 if not, 2 if it cannot be found out.
     """
-    from guilomo_serve.cli import UsageError, vllm_command
-
     parser = argparse.ArgumentParser(
         prog="guilomo-serve check",
         description="Compares vLLM with transformers on a base model and its adapters.",
@@ -48,29 +43,31 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="a prompt a line (default: a few built in)"
     )
-    args, flags = parser.parse_known_args(argv)
-    settings = _settings_of_transformers(flags)
+    args, given = parser.parse_known_args(argv)
+    settings = _settings_of_transformers(given)
     try:
         prompts = PROMPTS if args.prompts is None else _read_prompts(args.prompts)
-        adapters = [f"adapter{i}={folder}" for i, folder in enumerate(args.folders)]
-        command = vllm_command(args.base, adapters, flags)
         tokens = _tokenize(args.base, prompts, settings)
-    except (UsageError, _UsageError, AdapterError) as e:
+        length = max(map(len, tokens)) + 1
+        # What the user gives comes last, and wins.
+        command = [args.base, "--max-model-len", str(length), "--no-enable-prefix-caching", *given]
+        engine_flags(command, args.folders)
+    except (UsageError, AdapterError) as e:
         print(f"guilomo-serve check: {e}", file=sys.stderr)
         return 2
-    return _check(args.base, args.folders, _flags_of_engine(command, tokens), tokens, settings)
+    return _check(args.base, args.folders, command, tokens, settings)
 
 
 def _check(
     base: str,
     folders: Sequence[Path],
-    flags: Sequence[str],
+    command: Sequence[str],
     prompts: Sequence[list[int]],
     settings: dict[str, Any],
 ) -> int:
     print(f"vLLM on {len(prompts)} prompts ...", file=sys.stderr)
     try:
-        served = record(flags, folders, prompts)
+        served = record(command, folders, prompts)
     except ServedError as e:
         print(f"{e}\nguilomo-serve check: vLLM did not answer; see above", file=sys.stderr)
         return 2
@@ -94,16 +91,6 @@ def _check(
     return int(different)
 
 
-def _flags_of_engine(command: Sequence[str], prompts: Sequence[list[int]]) -> list[str]:
-    """The engine's flags out of those of `vllm serve BASE`; what the user gave comes last."""
-    serve, base, *flags = command
-    assert serve == "serve"
-    if "--lora-modules" in flags:
-        flags = flags[: flags.index("--lora-modules")]
-    length = max(map(len, prompts)) + 1
-    return ["--model", base, "--max-model-len", str(length), "--no-enable-prefix-caching", *flags]
-
-
 def _settings_of_transformers(flags: Sequence[str]) -> dict[str, Any]:
     """Which files of the base to take, as vLLM is told."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -118,13 +105,11 @@ def _tokenize(base: str, prompts: Sequence[str], settings: dict[str, Any]) -> li
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, **settings)
     except (OSError, ValueError) as e:
-        raise _UsageError(f"{base}: no tokenizer can be read there: {e}") from None
+        raise UsageError(f"{base}: no tokenizer can be read there: {e}") from None
     tokenized = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     for prompt, tokens in zip(prompts, tokenized, strict=True):
         if len(tokens) < 2:
-            raise _UsageError(
-                f"the prompt {prompt!r} has {len(tokens)} tokens, expected at least 2"
-            )
+            raise UsageError(f"the prompt {prompt!r} has {len(tokens)} tokens, expected at least 2")
     return tokenized
 
 
@@ -132,8 +117,8 @@ def _read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise _UsageError(f"{path}: no prompts can be read there: {e}") from None
+        raise UsageError(f"{path}: no prompts can be read there: {e}") from None
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise _UsageError(f"{path}: has no prompts, expected one a line")
+        raise UsageError(f"{path}: has no prompts, expected one a line")
     return prompts

@@ -7,6 +7,7 @@ zeros, which gives what the adapter adds without the rounding of the base's own 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from guilomo_serve import flags
 
 _LOG_LINES = 30  # of vLLM's output, shown where it fails
 
@@ -73,13 +76,28 @@ class Record:
     adapters: list[list[Served]]
 
 
+def engine_flags(command: Sequence[str], adapters: Sequence[Path]) -> argparse.Namespace:
+    """What vLLM makes of flags, once they and the adapters have been checked.
+
+    Args:
+        command: as for `vllm serve`, the model first.
+        adapters: their folders.
+
+    Raises:
+        UsageError, AdapterError: as `guilomo_serve.flags` does.
+    """
+    args = flags.parse("guilomo-serve check", command, lambda parser: None)
+    flags.complete(args, [f"adapter{i}={folder}" for i, folder in enumerate(adapters)])
+    return args
+
+
 def record(
-    flags: Sequence[str], adapters: Sequence[Path], prompts: Sequence[Sequence[int]]
+    command: Sequence[str], adapters: Sequence[Path], prompts: Sequence[Sequence[int]]
 ) -> Record:
     """Asks vLLM for each prompt without and with each adapter.
 
     Args:
-        flags: vLLM's, the model among them.
+        command: vLLM's flags, the model first.
         adapters: their folders.
         prompts: tokens.
 
@@ -87,7 +105,7 @@ def record(
         ServedError: vLLM did not do it.
     """
     request = {
-        "flags": list(flags),
+        "command": list(command),
         "adapters": [str(folder.resolve()) for folder in adapters],
         "prompts": [list(tokens) for tokens in prompts],
     }
@@ -127,11 +145,10 @@ def _main(asked: str, answer: str) -> None:
     """The process of `record`."""
     from vllm import LLM, EngineArgs, SamplingParams
     from vllm.lora.request import LoRARequest
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     request = json.loads(Path(asked).read_text(encoding="utf-8"))
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="guilomo-serve check"))
-    arguments = EngineArgs.from_cli_args(parser.parse_args(request["flags"]))
+    args = engine_flags(request["command"], [Path(folder) for folder in request["adapters"]])
+    arguments = EngineArgs.from_cli_args(args)
     if arguments.tensor_parallel_size != 1:
         sys.exit("--tensor-parallel-size: a layer is compared as a whole, in one process")
     llm = LLM.from_engine_args(arguments)

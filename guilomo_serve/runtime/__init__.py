@@ -10,12 +10,15 @@ the layers are ours.
     manager.py       which adapter is in which slot, and which token of a batch uses which slot
     reading.py       an adapter is read beside the steps of the engine
     refusal.py       an adapter that is refused, in a server of several processes
+    unsupported.py   settings that do not go with adapters, refused before the engine starts
     report.py        what a worker says of its adapters: memory, and the load of their routers
+    warm_up.py       what vLLM compiles late
 
 The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 
-- `vllm.lora.utils._all_lora_classes`: the layer classes that `from_layer` chooses from. If it is
-  renamed, layers are vLLM's own and a LoRA-MoE adapter fails to load (`set_lora` gets no tensor).
+- `vllm.lora.utils._all_lora_classes` and `vllm.lora.model_manager.from_layer_classification`: what
+  layers are made by, replaced while our manager makes its own. If they are renamed, layers are
+  vLLM's own and a LoRA-MoE adapter fails to load (`set_lora` gets no tensor).
 - `vllm.v1.worker.lora_model_runner_mixin.LRUCacheWorkerLoRAManager`: the class the model runner
   makes its manager from. If that changes, our adapters are refused by vLLM's `PEFTHelper`.
 - `vllm.lora.layers.base_linear._get_lora_device`: asked by every layer for its device. If it is
@@ -27,8 +30,9 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
   `reset_lora`, `_apply_lora_to_output` (`slice_lora_b` is called as it is: it says how vLLM
   splits B under tensor parallelism); of `PunicaWrapperBase` only `update_metadata` is called, when
   a step's tokens use other slots than the last one's.
-- `guilomo_report`, `guilomo_read` and `guilomo_has_read` are methods that
-  `vllm.v1.worker.worker_base.WorkerBase` gets: see report.py and reading.py.
+- `guilomo_report`, `guilomo_read`, `guilomo_has_read` and `guilomo_warm_up` are methods that
+  `vllm.v1.worker.worker_base.WorkerBase` gets: see report.py, reading.py and warm_up.py.
+- `create_engine_config` of `vllm.engine.arg_utils.EngineArgs`: see unsupported.py.
 - `add_lora` of `vllm.v1.executor.Executor` and of `LoRAModelRunnerMixin`: see refusal.py.
 - `load_lora_model` of `LoRAModelRunnerMixin`, and of the model runner `sample_tokens`,
   `discard_request_mask` and `input_batch.generators`, which the sampler reads, and
@@ -57,19 +61,19 @@ def register() -> None:
             "vLLM without guilomo"
         )
     import vllm.lora.layers.base_linear
-    import vllm.lora.utils
     import vllm.v1.worker.lora_model_runner_mixin as mixin
 
     from guilomo_serve import server
-    from guilomo_serve.runtime import cpu_sampling, reading, refusal, report
-    from guilomo_serve.runtime.layers import LAYER_CLASSES, device_of
+    from guilomo_serve.runtime import cpu_sampling, reading, refusal, report, unsupported, warm_up
+    from guilomo_serve.runtime.layers import device_of
     from guilomo_serve.runtime.manager import RoutedWorkerManager
 
-    vllm.lora.utils._all_lora_classes = LAYER_CLASSES
     vllm.lora.layers.base_linear._get_lora_device = device_of
     mixin.LRUCacheWorkerLoRAManager = RoutedWorkerManager
+    unsupported.install()
     refusal.install()
     reading.install()
     report.install()
+    warm_up.install()
     cpu_sampling.install()
     server.install()

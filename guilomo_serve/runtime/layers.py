@@ -29,6 +29,7 @@ from vllm.lora.layers import (
     ReplicatedLinearWithLoRA,
     RowParallelLinearWithLoRA,
 )
+from vllm.lora.layers.classifier import ClassificationHeadWithLoRA
 from vllm.lora.layers.utils import _get_lora_device
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -206,6 +207,50 @@ direct_register_custom_op(
     mutates_args=["y"],
     fake_impl=_no_result,
 )
+
+
+class ClassificationHead(ClassificationHeadWithLoRA):
+    """A classifier's last layer, of which an adapter brings a whole one of its own.
+
+    vLLM's has factors A and B too, and pads what its kernels take; here a slot holds the weights as
+    they are.
+    """
+
+    def create_lora_weights(
+        self, max_loras: int, lora_config: Any, model_config: Any = None
+    ) -> None:
+        self.max_lora_cls_labels = lora_config.max_lora_cls_labels or self.output_size
+        self._heads: list[tuple[torch.Tensor, torch.Tensor | None] | None] = [None] * max_loras
+        self._slots_of_rows: tuple[int, ...] = ()
+
+    def set_output_mapping(self, slot_indices: tuple[int, ...]) -> None:
+        """Args: slot_indices: of each request of the step, -1 for none."""
+        self._slots_of_rows = slot_indices
+
+    def set_module_to_save(
+        self, index: int, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        dtype = self.base_layer.weight.dtype
+        placed = None if bias is None else bias.to(self.device, dtype)
+        self._heads[index] = (weight.to(self.device, dtype), placed)
+
+    def reset_module_to_save(self, index: int) -> None:
+        self._heads[index] = None
+
+    def reset_lora(self, index: int) -> None:
+        """There are no factors here."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Args: x: [requests, in]. Returns: of each request its head's outputs."""
+        output = self.base_layer(x)
+        rows = list(output[0] if isinstance(output, tuple) else output)
+        for row, slot in enumerate(self._slots_of_rows):
+            head = self._heads[slot] if slot >= 0 else None
+            if head is not None:
+                rows[row] = torch.nn.functional.linear(x[row].to(head[0].dtype), *head)
+        alike = len({len(row) for row in rows}) == 1
+        return torch.stack(rows) if alike else rows
+
 
 # In vLLM's order: the first class that can replace a layer is taken. Layers of other kinds
 # (embeddings, heads, mixtures of experts) stay unwrapped; an adapter that names one is refused.

@@ -6,13 +6,13 @@ part would answer like a good one.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.lora.peft_helper import PEFTHelper
 
 from guilomo_serve.adapter import (
     CONFIG_FILE,
@@ -21,8 +21,10 @@ from guilomo_serve.adapter import (
     BaseFingerprint,
     BaseModel,
     read_adapter,
+    read_config,
     read_spec,
 )
+from guilomo_serve.adapter.plain import GENERATING, POOLING, check_plain_config
 from guilomo_serve.ops.layer import LayerWeights, SliceWeights
 from guilomo_serve.ops.two_steps import UnsupportedAdapterError, check_size
 
@@ -150,16 +152,34 @@ def check_fits(layers: Mapping[str, LayerWeights], device: torch.device, where: 
             raise AdapterError(f"{where}: {layer}: {e}") from None
 
 
-def check_plain_type(folder: str | Path) -> None:
-    """Refuses an adapter of PEFT that is no LoRA; vLLM would read what it knows of it.
+def check_plain(folder: Path, limits: Any, tasks: Collection[str]) -> list[str]:
+    """Checks a plain LoRA's config: for itself, and against vLLM's limits.
+
+    Args:
+        folder: the adapter folder.
+        limits: vLLM's `LoRAConfig`.
+        tasks: see `tasks_of`.
+
+    Returns:
+        Warnings: what cannot be known.
 
     Raises:
-        AdapterError: its `peft_type` is another one.
+        AdapterError: it is malformed, or would not be applied as it is.
     """
-    path = Path(folder) / CONFIG_FILE
-    peft_type = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
-    if peft_type != "LORA":
-        raise AdapterError(f"{path}: peft_type is {peft_type!r}, expected 'GUILOMO' or 'LORA'")
+    path = folder / CONFIG_FILE
+    try:
+        warnings = check_plain_config(read_config(path), str(path), tasks)
+        PEFTHelper.from_local_dir(str(folder), None).validate_legal(limits)
+    except AdapterError:
+        raise
+    except (KeyError, OSError, TypeError, ValueError) as e:
+        raise AdapterError(f"{folder}: no adapter that can be served: {e}") from None
+    return warnings
+
+
+def tasks_of(model_config: Any) -> Collection[str]:
+    """What a plain LoRA may have been trained for. Args: model_config: vLLM's, of the base."""
+    return POOLING if model_config.runner_type == "pooling" else GENERATING
 
 
 def convert_plain(loras: Mapping[str, Any], plan: ModelPlan, where: str) -> dict[str, LayerWeights]:

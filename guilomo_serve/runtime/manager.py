@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from vllm import envs
-from vllm.config import CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.lora import model_manager, utils
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path, is_moe_model
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from guilomo_serve.adapter import AdapterError, BaseFingerprint, is_guilomo_adapter
+from guilomo_serve.adapter import CONFIG_FILE, AdapterError, BaseFingerprint, is_guilomo_adapter
 from guilomo_serve.catalogue import Settings
 from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
 from guilomo_serve.ops.selfcheck import PRODUCT_TOLERANCE, slot_error
+from guilomo_serve.runtime.layers import LAYER_CLASSES, ClassificationHead, RoutedLayer
 from guilomo_serve.runtime.loading import (
     LayerPlan,
     ModelPlan,
     check_fits,
-    check_plain_type,
+    check_plain,
     convert_plain,
     load_routed,
+    tasks_of,
 )
 from guilomo_serve.runtime.reading import Reader
 from guilomo_serve.runtime.report import ExpertLoad, Routers, SampledStep, nbytes
@@ -92,9 +95,14 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
             device=torch.device("cpu"),  # slots on a GPU are the only copy there
             rename=lambda name: name if mapper is None else mapper._map_name(name) or name,
         )
-        for name, layer in self.modules.items():
+        for name, layer in self._routed.items():
             layer.served_name = name
         self.expert_load = ExpertLoad()
+
+    @property
+    def _routed(self) -> dict[str, RoutedLayer]:
+        """The layers that take experts; a classifier's head takes a whole one in its place."""
+        return {name: m for name, m in self.modules.items() if isinstance(m, RoutedLayer)}
 
     def begin_step(self) -> None:
         """To be called once a step, when `TokenSlots` has its batch."""
@@ -105,7 +113,7 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
 
     def _places(self) -> tuple[dict[str, LayerPlan], dict[str, tuple[str, int]]]:
         layers, module_at = {}, {}
-        for name, layer in self.modules.items():
+        for name, layer in self._routed.items():
             modules = self.packed_modules.get(name, [name])
             if len(modules) != layer.n_slices:
                 continue  # a layer that splits modules in a way of its own takes no adapters
@@ -129,9 +137,10 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         # prompt_logprobs on a CPU ends the engine.
         heads = set(self.model.embedding_modules)
         self.supported_lora_modules = [m for m in self.supported_lora_modules if m not in heads]
-        super()._create_lora_modules()
+        with _our_layers():
+            super()._create_lora_modules()
         # Layers of one shape share their kernels; the first requests should not wait for them.
-        shapes = {(layer.input_size, layer.output_slices): layer for layer in self.modules.values()}
+        shapes = {(layer.input_size, layer.output_slices): layer for layer in self._routed.values()}
         for layer in shapes.values():
             layer.slots.warm_up(self.max_num_batched_tokens)
 
@@ -169,9 +178,32 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
     def _deactivate_adapter(self, lora_id: int) -> None:
         if lora_id in self.lora_index_to_id:
             slot = self.lora_index_to_id.index(lora_id)
-            for layer in self.modules.values():
-                layer.reset_lora(slot)  # frees the weights of an adapter that was unloaded
+            for layer in self.modules.values():  # frees the weights of one that was unloaded
+                layer.reset_lora(slot)
+                if isinstance(layer, ClassificationHead):
+                    layer.reset_module_to_save(slot)
         super()._deactivate_adapter(lora_id)
+
+
+@contextmanager
+def _our_layers() -> Iterator[None]:
+    """vLLM makes our layers in the place of its own, for our manager alone.
+
+    A program that makes vLLM's managers (vllm.lora.model_manager) has vLLM's layers.
+    """
+    theirs = utils._all_lora_classes, model_manager.from_layer_classification
+    utils._all_lora_classes = LAYER_CLASSES
+    model_manager.from_layer_classification = _classification_head
+    try:
+        yield
+    finally:
+        utils._all_lora_classes, model_manager.from_layer_classification = theirs
+
+
+def _classification_head(layer: torch.nn.Module, *args: Any) -> ClassificationHead:
+    head = ClassificationHead(layer)
+    head.create_lora_weights(*args)
+    return head
 
 
 class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
@@ -184,10 +216,10 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
     _manager_cls = RoutedModelManager
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        refuse_unsupported(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
         self._read: dict[int, LoRAModel] = {}
         self._reader: Reader[tuple[LoRAModel, Routers | None]] = Reader()
+        self._tasks = tasks_of(vllm_config.model_config)
         settings = Settings.from_environment()
         self._checks = settings is not None and settings.check_adapters
         wanted = settings is not None and settings.expert_load != "off"
@@ -241,18 +273,21 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         """Only reads: it runs in a thread of its own."""
         folder = get_adapter_absolute_path(lora_request.lora_path)
         plan = self._adapter_manager.plan
-        spec = None
+        spec, heads = None, None
         if is_guilomo_adapter(folder):
             spec, layers = load_routed(folder, plan)
             rank = max(len(weights.lora_a) for weights in layers.values())
         else:
+            if (Path(folder) / CONFIG_FILE).is_file():  # or vLLM says that there is none
+                check_plain(Path(folder), self.lora_config, self._tasks)
             theirs = super()._load_adapter(lora_request)
-            check_plain_type(folder)
             layers, rank = convert_plain(theirs.loras, plan, folder), theirs.rank
+            heads = theirs.modules_to_save
         check_fits(layers, self._adapter_manager.device, folder)
         routers = None if spec is None or not self._samples else Routers.of(spec, plan, layers)
         entries = {name: LayerEntry(weights) for name, weights in layers.items()}
-        return LoRAModel(lora_request.lora_int_id, rank, entries), routers
+        model = LoRAModel(lora_request.lora_int_id, rank, entries, modules_to_save=heads)
+        return model, routers
 
     def remove_adapter(self, adapter_id: int) -> bool:
         self._reader.forget(adapter_id)
@@ -269,27 +304,3 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
 
 def _nbytes_of(read: LoRAModel) -> int:
     return nbytes({name: entry.lora_a for name, entry in read.loras.items()})
-
-
-def refuse_unsupported(vllm_config: Any) -> None:
-    """Stops a start-up that would serve adapters wrongly.
-
-    Raises:
-        ValueError: names the setting and what to set it to.
-    """
-    lora = vllm_config.lora_config
-    refused = []
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        refused.append("--pipeline-parallel-size (use --tensor-parallel-size)")
-    if lora.fully_sharded_loras:
-        refused.append("--fully-sharded-loras")
-    if lora.enable_tower_connector_lora:
-        refused.append("--enable-tower-connector-lora")
-    if lora.lora_dtype != vllm_config.model_config.dtype:
-        refused.append(f"--lora-dtype other than the model's ({vllm_config.model_config.dtype})")
-    if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
-        refused.append("CUDA graphs (use --enforce-eager)")
-    if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
-        refused.append("VLLM_LORA_ENABLE_DUAL_STREAM")
-    if refused:
-        raise ValueError("guilomo does not support " + "; nor ".join(refused))

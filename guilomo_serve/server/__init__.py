@@ -18,6 +18,7 @@ public name points to the latest: who has begun finishes with what he began with
     limits.py      how much clients may ask at once
     lifecycle.py   /ready, and an end that finishes what runs
     prometheus.py  what a server does, in vLLM's /metrics
+    model_names.py what a request's `model` does where vLLM does otherwise
     errors.py      what a refusal is to who asked
     console/       the operator's page
 
@@ -38,7 +39,11 @@ from typing import Any
 
 
 def install() -> None:
-    """Puts our class in the place of vLLM's list of models (see guilomo_serve.runtime)."""
+    """Puts our class in the place of vLLM's list of models (see guilomo_serve.runtime).
+
+    Called again, it is as if it had been called then alone: the plugin is loaded when vLLM's parser
+    is made, and `guilomo-serve` has its settings after that.
+    """
     from vllm.entrypoints.openai.models import serving
     from vllm.v1.engine import async_llm
 
@@ -71,8 +76,10 @@ def _add_plugins(ours: Sequence[Any]) -> None:
     from vllm import plugins
 
     theirs = plugins.load_endpoint_plugins
+    theirs = getattr(theirs, "without_ours", theirs)
 
     def with_ours(*args: Any, **kwargs: Any) -> list[Any]:
         return [*theirs(*args, **kwargs), *ours]
 
+    with_ours.without_ours = theirs  # type: ignore[attr-defined]
     plugins.load_endpoint_plugins = with_ours

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from vllm.config.lora import LoRAConfig
-from vllm.lora.peft_helper import PEFTHelper
 
 from guilomo_serve.adapter import (
     CONFIG_FILE,
@@ -21,6 +19,7 @@ from guilomo_serve.adapter import (
     read_adapter,
     read_config,
 )
+from guilomo_serve.runtime.loading import check_plain, tasks_of
 
 _RANK = ".lora_A.weight"
 # Of a module's five tensors in memory beside their numbers, 1.4 KB each where that was measured
@@ -28,17 +27,17 @@ _RANK = ".lora_A.weight"
 _MODULE_BYTES = 8 * 2**10
 
 
-def inspect(folder: Path, base: BaseModel | None, lora_config: LoRAConfig) -> dict[str, Any]:
+def inspect(folder: Path, base: BaseModel | None, served: Any) -> dict[str, Any]:
     """Reads and checks an adapter.
 
     Args:
         folder: the adapter folder.
         base: the served model; None leaves shapes to the engine.
-        lora_config: vLLM's limits, for plain LoRAs.
+        served: vLLM's `VllmConfig`, for its name of the base and its limits.
 
     Returns:
-        `kind` ("guilomo" or "lora"), `base`, `task`, and `allocation`: module -> its experts'
-        ranks.
+        `kind` ("guilomo" or "lora"), `base`, `task`, `allocation`: module -> its experts' ranks,
+        and `warnings`: what cannot be known.
 
     Raises:
         AdapterError: it is malformed, not finite, or not for this base. The modules of a plain
@@ -46,32 +45,29 @@ def inspect(folder: Path, base: BaseModel | None, lora_config: LoRAConfig) -> di
     """
     if is_guilomo_adapter(folder):
         spec = read_adapter(folder, base).spec
-        ranks = {module: [e.rank for e in experts] for module, experts in spec.experts.items()}
+        warnings = []
+        if spec.base is None:
+            warnings += _of_another_base(spec.base_model_name_or_path, served.model_config.model)
         return {
             "kind": "guilomo",
             "base": spec.base_model_name_or_path,
             "task": spec.task_type,
-            "allocation": ranks,
+            "allocation": {m: [e.rank for e in experts] for m, experts in spec.experts.items()},
+            "warnings": warnings,
         }
+    warnings = check_plain(folder, served.lora_config, tasks_of(served.model_config))
     config = read_config(folder / CONFIG_FILE)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else config
-        raise AdapterError(
-            f"{folder / CONFIG_FILE}: peft_type is {str(found)[:80]!r}, expected 'GUILOMO' or "
-            "'LORA'"
-        )
     try:
-        PEFTHelper.from_local_dir(str(folder), None).validate_legal(lora_config)
         allocation = _ranks_of_plain(folder / WEIGHTS_FILE)
-    except AdapterError:
-        raise
-    except (KeyError, OSError, SafetensorError, TypeError, ValueError) as e:
+    except (OSError, SafetensorError) as e:
         raise AdapterError(f"{folder}: no adapter that can be served: {e}") from None
+    named = config.get("base_model_name_or_path")
     return {
         "kind": "lora",
-        "base": config.get("base_model_name_or_path"),
+        "base": named,
         "task": config.get("task_type"),
         "allocation": allocation,
+        "warnings": [*warnings, *_of_another_base(named, served.model_config.model)],
     }
 
 
@@ -89,6 +85,16 @@ def memory_of(folder: Path, itemsize: int) -> int:
             total += math.prod(file.get_slice(name).get_shape()) * size
             modules.add(name.rsplit(".", 2)[0])
     return total + _MODULE_BYTES * len(modules)
+
+
+def _of_another_base(named: str | None, served: str) -> list[str]:
+    """One base has many names, paths among them: told by the last part of each."""
+    last = [Path(name).name.lower() for name in (named or "", served)]
+    if not named:
+        return ["its config does not name the base that it was made for"]
+    if last[0] == last[1]:
+        return []
+    return [f"its config says that it was made for {named[:200]!r}; the base here is {served!r}"]
 
 
 def summary(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ On SIGTERM or SIGINT the server is no longer ready and refuses new work with 503
 `--drain-timeout` seconds to end, and is aborted then, or at a second signal. Only then does vLLM
 stop the engine and the process ends with status 0. vLLM alone would stop the engine first, while
 responses are still on their way, and take new requests until then. A server that ends though
-nobody asked it to, because its engine died, has status 1.
+nobody asked it to, because its engine died, has status 1. Until the server is there, and where
+something keeps it from ending, see guilomo_serve/ending.py.
 
 The seam, for vLLM 0.32: `serve_http` sets its signal handlers before the app's lifespan begins,
 where ours take their place; `app.state.server` is uvicorn's and ends by `should_exit`, after which
@@ -25,6 +26,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 from vllm.logger import init_logger
 
+from guilomo_serve.ending import end_within
 from guilomo_serve.server.access import App, Scope
 from guilomo_serve.server.leases import READING, leases
 from guilomo_serve.server.schemas import Error, Ready, refusal
@@ -35,6 +37,8 @@ _POLL_S = 0.1
 _RETRY_AFTER_S = 5  # by when a load balancer has found another server
 # For the last bytes to a client that does not read, when all requests have ended.
 _CLOSING_S = 5
+# For vLLM to stop its engine, which does nothing by then.
+_STOPPING_S = 10
 
 
 class _Life:
@@ -84,6 +88,7 @@ class _Life:
             logger.warning("Shutting down: %d requests are aborted", leases.working())
             await engine.abort(list(engine.output_processor.request_states), internal=True)
         server.should_exit = True
+        end_within(_CLOSING_S + _STOPPING_S, 0)
 
 
 _life = _Life()

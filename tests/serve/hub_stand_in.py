@@ -11,6 +11,7 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 Files = dict[str, bytes]
@@ -27,6 +28,7 @@ class HubStandIn:
         busy: repositories that may not be asked for now -> the Retry-After that it answers.
         claimed: path -> the size that the Hub says it has.
         silent: set while requests are accepted and not answered.
+        slow: set while files come byte by byte, two a second.
         requests: method, path and Authorization header of each request so far.
     """
 
@@ -36,6 +38,7 @@ class HubStandIn:
     busy: dict[str, str] = field(default_factory=dict)
     claimed: dict[str, int] = field(default_factory=dict)
     silent: threading.Event = field(default_factory=threading.Event)
+    slow: threading.Event = field(default_factory=threading.Event)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
 
     def __enter__(self) -> HubStandIn:
@@ -66,6 +69,12 @@ class HubStandIn:
         sha = hashlib.sha1(f"{repository} {len(commits)}".encode()).hexdigest()
         commits[sha] = files
         return sha
+
+    def write_slowly(self, file: Any, body: bytes) -> None:
+        for byte in body:
+            if self._ended.wait(0.5):
+                return
+            file.write(bytes([byte]))
 
     def wait_if_silent(self) -> None:
         while self.silent.is_set() and not self._ended.wait(0.1):
@@ -127,7 +136,9 @@ class _Handler(BaseHTTPRequestHandler):
         size = self.stand_in.claimed.get(file, len(body)) if head else len(body)
         self.send_header("Content-Length", str(size))
         self.end_headers()
-        if not head:
+        if not head and file and self.stand_in.slow.is_set():
+            self.stand_in.write_slowly(self.wfile, body)
+        elif not head:
             self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:

@@ -1,22 +1,31 @@
 """`guilomo-serve` refuses before vLLM starts, with one message; and passes vLLM's flags on."""
 
+import argparse
 import json
 import platform
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from vllm import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from guilomo_serve import cli
+from guilomo_serve import cli, flags
 from guilomo_serve.adapter import CONFIG_FILE
 from guilomo_serve.precision import half_precision_is_slow
 from tests.serve.helpers import random_lora
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that says why; vLLM's log is beside it."""
     assert cli.main(argv) == 2
-    return capsys.readouterr().err
+    printed = capsys.readouterr().err
+    (line,) = [line for line in printed.splitlines() if line.startswith("guilomo-serve: ")]
+    return line
 
 
 def test_names_and_folders_are_checked(tiny_model, adapters, capsys, tmp_path):
@@ -45,23 +54,83 @@ def test_adapters_are_checked_against_the_base(tiny_model, adapters, capsys, tmp
     assert "no-model" in missing
 
 
-def test_a_model_split_by_layers_is_refused(tiny_model, capsys):
-    assert "split by layers" in refused(capsys, str(tiny_model), "--pipeline-parallel-size", "2")
-    assert "split by layers" in refused(capsys, str(tiny_model), "-pp=2")
+ONE_PROCESS = "the names and versions of adapters are kept by one server process"
+REFUSED = (
+    (("--pipeline-parallel-size", "2"), "--pipeline-parallel-size: ", "split by layers"),
+    (("-pp=2",), "--pipeline-parallel-size: ", "split by layers"),
+    (("--pipeline-par", "2"), "--pipeline-parallel-size: ", "split by layers"),
+    (("--data-parallel-size", "2"), "--data-parallel-size: ", ONE_PROCESS),
+    (("-dp=2",), "--data-parallel-size: ", ONE_PROCESS),
+    (("--fully-sharded-loras",), "--fully-sharded-loras: ", "leave it out"),
+    (("--enable_tower_connector_lora",), "--enable-tower-connector-lora: ", "leave it out"),
+    (("--lora-dtype", "float16", "--dtype", "float32"), "--lora-dtype: ", "torch.float32"),
+)
 
 
-def test_several_server_processes_are_refused(tiny_model, capsys):
-    for flags in (("--data-parallel-size", "2"), ("-dp=2",), ("--api-server-count=4",)):
-        message = refused(capsys, str(tiny_model), *flags)
-        assert message.startswith(f"guilomo-serve: {flags[0].partition('=')[0]}: ")
-        assert "one server process" in message
-    cli.vllm_command(str(tiny_model), [], ["--data-parallel-size", "1", "-asc", "1"])
+@pytest.mark.parametrize(("flags", "setting", "reason"), REFUSED)
+def test_what_adapters_do_not_go_with_is_refused_in_the_same_words_everywhere(
+    tiny_model, capsys, tmp_path, flags, setting, reason
+):
+    """By `guilomo-serve`, from a YAML file too, and by the plugin alone, as in `vllm serve`."""
+    message = refused(capsys, str(tiny_model), *flags).removeprefix("guilomo-serve: ")
+    assert message.startswith(setting)
+    assert reason in message
+
+    name, *value = flags[0].partition("=")[::2] if "=" in flags[0] else flags[:2]
+    if name.startswith("--") and name in setting:
+        config = tmp_path / "config.yaml"
+        given = {name.removeprefix("--"): value[0] if value else True}
+        given |= {"dtype": "float32"} if "--dtype" in flags else {}
+        config.write_text("".join(f"{key}: {str(of).lower()}\n" for key, of in given.items()))
+        for way in (("--config", str(config)), (f"--config={config}",)):
+            assert message in refused(capsys, str(tiny_model), *way)
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args(["--model", str(tiny_model), "--enable-lora", *flags])
+    with pytest.raises(ValueError, match=setting) as plain:
+        AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    assert str(plain.value) == message
+    if "lora" not in setting:  # without adapters it is vLLM's own affair
+        args = parser.parse_args(["--model", str(tiny_model), *flags])
+        AsyncEngineArgs.from_cli_args(args).create_engine_config()
+
+
+def test_front_ends_that_go_around_ours_are_refused(tiny_model, capsys, monkeypatch):
+    base = str(tiny_model)
+    assert ONE_PROCESS in refused(capsys, base, "--api-server-count=4")
+    assert ONE_PROCESS in refused(capsys, base, "-asc", "4")
+    assert "--headless: " in refused(capsys, base, "--headless")
+    assert "--no-enable-lora: " in refused(capsys, base, "--no-enable-lora")
+    assert "--grpc: this front end goes around" in refused(capsys, base, "--grpc")
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert "VLLM_USE_RUST_FRONTEND: this front end" in refused(capsys, base)
+
+    engine = AsyncEngineArgs(model=base, enable_lora=True, enforce_eager=True)
+    with pytest.raises(ValueError, match="VLLM_USE_RUST_FRONTEND: this front end"):
+        engine.create_engine_config()
+    monkeypatch.delenv("VLLM_USE_RUST_FRONTEND")
+    engine.create_engine_config()
+    # What vLLM imports for --grpc, where its packages are installed.
+    module = "vllm.entrypoints.launchers.grpc_server"
+    monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    with pytest.raises(ValueError, match="--grpc: this front end"):
+        engine.create_engine_config()
+
+
+def test_slots_follow_what_host_memory_may_hold(tiny_model, adapters, capsys):
+    assert completed(tiny_model, "--max-cpu-loras", "2").max_loras == 2
+    assert completed(tiny_model, "--max-cpu-loras", "200").max_loras == 16
+    assert completed(tiny_model, "--max-loras=3", "--max-cpu-loras=8").max_loras == 3
+    line = refused(capsys, str(tiny_model), "--max-loras=3", "--max-cpu-loras=2")
+    assert line == "guilomo-serve: max_cpu_loras (2) must be >= max_loras (3)."
+    line = refused(capsys, str(tiny_model), "--max-model-len", "99999999")
+    assert "max_model_len" in line
 
 
 def test_a_base_that_is_not_there_is_one_error(capsys, tmp_path):
     """Without adapters too; a folder, and a name on the hub that is not in the cache."""
     for base in (str(tmp_path / "nowhere"), str(tmp_path), "nobody/has-no-such-model"):
-        (line,) = refused(capsys, base).strip().splitlines()
+        line = refused(capsys, base)
         assert line.startswith(f"guilomo-serve: {base}: no model can be read there: ")
 
 
@@ -82,23 +151,35 @@ def test_limits_are_checked(tiny_model, capsys, tmp_path):
     assert "--drain-timeout" in refused(capsys, base, "--shutdown-timeout=-1")  # vLLM's name
 
 
+def completed(base: Path, *argv: str, adapter: Sequence[str] = ()) -> argparse.Namespace:
+    """What vLLM is given for a command line."""
+    args = flags.parse("guilomo-serve", [str(base), *argv], lambda parser: None)
+    flags.complete(args, adapter)
+    return args
+
+
 def test_flags_are_passed_on_and_ours_give_way(tiny_model, adapters):
-    command = cli.vllm_command(
-        str(tiny_model), [f"a={adapters['first']}"], ["--port", "9", "--max-loras=3"]
-    )
-    assert command[:4] == ["serve", str(tiny_model), "--port", "9"]
-    assert "--enable-lora" in command
-    assert "--max-loras" not in command
-    module = json.loads(command[command.index("--lora-modules") + 1])
-    assert module == {"name": "a", "path": str(adapters["first"])}
+    args = completed(tiny_model, "--port", "9", "--max-loras=3", adapter=[f"a={adapters['first']}"])
+    assert (args.model, args.port, args.max_loras) == (str(tiny_model), 9, 3)
+    assert (args.enable_lora, args.max_lora_rank, args.shutdown_timeout) == (True, 512, 30)
+    (module,) = args.lora_modules
+    assert (module.name, module.path) == ("a", str(adapters["first"]))
+
+
+def test_a_base_may_be_named_in_a_file(tiny_model, capsys, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model: {tiny_model}\nport: 9\n")
+    args = flags.parse("guilomo-serve", ["--config", str(config)], lambda parser: None)
+    assert (args.model, args.port) == (str(tiny_model), 9)
+    assert "which model?" in refused(capsys)
+    assert "missing.yaml" in refused(capsys, "--config", str(tmp_path / "missing.yaml"))
 
 
 def test_a_cpu_that_is_slow_in_half_precision_gets_float32(
     tiny_model, adapters, monkeypatch, tmp_path
 ):
-    def dtype(base, *flags, adapter=()):
-        command = cli.vllm_command(str(base), adapter, flags)
-        return command[command.index("--dtype") + 1] if "--dtype" in command else None
+    def dtype(base, *argv, adapter=()):
+        return completed(base, *argv, adapter=adapter).dtype
 
     quantized = tmp_path / "quantized"
     shutil.copytree(tiny_model, quantized)
@@ -106,15 +187,13 @@ def test_a_cpu_that_is_slow_in_half_precision_gets_float32(
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (quantized / "config.json").write_text(json.dumps(config))
 
-    monkeypatch.setattr(cli, "half_precision_is_slow", lambda: True)
+    monkeypatch.setattr(flags, "half_precision_is_slow", lambda: True)
     assert dtype(tiny_model) == "float32"
     assert dtype(tiny_model, adapter=[f"a={adapters['first']}"]) == "float32"
     assert dtype(tiny_model, "--dtype", "bfloat16") == "bfloat16"
-    assert dtype(tiny_model, "--dtype=half") is None, "as it was given"
-    assert dtype(tiny_model, "-q", "fp8") is None
-    assert dtype(quantized) is None
-    monkeypatch.setattr(cli, "half_precision_is_slow", lambda: False)
-    assert dtype(tiny_model) is None
+    assert dtype(tiny_model, "--dtype=half") == "half", "as it was given"
+    monkeypatch.setattr(flags, "half_precision_is_slow", lambda: False)
+    assert dtype(tiny_model) == "auto"
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="asks an x86 CPU what it can")

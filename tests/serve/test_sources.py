@@ -7,6 +7,7 @@ last test takes S3 away.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import socket
@@ -91,7 +92,7 @@ def world(tiny_model, adapters, tmp_path_factory) -> Iterator[World]:
         tiny_model,
         {},
         *("--adapter-root", f"s3://{BUCKET}/{BELOW}", "--adapter-root", "hf://acme"),
-        *("--adapter-root", str(root), "--evict-idle", "2"),
+        *("--adapter-root", str(root), "--evict-idle", "2", "--drain-timeout", "3"),
         *("--max-concurrency", "limited=1"),
         *("--enforce-eager", "--dtype", "float32", "--served-model-name", "base"),
     )
@@ -529,3 +530,18 @@ def test_while_s3_is_down(world, adapters, texts, tiny_model, tmp_path):
     log = server.log.read_text()
     assert f"below s3://{BUCKET}/{BELOW} cannot be fetched" in log
     assert not any(secret in log for secret in SECRETS.values())
+
+
+def test_a_server_ends_while_it_fetches(world, adapters):
+    """The last test: a file that comes for ever holds up neither the end nor the process."""
+    world.hub.commit("acme/endless", adapters["first"])
+    world.hub.slow.set()
+    server, asked = world.server, {"model": "endless", "prompt": PROMPT}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(requests.post, f"{server.url}/v1/completions", json=asked, timeout=120)
+        fetching = "/acme/endless/resolve/"
+        eventually(lambda: any(fetching in path for _, path, _ in world.hub.requests), "it fetches")
+        server.process.terminate()
+        assert server.process.wait(timeout=60) == 0, server.log.read_text()[-3000:]
+        with contextlib.suppress(requests.ConnectionError):
+            assert answer.result().status_code >= 500

@@ -50,7 +50,7 @@ class ConsoleRoutes:
     """The page's routes in the form of vLLM's endpoint plugins."""
 
     name = "guilomo_console"
-    required_tasks = ("generate",)
+    required_tasks = None  # those that pool, too
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)

@@ -66,6 +66,7 @@ function showFacts(entry) {
     Base: entry.base ?? "not said",
     Source: entry.source,
     Digest: entry.digest,
+    Warnings: entry.warnings.join("; ") || "none",
   };
   const list = $("#facts");
   if (!list.children.length) {

@@ -211,6 +211,7 @@ const COMPARED = [
   ["Size", (of) => bytes(of.bytes)],
   ["Digest", (of) => of.digest.slice(0, 16)],
   ["Source", (of) => of.source],
+  ["Warnings", (of) => of.warnings.join("; ") || "none"],
 ];
 
 /** Two versions side by side; `now` may be null. What differs is marked, in words too. */

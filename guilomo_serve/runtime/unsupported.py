@@ -1,0 +1,90 @@
+"""What a server with adapters cannot be, refused on vLLM's configuration before its engine starts.
+
+The seam, for vLLM 0.32: `EngineArgs.create_engine_config` (vllm/engine/arg_utils.py), which every
+way into vLLM calls; plugins are loaded by then. If it is renamed, nothing is refused any more,
+which tests/serve/test_cli.py would say.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+ONE_PROCESS = (
+    "the names and versions of adapters are kept by one server process with one engine; start "
+    "several servers and spread the requests over them"
+)
+BYPASS = "this front end goes around what refuses, counts and administers adapters"
+
+
+class UnsupportedError(ValueError):
+    """A setting with which adapters would not be served, or served wrongly."""
+
+
+def install() -> None:
+    """Has vLLM refuse; calling it again changes nothing."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    create = EngineArgs.create_engine_config
+    if hasattr(create, "refuses"):
+        return
+
+    def create_or_refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = create(self, *args, **kwargs)
+        if config.lora_config is not None:
+            refuse_unsupported(config)
+        return config
+
+    create_or_refuse.refuses = True  # type: ignore[attr-defined]
+    setattr(EngineArgs, "create_engine_config", create_or_refuse)  # noqa: B010
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Stops a start-up that would serve adapters wrongly.
+
+    Args:
+        config: vLLM's `VllmConfig`, with LoRA.
+
+    Raises:
+        UnsupportedError: names the setting and what to set it to.
+    """
+    from vllm import envs
+    from vllm.config import CUDAGraphMode
+
+    parallel, lora, model = config.parallel_config, config.lora_config, config.model_config
+    graphs = config.compilation_config.cudagraph_mode
+    for setting, is_set in (
+        (
+            "--pipeline-parallel-size: adapters are not served on a model split by layers; split "
+            "it by columns (--tensor-parallel-size)",
+            parallel.pipeline_parallel_size > 1,
+        ),
+        (f"--data-parallel-size: {ONE_PROCESS}", parallel.data_parallel_size > 1),
+        (f"--api-server-count: {ONE_PROCESS}", parallel._api_process_count > 1),
+        # Its module is imported by that flag alone.
+        (f"--grpc: {BYPASS}", "vllm.entrypoints.launchers.grpc_server" in sys.modules),
+        (f"VLLM_USE_RUST_FRONTEND: {BYPASS}; unset it", envs.VLLM_USE_RUST_FRONTEND),
+        (
+            "--fully-sharded-loras: guilomo splits adapters in its own way; leave it out",
+            lora.fully_sharded_loras,
+        ),
+        (
+            "--enable-tower-connector-lora: adapters are for the language model alone; leave it "
+            "out",
+            lora.enable_tower_connector_lora,
+        ),
+        (
+            f"--lora-dtype: expected the model's ({model.dtype}), or leave it out",
+            lora.lora_dtype != model.dtype,
+        ),
+        (
+            "adapters and CUDA graphs do not go together: add --enforce-eager",
+            graphs != CUDAGraphMode.NONE,
+        ),
+        (
+            "VLLM_LORA_ENABLE_DUAL_STREAM: guilomo has kernels of its own; unset it",
+            envs.VLLM_LORA_ENABLE_DUAL_STREAM,
+        ),
+    ):
+        if is_set:
+            raise UnsupportedError(setting)
