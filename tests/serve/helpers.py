@@ -236,13 +236,16 @@ def random_adapter(
     targets: Sequence[str] = ALL_LINEAR,
     change: Callable[[Adapter], Adapter] | None = None,
     ranks: Mapping[str, Sequence[int]] | None = None,
+    described: BaseModel | None = None,
 ) -> Path:
     """Writes a LoRA-MoE adapter with a random allocation: 1 to 8 experts of rank 1 to 8.
 
     With `ranks` it has those, and the modules that these leave out have no adapter. Its effect on a
-    layer's output is about as large as the output. `change` may spoil it.
+    layer's output is about as large as the output. `change` may spoil it. `described` is the base
+    where it is no plain causal LM.
     """
-    described = BaseModel.from_config(transformers.AutoConfig.from_pretrained(base))
+    if described is None:
+        described = BaseModel.from_config(transformers.AutoConfig.from_pretrained(base))
     generator = torch.Generator().manual_seed(seed)
 
     def integer(high: int) -> int:

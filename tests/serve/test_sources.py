@@ -299,7 +299,7 @@ def test_a_member_of_a_remote_root_is_served_when_asked_for(world, adapters, tex
     assert served(world, "in-both")["kind"] == "lora"
 
     hub.requests.clear()
-    for name in ("../acme/first", "a/b", "first@main", "hf://acme/first", "x%2f", "a" * 129):
+    for name in ("../acme/first", "a/../b", "first@main", "hf://acme/first", "x%2f", "a" * 129):
         with pytest.raises(openai.BadRequestError):
             text_of(server, name, PROMPT)
     assert hub.requests == []
@@ -457,17 +457,11 @@ def test_a_storage_that_is_busy_is_left_alone_as_long_as_it_says(world, adapters
     eventually(lambda: server.post("/v1/completions", **in_peace).ok, "it is asked again")
 
 
-@pytest.mark.parametrize(
-    ("header", "least", "most"),
-    [
-        ("7", 7, 7),
-        (format_datetime(datetime.now(UTC) + timedelta(minutes=5), usegmt=True), 200, 300),
-        ("Fri, 31 Dec 1999 23:59:59 GMT", 0, 0),
-    ],
-    ids=["seconds", "a date", "a date that has been"],
-)
-def test_both_forms_of_retry_after_are_read(header, least, most):
-    assert least <= seconds_of(header) <= most
+def test_both_forms_of_retry_after_are_read():
+    assert seconds_of("7") == 7
+    in_five_minutes = format_datetime(datetime.now(UTC) + timedelta(minutes=5), usegmt=True)
+    assert 200 <= seconds_of(in_five_minutes) <= 300
+    assert seconds_of("Fri, 31 Dec 1999 23:59:59 GMT") == 0
 
 
 def test_a_retry_after_that_is_none_says_nothing():

@@ -1,0 +1,38 @@
+"""What the plugin leaves as it is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+_PROGRAM = """
+import sys, torch
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.lora import LoRAConfig
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.lora.utils import from_layer
+from vllm.model_executor.layers.linear import ReplicatedLinear
+with set_current_vllm_config(VllmConfig()):
+    init_distributed_environment(1, 0, f"file://{sys.argv[1]}", 0, "gloo")
+    initialize_model_parallel(1, 1)
+    base = ReplicatedLinear(8, 4, bias=False, params_dtype=torch.float32)
+    layer = from_layer(base, 2, LoRAConfig(max_lora_rank=8, lora_dtype=torch.float32), [])
+    layer.set_lora(0, torch.ones(8, 8), torch.ones(4, 8))
+    print(type(layer).__name__, float(layer.lora_a_stacked[0][0].sum()))
+"""
+
+
+def test_vllms_own_managers_have_vllms_layers(tmp_path: Path):
+    """A program that makes them gives their layers tensors, which ours do not take."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, str(tmp_path / "store")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "ReplicatedLinearWithLoRA 64.0"
