@@ -22,7 +22,6 @@ import torch
 from guilomo_serve.adapter import BaseModel, is_guilomo_adapter, read_adapter
 from guilomo_serve.catalogue import check_name
 from guilomo_serve.precision import half_precision_is_slow
-from guilomo_serve.runtime.loading import check_plain, tasks_of
 from guilomo_serve.runtime.unsupported import BYPASS, ONE_PROCESS
 
 # Storage is ragged, so slots and ranks cost nothing until an adapter fills them. Twice the
@@ -97,6 +96,8 @@ def complete(args: argparse.Namespace, adapters: Sequence[str]) -> None:
         UsageError: a name or flag is wrong, there is no such base, or vLLM cannot serve it so.
         AdapterError: an adapter cannot be served on this base.
     """
+    from guilomo_serve.runtime.loading import check_plain, tasks_of
+
     if args.lora_modules:
         raise UsageError("--lora-modules: use --adapter NAME=FOLDER, which checks the adapter")
     if not args.enable_lora:

@@ -75,7 +75,7 @@ class ManagedServingModels(VersionedServingModels):
     def _base(self) -> BaseModel | None:
         try:
             return BaseModel.from_config(self.model_config.hf_config)
-        except ValueError:
+        except (AttributeError, ValueError):
             return None  # no plain causal LM to transformers; the engine checks shapes
 
     def _inspect(self, folder: Path) -> dict[str, Any]:

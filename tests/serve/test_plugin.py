@@ -36,3 +36,9 @@ def test_vllms_own_managers_have_vllms_layers(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "ReplicatedLinearWithLoRA 64.0"
+
+
+def test_the_command_for_a_running_server_needs_no_vllm():
+    """Whose import takes longer than all that the command does."""
+    program = "import sys, guilomo_serve.cli; sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
