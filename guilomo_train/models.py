@@ -177,7 +177,9 @@ def check_tokens(
         BaseError: it lacks a token's, which the message names, or the last position's.
     """
     longest = max(map(len, texts), default=0)
-    for part, module in model.named_modules():
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    decoder = getattr(base, "get_decoder", lambda: base)()  # not a tower of images
+    for part, module in decoder.named_modules():
         # Two of OPT's positions are for padding; others have as many as they say.
         if isinstance(module, nn.Embedding) and re.search(r"wpe|position", part.split(".")[-1]):
             most = int(getattr(model.config, "max_position_embeddings", module.num_embeddings))
