@@ -47,14 +47,14 @@ def main(argv: Sequence[str]) -> int:
     settings = _settings_of_transformers(given)
     try:
         prompts = PROMPTS if args.prompts is None else _read_prompts(args.prompts)
+        engine_flags([args.base, *given], args.folders)
         tokens = _tokenize(args.base, prompts, settings)
-        length = max(map(len, tokens)) + 1
-        # What the user gives comes last, and wins.
-        command = [args.base, "--max-model-len", str(length), "--no-enable-prefix-caching", *given]
-        engine_flags(command, args.folders)
     except (UsageError, AdapterError) as e:
         print(f"guilomo-serve check: {e}", file=sys.stderr)
         return 2
+    length = max(map(len, tokens)) + 1
+    # What the user gives comes last, and wins.
+    command = [args.base, "--max-model-len", str(length), "--no-enable-prefix-caching", *given]
     return _check(args.base, args.folders, command, tokens, settings)
 
 
