@@ -131,7 +131,14 @@ def model_card(
         )
     lines += [
         "",
-        "Serve it: `guilomo-serve BASE --adapter name=THIS_FOLDER`",
+        "Serve it: `guilomo-serve BASE --adapter name=THIS_FOLDER`, or load it:",
+        "",
+        "```python",
+        "import guilomo_train.lora_moe  # tells PEFT of the method; pip install guilomo",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        "```",
         "",
         "```",
         table(allocation),

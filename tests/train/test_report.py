@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from guilomo_serve.adapter import BaseModel
 from guilomo_train.cli import main
@@ -87,6 +89,18 @@ def test_the_history_holds_what_the_stages_did(run: Path) -> None:
         assert len(figures["load"]) == len(allocation.ranks[module])
         assert sum(figures["load"]) == pytest.approx(len(figures["load"]), abs=1e-2)
         assert 0 <= figures["entropy"] <= 1
+
+
+def test_what_the_card_says_loads_the_adapter(run: Path, tiny_base: Path) -> None:
+    card = (run / "adapter" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code += "\nprint(sum('lora_' in name for name in model.state_dict()))"
+    command = [sys.executable, "-c", code.replace("THIS_FOLDER", str(run / "adapter"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) == len(
+        load_file(run / "adapter" / "adapter_model.safetensors")
+    )
 
 
 def test_the_page_says_what_the_run_cost_and_saved(run: Path, tiny_base: Path) -> None:
