@@ -222,12 +222,12 @@ def truncated(base: Path, folder: Path) -> str:
 def plain_with_bias(base: Path, folder: Path) -> str:
     random_lora(base, folder, 4)
     edit_config(folder, bias="all")
-    return "bias is not supported"
+    return "bias is 'all', expected 'none'"
 
 
 def plain_dora(base: Path, folder: Path) -> str:
     random_lora(base, folder, 4, use_dora=True)
-    return "DoRA"
+    return "use_dora is True, expected that it is left out"
 
 
 def plain_head(base: Path, folder: Path) -> str:
