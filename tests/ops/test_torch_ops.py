@@ -62,16 +62,33 @@ cases = st.builds(
 )
 
 
+def loss_weights(count: int) -> torch.Tensor:
+    return torch.linspace(-1, 2, count, dtype=torch.float64)
+
+
 def gradients(output: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Of a sum with fixed uneven weights, so that no two outputs can cancel."""
-    weights = torch.linspace(-1, 2, output.numel(), dtype=torch.float64).view_as(output)
+    weights = loss_weights(output.numel()).view_as(output)
     return list(torch.autograd.grad((output.double() * weights).sum(), inputs))
 
 
-def assert_near(found: torch.Tensor, truth: torch.Tensor, tolerance: float, name: str) -> None:
-    scale = truth.abs().max().clamp(min=1.0)  # with top_k 1 the router's gradient is zero
+def assert_near(
+    found: torch.Tensor, truth: torch.Tensor, tolerance: float, name: str, least: float = 1.0
+) -> None:
+    """`least`: what the tolerance is a share of where the truth is smaller, as it may be 0."""
+    scale = truth.abs().max().clamp(min=least)
     error = ((found.double() - truth).abs().max() / scale).item()
     assert error <= tolerance, f"{name} differs by {error:.2g} of its largest value"
+
+
+def largest_term(case: Case) -> float:
+    """Of the router's gradient, in which the outputs of two experts may cancel: each term is as good
+    as its dtype, however small their difference is."""
+    x, lora_a, lora_b, _, scalings = case.tensors()
+    weights = loss_weights(len(x) * case.out_features).view(len(x), -1)
+    rows = (x @ lora_a.T) * (weights @ lora_b)  # what each rank row adds to the loss
+    of_experts = torch.stack([part.sum(-1) for part in rows.split(case.ranks, -1)], -1) * scalings
+    return max(1.0, float((of_experts.abs().amax(-1) * x.abs().amax(-1)).max()))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -80,6 +97,7 @@ def assert_near(found: torch.Tensor, truth: torch.Tensor, tolerance: float, name
 @example(case=Case(5, 16, 12, ranks=(1, 1), top_k=2, seed=1))  # all experts, always
 @example(case=Case(5, 16, 12, ranks=(8, 1, 3), top_k=1, seed=2))  # one at a time
 @example(case=Case(7, 24, 24, ranks=(1, 2, 3, 4, 5, 6, 7, 8), top_k=2, seed=3))
+@example(case=Case(3, 9, 20, ranks=(6, 1, 1, 2, 8), top_k=2, seed=3414))  # two of nearly one worth
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_fused_product_and_gradients_are_those_of_the_loop(dtype: torch.dtype, case: Case) -> None:
     x, lora_a, lora_b, router, scalings = case.tensors()
@@ -110,7 +128,8 @@ def test_fused_product_and_gradients_are_those_of_the_loop(dtype: torch.dtype, c
     for name, found, expected in zip(
         names, gradients(output, fused), gradients(truth, exact), strict=True
     ):
-        assert_near(found, expected, TOLERANCES[dtype], f"gradient of {name}")
+        least = largest_term(case) if name == "router" else 1.0
+        assert_near(found, expected, TOLERANCES[dtype], f"gradient of {name}", least)
 
 
 @given(

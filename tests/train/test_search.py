@@ -113,7 +113,8 @@ def test_accumulated_parts_are_one_step(order: str, tmp_path: Path, one_thread: 
         assert torch.equal(a, b)
     for a, b in zip(seen["sums"], seen_in_parts["sums"], strict=True):
         assert a.abs().max() > 0
-        torch.testing.assert_close(a, b, rtol=5e-3, atol=1e-3)
+        # Second order divides by the root of Adam's second moment, which is tiny in places.
+        assert (a - b).abs().max() <= 5e-3 * a.abs().max()
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
