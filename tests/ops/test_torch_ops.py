@@ -82,7 +82,7 @@ def assert_near(
 
 
 def largest_term(case: Case) -> float:
-    """Of the router's gradient, in which the outputs of two experts may cancel: each term is as good
+    """Of the router's gradient, in which outputs of two experts may cancel: each term is as good
     as its dtype, however small their difference is."""
     x, lora_a, lora_b, _, scalings = case.tensors()
     weights = loss_weights(len(x) * case.out_features).view(len(x), -1)
