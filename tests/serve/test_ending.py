@@ -23,12 +23,13 @@ from guilomo_serve.ending import end_on_signals
 end_on_signals()
 stop = threading.Event()
 threading.Thread(target=time.sleep, args=(600,)).start()  # which Python would wait for
-print("ready", flush=True)
+said = "ready"
 while True:
     try:
+        print(said, flush=True)  # here, so that whatever comes after it is caught
         stop.wait()
     except BaseException as e:
-        print(f"caught {e!r}", flush=True)
+        said = f"caught {e!r}"
 """
 
 
