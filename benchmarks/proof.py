@@ -48,7 +48,7 @@ from guilomo_train.models import load_base, sizes_of
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.space import SearchSpace
 
-RATES = (0.01, 0.02, 0.04, 0.08)  # and one more beyond an end that is best (docs/protocol.md)
+RATES = (0.01, 0.02, 0.04, 0.08, 0.16)  # and one more beyond an end that is best (docs/protocol.md)
 TUNING_SEED = 1000
 PILOT_SEEDS = (1001, 1002, 1003)
 MAX_LENGTH = 512
