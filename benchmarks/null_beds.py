@@ -21,7 +21,7 @@ from guilomo_train.search.space import SearchSpace
 MODULES, STEPS = 30, 75
 SPACE = SearchSpace({f"m{i}": (64, 64) for i in range(MODULES)})
 # The same, in five blocks of six kinds.
-BLOCKS = SearchSpace({f"layers.{i // 6}.{'abcdef'[i % 6]}": (64, 64) for i in range(MODULES)})
+IN_BLOCKS = SearchSpace({f"layers.{i // 6}.{'abcdef'[i % 6]}": (64, 64) for i in range(MODULES)})
 BUDGET = SPACE.cost(8, 8) / 3
 Slopes = Callable[[torch.Generator, int], torch.Tensor]  # of a step: a value a module, [M]
 

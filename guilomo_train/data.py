@@ -27,6 +27,8 @@ from guilomo_train.errors import DataError
 
 FORMS = "prompt and completion, or messages, or conversations, or instruction and output"
 _FEWEST_ROWS = 8  # that a search can judge by
+# What a key that other rows need has in one that does not.
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
 # Columns by which other trainers change what a row teaches.
 _REFUSED = (
     "tools", "functions", "documents", "chat_template_kwargs",
@@ -107,7 +109,7 @@ def _row(row: Any, where: str, chat: bool) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"{where}: found {type(row).__name__}, expected an object with {FORMS}")
     for key in _REFUSED:
-        if row.get(key) not in (None, "", [], {}):
+        if row.get(key) not in _EMPTY:
             raise DataError(f"{where}: has {key!r}, which is not used here: leave it out")
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
@@ -203,7 +205,7 @@ def _messages(value: Any, role: str, where: str, learned: bool = False) -> list[
         for key, given in message.items():
             if key == "weight" and given == (1 if learned else 0):
                 continue  # what happens anyway
-            if key not in ("role", "content") and given not in (None, "", [], {}):
+            if key not in ("role", "content") and given not in _EMPTY:
                 raise DataError(f"{where} has a message with {key!r}, which is not used here")
         if not isinstance(message.get("content"), str):
             raise DataError(f"{where} has {message!r}, expected an object with role and content")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -122,8 +123,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[li
         messages = row["prompt"] + row["completion"]
         ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
     prompt = prompt_ids(tokenizer, row["prompt"])
-    start = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), None)
-    start = min(len(prompt), len(ids)) if start is None else start
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False))
+    start = sum(1 for _ in same)
     return ids, [-100] * start + ids[start:]
 
 

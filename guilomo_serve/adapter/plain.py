@@ -7,12 +7,11 @@ is accepted where it is off (null, false, or empty), with a warning.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from guilomo_serve.adapter.spec import AdapterError
+from guilomo_serve.adapter.spec import AdapterError, is_finite, is_int
 
 PLAIN_TYPE = "LORA"
 # Tasks of PEFT, by what a server does with its base.
@@ -31,15 +30,6 @@ class _Field:
 
     check: Check
     expected: str
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    is_one = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_one and abs(value) <= sys.float_info.max
 
 
 def _is_bool(value: Any) -> bool:
@@ -66,8 +56,8 @@ def _off(value: Any) -> bool:
     return value is None or value is False or value in ([], {})
 
 
-_RANK = _Field(lambda v: _is_int(v) and v >= 1, "an integer >= 1")
-_ALPHA = _Field(lambda v: _is_number(v) and v > 0, "a number > 0")
+_RANK = _Field(lambda v: is_int(v) and v >= 1, "an integer >= 1")
+_ALPHA = _Field(lambda v: is_finite(v) and v > 0, "a number > 0")
 _TEXT_OR_NULL = _Field(_or_null(_is_text), "a string or null")
 _NAMES = _Field(_or_null(_is_text, _list_of(_is_text)), "a string, a list of strings, or null")
 _SETTINGS = _Field(_or_null(lambda v: isinstance(v, dict)), "an object or null")
@@ -94,7 +84,7 @@ _FIELDS: Mapping[str, _Field] = {
         f"true, false or one of {list(_STARTS)}: others change the base, which stays as it is here",
     ),
     "layers_to_transform": _Field(
-        _or_null(_is_int, _list_of(_is_int)), "an integer, a list of integers, or null"
+        _or_null(is_int, _list_of(is_int)), "an integer, a list of integers, or null"
     ),
     "layers_pattern": _NAMES,
     "exclude_modules": _NAMES,
@@ -105,7 +95,7 @@ _FIELDS: Mapping[str, _Field] = {
     "inference_mode": _Field(_is_bool, "true or false"),
     "fan_in_fan_out": _Field(_is_bool, "true or false"),
     "ensure_weight_tying": _Field(_is_bool, "true or false"),
-    "lora_dropout": _Field(lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "lora_dropout": _Field(lambda v: is_finite(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "megatron_config": _SETTINGS,
     "megatron_core": _TEXT_OR_NULL,
     "loftq_config": _SETTINGS,
@@ -113,7 +103,7 @@ _FIELDS: Mapping[str, _Field] = {
     "corda_config": _SETTINGS,
     "lora_ga_config": _SETTINGS,
     "velora_config": _SETTINGS,
-    "qalora_group_size": _Field(_is_int, "an integer"),
+    "qalora_group_size": _Field(is_int, "an integer"),
     "use_dora": _NOT_APPLIED,
     "use_qalora": _NOT_APPLIED,
     "use_bdlora": _NOT_APPLIED,

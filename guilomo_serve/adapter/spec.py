@@ -136,7 +136,7 @@ class AdapterSpec:
             if key not in value:
                 raise AdapterError(f"{where}: the key {key!r} is missing")
         version = value["format_version"]
-        _check(_is_int(version), where, "format_version", version, "an integer")
+        _check(is_int(version), where, "format_version", version, "an integer")
         if version > FORMAT_VERSION:
             raise AdapterError(
                 f"{where}: format_version is {version}, this guilomo reads up to "
@@ -167,9 +167,9 @@ class AdapterSpec:
             "a list of module names",
         )
         top_k = value["top_k"]
-        _check(_is_int(top_k) and top_k >= 1, where, "top_k", top_k, "an integer >= 1")
+        _check(is_int(top_k) and top_k >= 1, where, "top_k", top_k, "an integer >= 1")
         alpha = value["lora_alpha"]
-        _check(_is_finite(alpha) and alpha > 0, where, "lora_alpha", alpha, "a number > 0")
+        _check(is_finite(alpha) and alpha > 0, where, "lora_alpha", alpha, "a number > 0")
         modules = value["experts"]
         _check(
             isinstance(modules, dict) and bool(modules),
@@ -227,8 +227,8 @@ def _experts_of(module: str, listed: Any, where: str) -> tuple[Expert, ...]:
             'an object {"rank": ..., "scaling": ...}',
         )
         rank, scaling = entry["rank"], entry["scaling"]
-        _check(_is_int(rank) and rank >= 1, where, f"{key}[{i}].rank", rank, "an integer >= 1")
-        _check(_is_finite(scaling), where, f"{key}[{i}].scaling", scaling, "a finite number")
+        _check(is_int(rank) and rank >= 1, where, f"{key}[{i}].rank", rank, "an integer >= 1")
+        _check(is_finite(scaling), where, f"{key}[{i}].scaling", scaling, "a finite number")
         experts.append(Expert(rank, float(scaling)))
     return tuple(experts)
 
@@ -247,10 +247,10 @@ def _check(ok: Any, where: str, key: str, found: Any, expected: str) -> None:
         raise AdapterError(f"{where}: {key} is {shown}, expected {expected}")
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and abs(value) <= sys.float_info.max

@@ -186,7 +186,9 @@ class Store:
 
     def _keep(self, partial: Path, digest: str) -> None:
         target = self.folder_of(digest)
-        if not _is(target, digest):
+        try:
+            self.verify(digest)
+        except (AdapterError, OSError):
             if target.is_dir():
                 shutil.rmtree(target)  # damaged; this is what it should be
             partial.chmod(0o755)
@@ -206,13 +208,6 @@ def digest_of(folder: Path) -> str:
         with _opened(folder, name) as file:
             sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return _combined(sums)
-
-
-def _is(folder: Path, digest: str) -> bool:
-    try:
-        return digest_of(folder) == digest
-    except (AdapterError, OSError):
-        return False
 
 
 def _sync(folder: Path) -> None:

@@ -33,7 +33,7 @@ def fill(space: SearchSpace, worths: torch.Tensor, budget: float) -> Allocation:
     """
     worths = worths.double().cummin(-1).values
     pairs = zip(worths.tolist(), row_costs(space).tolist(), strict=True)
-    return _fill(space, [falling(worth, cost) for worth, cost in pairs], budget)
+    return _fill(space, [_densities(worth, cost) for worth, cost in pairs], budget)
 
 
 def shared(scores: torch.Tensor, rows: int) -> torch.Tensor:
@@ -92,17 +92,17 @@ def _fill(space: SearchSpace, densities: list[list[float]], budget: float) -> Al
     return Allocation(dict(zip(space.linears, ranks, strict=True)), space.top_k, space.max_rank)
 
 
-def falling(amounts: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """The means amount / weight as a sequence that never rises, nearest to them in least squares.
+def _densities(worths: Sequence[float], costs: Sequence[float]) -> list[float]:
+    """Worth per parameter of each row of a module, which never rises.
 
-    Neighbours that rise count together, by the mean of both (pool adjacent violators). So a row
-    that pays less than the next one, as it brings a router row along, pays what both do.
+    A row that brings a router row along may pay less than the next one does. Such rows count
+    together, by the mean of what they pay (pool adjacent violators).
     """
-    pools: list[tuple[float, float, int]] = []  # amount, weight, entries
-    for amount, weight in zip(amounts, weights, strict=True):
-        entries = 1
-        while pools and pools[-1][0] / pools[-1][1] < amount / weight:
+    pools: list[tuple[float, float, int]] = []  # worth, cost, rows
+    for worth, cost in zip(worths, costs, strict=True):
+        rows = 1
+        while pools and pools[-1][0] / pools[-1][1] < worth / cost:
             before = pools.pop()
-            amount, weight, entries = before[0] + amount, before[1] + weight, before[2] + entries
-        pools.append((amount, weight, entries))
-    return [amount / weight for amount, weight, entries in pools for _ in range(entries)]
+            worth, cost, rows = before[0] + worth, before[1] + cost, before[2] + rows
+        pools.append((worth, cost, rows))
+    return [worth / cost for worth, cost, rows in pools for _ in range(rows)]

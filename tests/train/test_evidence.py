@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from benchmarks.null_beds import BLOCKS as IN_BLOCKS
 from benchmarks.null_beds import (
     BUDGET,
+    IN_BLOCKS,
     MODULES,
     NULL,
     SPACE,
