@@ -76,7 +76,9 @@ def test_a_killed_plan_goes_on_to_the_same_files(
     small, data: Path, tiny_base: Path, tmp_path: Path, monkeypatch
 ) -> None:
     proof = small
-    stage = proof.Stage(("shuffled", "uniform"), (0.001,), (0,), tasks=("ticket",))
+    stage = proof.Stage(
+        ("shuffled", "uniform"), (0.001,), (0,), tasks=("ticket",), tuned_on=("ticket",)
+    )
     sizes = proof.Sizes(train=16, dev=4, test=6)
 
     def plan(out: Path) -> None:
