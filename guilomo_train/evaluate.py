@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
+from torch import nn
 from tqdm import tqdm
 from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from guilomo_train.config import EvalConfig
+from guilomo_train.endings import end_tokens, written_ends
 from guilomo_train.models import check_tokens
 from guilomo_train.trainer import completion_nll
 
@@ -66,6 +69,7 @@ def evaluate(
     model.eval()
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
     check_tokens(model, tokenizer, prompts)
+    ends = end_tokens(model, tokenizer) | stops_of(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
     for start in tqdm(range(0, len(order), config.eval_batch_size), desc="evaluate"):
@@ -77,6 +81,7 @@ def evaluate(
             **padded,
             max_new_tokens=config.max_new_tokens,
             do_sample=False,
+            eos_token_id=sorted(ends),
             pad_token_id=tokenizer.pad_token_id,
         )[:, padded["input_ids"].shape[1] :]
         decoded = tokenizer.batch_decode(generated, skip_special_tokens=True)
@@ -122,10 +127,18 @@ def _encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[li
     else:
         messages = row["prompt"] + row["completion"]
         ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        ids = ids if written_ends(tokenizer) else [*ids, tokenizer.eos_token_id]
     prompt = prompt_ids(tokenizer, row["prompt"])
     same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False))
     start = sum(1 for _ in same)
     return ids, [-100] * start + ids[start:]
+
+
+def stops_of(model: nn.Module) -> set[int]:
+    """The stop tokens of a model's active adapter; none without an adapter."""
+    if not isinstance(model, PeftModel):
+        return set()
+    return set(getattr(model.active_peft_config, "stop_token_ids", None) or ())
 
 
 def score(texts: list[str], completions: list[str], answers: list[str], loss: float) -> Scores:

@@ -93,6 +93,7 @@ def finetune(
             module: [{"rank": e.rank, "scaling": e.scaling} for e in listed]
             for module, listed in experts.items()
         },
+        stop_token_ids=list(base.stop_token_ids),
         search=search_record,
     )
     model = with_adapter(base.model, peft_config)
@@ -173,6 +174,7 @@ def adapter_of(model: PeftModel) -> Adapter:
         base=BaseFingerprint.from_json(config.base_fingerprint),
         task_type=config.task_type,
         search=config.search,
+        stop_token_ids=tuple(config.stop_token_ids or ()),
     )
     state = get_peft_model_state_dict(
         model, unsharded_state(model), adapter_name=name, save_embedding_layers=False

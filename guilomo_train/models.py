@@ -26,6 +26,7 @@ from transformers.distributed import DistributedConfig
 
 from guilomo_serve.adapter import CONFIG_FILE, BaseModel
 from guilomo_serve.precision import half_precision_is_slow
+from guilomo_train.endings import end_tokens, stop_tokens, written_ends
 from guilomo_train.errors import BaseError, ConfigError
 from guilomo_train.limits import enough_memory
 from guilomo_train.lora_moe import LoraMoeConfig
@@ -38,6 +39,30 @@ class Base:
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that an adapter of it has to stop at beside the base's own end tokens."""
+        return stop_tokens(end_tokens(self.model, self.tokenizer), written_ends(self.tokenizer))
+
+    def ending(self) -> str:
+        """What is unusual in how its answers end, as a sentence; "" for nothing."""
+        written = written_ends(self.tokenizer)
+        if not written:
+            return (
+                "the base's chat template writes no token at the end of an answer: each completion "
+                f"is taught to end with {self.tokenizer.eos_token!r}"
+            )
+        if not self.stop_token_ids:
+            return ""
+        stop, *ends = self.tokenizer.convert_ids_to_tokens(
+            [*self.stop_token_ids, *sorted(end_tokens(self.model, self.tokenizer))]
+        )
+        return (
+            f"the base's chat template ends an answer with {stop!r}, which is none of the base's "
+            f"end tokens ({', '.join(map(repr, ends))}): the evaluation stops at it, and the "
+            "adapter's stop_token_ids have guilomo-serve do so"
+        )
 
 
 @dataclass(frozen=True)

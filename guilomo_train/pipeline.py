@@ -101,6 +101,8 @@ class Run:
         self.train: Dataset = load_rows(
             common.train, self.base.tokenizer, common.train_rows, common.seed
         )
+        if unusual := self.base.ending():
+            say(unusual)
         self.base_parameters = self.base.model.num_parameters()
         self.linears = BaseModel.from_module(self.base.model).linears
         self.record: dict[str, Any] = {

@@ -106,7 +106,7 @@ def model_card(
     spec: AdapterSpec, data: str, parameters: int, metrics: Mapping[str, Any] | None
 ) -> str:
     """The README.md of an adapter folder."""
-    allocation = allocation_of(spec)
+    allocation, stops = allocation_of(spec), spec.stop_token_ids
     lines = [
         "---",
         "library_name: guilomo",
@@ -138,6 +138,11 @@ def model_card(
         "from transformers import AutoModelForCausalLM",
         "",
         'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        *(
+            [f"model.generation_config.eos_token_id = {list(stops)}  # end its answers"]
+            if stops
+            else []
+        ),
         "```",
         "",
         "```",

@@ -38,6 +38,7 @@ from trl import SFTConfig, SFTTrainer
 
 from guilomo_train.batches import Batches, BatchLoader, with_blank
 from guilomo_train.checkpoints import STATE_FILE, Checkpointing, complete, whole
+from guilomo_train.endings import written_ends
 from guilomo_train.errors import ConfigError, DataError, DivergedError
 from guilomo_train.health import RouterFigures, RouterHealth
 from guilomo_train.lora_moe import LoraMoeLayer
@@ -137,10 +138,16 @@ class LoraMoeTrainer(SFTTrainer):
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: SFTConfig, *rest: Any
     ) -> Dataset:
-        """TRL's tokenized rows, cut to `max_length`. TRL cuts them and says nothing of it."""
+        """TRL's tokenized rows, cut to `max_length`. TRL cuts them and says nothing of it.
+
+        Where a chat template writes no end of an answer, the rows get the end token.
+        """
         whole = copy.copy(args)
         whole.max_length = None
         prepared = super()._prepare_dataset(dataset, processing_class, whole, *rest)
+        if not written_ends(processing_class):
+            end = [processing_class.eos_token_id]
+            prepared = prepared.map(lambda row: {k: row[k] + end for k in ("input_ids", "labels")})
         limit = args.max_length
         if limit is None:
             return prepared

@@ -284,6 +284,12 @@ def _check_base(spec: AdapterSpec, base: BaseModel, where: str) -> None:
             f"{where}: made for another base model: base_fingerprint is {spec.base}, "
             f"the base in use is {base.fingerprint}"
         )
+    for token in spec.stop_token_ids:
+        if token >= base.fingerprint.vocab_size:
+            raise AdapterError(
+                f"{where}: stop_token_ids has {token}, expected less than "
+                f"{base.fingerprint.vocab_size}, the tokens of the base"
+            )
     for module in spec.experts:
         if module not in base.linears:
             raise AdapterError(f"{where}: experts has {module!r}, no linear layer of the base")

@@ -40,7 +40,7 @@ _TRAINING_KEYS = frozenset({"lora_dropout", "num_experts", "expert_rank", "exclu
 _MODULE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _KNOWN_KEYS = (
     frozenset(_REQUIRED_KEYS)
-    | {"peft_type", "task_type", "r", "base_fingerprint", "search"}
+    | {"peft_type", "task_type", "r", "base_fingerprint", "search", "stop_token_ids"}
     | _IGNORED_KEYS
     | _NEUTRAL_KEYS.keys()
     | _TRAINING_KEYS
@@ -72,6 +72,7 @@ class AdapterSpec:
         base: fingerprint of the base model, None where the writer did not know it.
         task_type: PEFT's task type.
         search: record of the search (method, seed, data, versions), None for a hand-made one.
+        stop_token_ids: tokens that end an answer, beside the end tokens of the base.
         format_version: of the folder that it was read from.
     """
 
@@ -83,6 +84,7 @@ class AdapterSpec:
     base: BaseFingerprint | None = None
     task_type: str | None = "CAUSAL_LM"
     search: Mapping[str, Any] | None = field(default=None, compare=False)
+    stop_token_ids: tuple[int, ...] = ()
     format_version: int = field(default=FORMAT_VERSION, compare=False)
 
     @property
@@ -115,6 +117,7 @@ class AdapterSpec:
                 for module, experts in self.experts.items()
             },
             "search": dict(self.search) if self.search is not None else None,
+            "stop_token_ids": list(self.stop_token_ids),
         }
 
     @classmethod
@@ -184,6 +187,15 @@ class AdapterSpec:
         _check(is_name, where, "task_type", task_type, "a string")
         search = value.get("search")
         _check(search is None or isinstance(search, dict), where, "search", search, "an object")
+        stops = value.get("stop_token_ids")
+        stops = [] if stops is None else stops
+        _check(
+            isinstance(stops, list) and all(is_int(token) and token >= 0 for token in stops),
+            where,
+            "stop_token_ids",
+            stops,
+            "a list of token ids",
+        )
         spec = cls(
             base_model_name_or_path=name,
             target_modules=tuple(targets),
@@ -193,6 +205,7 @@ class AdapterSpec:
             base=_fingerprint_of(fingerprint, where) if fingerprint is not None else None,
             task_type=task_type,
             search=search,
+            stop_token_ids=tuple(stops),
             format_version=version,
         )
         for module in spec.experts:

@@ -9,6 +9,7 @@ the layers are ours.
     loading.py       an adapter folder -> the weights of each layer of the served model
     manager.py       which adapter is in which slot, and which token of a batch uses which slot
     reading.py       an adapter is read beside the steps of the engine
+    stops.py         an adapter's own stop tokens
     refusal.py       an adapter that is refused, in a server of several processes
     unsupported.py   settings that do not go with adapters, refused before the engine starts
     report.py        what a worker says of its adapters: memory, and the load of their routers
@@ -33,6 +34,7 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 - `guilomo_report`, `guilomo_read`, `guilomo_has_read` and `guilomo_warm_up` are methods that
   `vllm.v1.worker.worker_base.WorkerBase` gets: see report.py, reading.py and warm_up.py.
 - `create_engine_config` of `vllm.engine.arg_utils.EngineArgs`: see unsupported.py.
+- `process_inputs` of `vllm.v1.engine.input_processor.InputProcessor`: see stops.py.
 - `add_lora` of `vllm.v1.executor.Executor` and of `LoRAModelRunnerMixin`: see refusal.py.
 - `load_lora_model` of `LoRAModelRunnerMixin`, and of the model runner `sample_tokens`,
   `discard_request_mask` and `input_batch.generators`, which the sampler reads, and
@@ -64,7 +66,15 @@ def register() -> None:
     import vllm.v1.worker.lora_model_runner_mixin as mixin
 
     from guilomo_serve import server
-    from guilomo_serve.runtime import cpu_sampling, reading, refusal, report, unsupported, warm_up
+    from guilomo_serve.runtime import (
+        cpu_sampling,
+        reading,
+        refusal,
+        report,
+        stops,
+        unsupported,
+        warm_up,
+    )
     from guilomo_serve.runtime.layers import device_of
     from guilomo_serve.runtime.manager import RoutedWorkerManager
 
@@ -72,6 +82,7 @@ def register() -> None:
     mixin.LRUCacheWorkerLoRAManager = RoutedWorkerManager
     unsupported.install()
     refusal.install()
+    stops.install()
     reading.install()
     report.install()
     warm_up.install()

@@ -52,6 +52,10 @@ class LoraMoeConfig(PeftConfig):
         default=None,
         metadata={"help": "Module name -> list of {rank, scaling}, one entry an expert."},
     )
+    stop_token_ids: list[int] | None = field(
+        default=None,
+        metadata={"help": "Tokens that end an answer, beside the end tokens of the base."},
+    )
     r: int | None = field(
         default=None, metadata={"help": "Written: the largest total rank of a module."}
     )

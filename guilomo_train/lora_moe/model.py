@@ -86,6 +86,18 @@ class LoraMoeModel(BaseTuner):
             "active, whose outputs then add up, or serve them as two adapters"
         )
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base generates, and it stops at the active adapters' stop tokens too."""
+        active = [self.peft_config[name] for name in self.active_adapters]
+        stops = {token for config in active for token in config.stop_token_ids or ()}
+        if stops and kwargs.get("eos_token_id") is None:
+            configured = (
+                kwargs.get("generation_config") or self.model.generation_config
+            ).eos_token_id
+            ends = configured if isinstance(configured, list) else [configured]
+            kwargs["eos_token_id"] = sorted(stops.union(end for end in ends if end is not None))
+        return self.model.generate(*args, **kwargs)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:

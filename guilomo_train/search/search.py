@@ -259,6 +259,7 @@ def search(
         expert_rank=config.max_rank,
         top_k=common.top_k,
         lora_alpha=common.lora_alpha,
+        stop_token_ids=list(base.stop_token_ids),
     )
     model = with_adapter(base.model, peft_config)
     adapted = {module: linears[module] for module in model.peft_config["default"].experts}

@@ -281,6 +281,14 @@ ERRORS: dict[str, tuple[Spoil, str]] = {
     "not UTF-8": (file(CONFIG, b'{"a": "\xff"}'), f"{CONFIG}: not a JSON file"),
     "not an object": (file(CONFIG, "[]"), "the file is 'list', expected a JSON object"),
     "another method": (config(peft_type="LORA"), "peft_type is 'LORA', expected 'GUILOMO'"),
+    "stop token by name": (
+        config(stop_token_ids=["</s>"]),
+        "stop_token_ids is ['</s>'], expected a list of token ids",
+    ),
+    "stop token beyond the base": (
+        config(stop_token_ids=[10_000]),
+        "stop_token_ids has 10000, expected less than",
+    ),
     "future format": (config(format_version=3), "format_version is 3, this guilomo reads up to 2"),
     "format 0": (config(format_version=0), "format_version is 0, expected 1 to 2"),
     "names of format 2": (

@@ -162,6 +162,25 @@ def test_a_stream_finishes_with_the_version_it_began_with(server, adapters, tmp_
         text_of(server, "swapped", PROMPTS[0])
 
 
+def test_an_adapter_stops_at_its_own_stop_tokens(server, adapters, tmp_path):
+    tokens = ask(server, "first", PROMPTS[0], TOKENS).token_ids
+    stop = next(token for token in tokens[3:] if token not in tokens[:3])
+    shutil.copytree(adapters["first"], tmp_path / "stopping")
+    edit_config(tmp_path / "stopping", stop_token_ids=[stop])
+    assert server.load("stopping", tmp_path / "stopping").ok
+    answer = ask(server, "stopping", PROMPTS[0], TOKENS, ignore_eos=False)
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", stop)
+    assert answer.token_ids == tokens[: tokens.index(stop) + 1]
+    assert ask(server, "stopping", PROMPTS[0], TOKENS, ignore_eos=True).token_ids == tokens
+    others = ask(server, "first", PROMPTS[0], TOKENS, ignore_eos=False)
+    assert others.token_ids == tokens
+    edit_config(tmp_path / "stopping", stop_token_ids=[100_000])
+    refused = server.load("stopping", tmp_path / "stopping", replace=True)
+    assert refused.status_code == 400
+    assert "stop_token_ids has 100000, expected less than" in refused.text
+    assert server.unload("stopping").ok
+
+
 def test_an_unloaded_version_is_freed(server, adapters):
     assert server.load("passing", adapters["second"]).ok
     assert server.unload("passing").ok
