@@ -134,7 +134,7 @@ def model_card(
         "Serve it: `guilomo-serve BASE --adapter name=THIS_FOLDER`, or load it:",
         "",
         "```python",
-        "import guilomo_train.lora_moe  # tells PEFT of the method; pip install guilomo",
+        "import guilomo  # tells PEFT of the method; pip install guilomo",
         "from transformers import AutoModelForCausalLM",
         "",
         'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +80,20 @@ def test_transformers_loads_an_adapter_as_it_loads_a_lora(tmp_path: Path) -> Non
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(logits(loaded.eval()), logits(model))
+
+
+def test_importing_guilomo_is_enough_to_load_an_adapter(tmp_path: Path) -> None:
+    """In a new process, as other programs load it; without the import PEFT knows no such type."""
+    LoraMoeConfig(experts=RAGGED).save_pretrained(tmp_path)
+    load = f"from peft import PeftConfig; print(PeftConfig.from_pretrained({str(tmp_path)!r}).r)"
+    done = [
+        subprocess.run(
+            [sys.executable, "-c", start + load], capture_output=True, text=True, check=False
+        )
+        for start in ("import guilomo; ", "")
+    ]
+    assert (done[0].returncode, done[0].stdout) == (0, "None\n"), done[0].stderr
+    assert "KeyError: 'GUILOMO'" in done[1].stderr
 
 
 @pytest.mark.parametrize("kind", ["lora_B", "lora_router"])
