@@ -7,7 +7,7 @@
 Importing this package needs torch and safetensors, but neither vllm nor peft.
 """
 
-from guilomo_serve.adapter.base import BaseFingerprint, BaseModel
+from guilomo_serve.adapter.base import BaseFingerprint, BaseModel, is_linear, linear_sizes
 from guilomo_serve.adapter.files import (
     Adapter,
     ModuleWeights,
@@ -43,6 +43,8 @@ __all__ = [
     "ModuleWeights",
     "check_start",
     "is_guilomo_adapter",
+    "is_linear",
+    "linear_sizes",
     "read_adapter",
     "read_config",
     "read_spec",

@@ -41,6 +41,23 @@ class BaseFingerprint:
         return asdict(self)
 
 
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether a module is a linear layer: `nn.Linear`, or the `Conv1D` of GPT-2, which is one whose
+    weight is transposed."""
+    return isinstance(module, torch.nn.Linear) or (
+        type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    )
+
+
+def linear_sizes(module: torch.nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a linear layer, or of what a quantiser put in its place; None for others."""
+    if hasattr(module, "nf") and hasattr(module, "nx"):
+        return module.nf, module.nx  # type: ignore[return-value]
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.out_features, module.in_features  # type: ignore[return-value]
+    return None
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """A base model as an adapter sees it.
@@ -66,8 +83,8 @@ class BaseModel:
     def from_module(cls, model: torch.nn.Module) -> BaseModel:
         """Describes a transformers model that is in memory (or on the meta device)."""
         linears = {
-            name: (module.out_features, module.in_features)
+            name: sizes
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
+            if is_linear(module) and (sizes := linear_sizes(module)) is not None
         }
         return cls(BaseFingerprint.from_config(model.config), linears)

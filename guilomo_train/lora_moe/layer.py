@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
-from guilomo_serve.adapter import Expert
+from guilomo_serve.adapter import Expert, linear_sizes
 from guilomo_train.lora_moe.config import LoraMoeConfig
 from guilomo_train.lora_moe.routing import masked_top_k_softmax, top_k_softmax
 
@@ -64,29 +64,34 @@ class LoraMoeLayer(BaseTunerLayer):
         self.lora_dropout = nn.ModuleDict()
         self.top_k: dict[str, int] = {}
         self.experts: dict[str, tuple[Expert, ...]] = {}
-        self._expand: dict[str, torch.Tensor] = {}
+        self._expand: dict[str, torch.Tensor] = {}  # made where it is needed, see _expand_on
         self.masks: Masks | None = None
         self.keep_routing = False
         self.routing: Routing | None = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.in_features: int = base_layer.in_features  # type: ignore[assignment]
-        self.out_features: int = base_layer.out_features  # type: ignore[assignment]
+        sizes = linear_sizes(base_layer)
+        assert sizes is not None
+        self.out_features, self.in_features = sizes
 
     def update_layer(
         self, adapter_name: str, experts: tuple[Expert, ...], config: LoraMoeConfig
     ) -> None:
-        """Adds (or replaces) an adapter: B starts at zero, A and the router as `nn.Linear` does."""
+        """Adds (or replaces) an adapter; the router starts as `nn.Linear` does."""
         rank = sum(e.rank for e in experts)
         self.experts[adapter_name] = experts
         self.top_k[adapter_name] = config.top_k
-        self._expand[adapter_name] = expansion(experts)
+        self._expand.pop(adapter_name, None)
         self.lora_dropout[adapter_name] = (
             nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         )
         self.lora_A[adapter_name] = nn.Linear(self.in_features, rank, bias=False)
         self.lora_B[adapter_name] = nn.Linear(rank, self.out_features, bias=False)
-        nn.init.zeros_(_weight(self.lora_B[adapter_name]))
+        if config.init_lora_weights is not False:
+            nn.init.zeros_(_weight(self.lora_B[adapter_name]))
+        if config.init_lora_weights == "gaussian":
+            for rows in _weight(self.lora_A[adapter_name]).split([e.rank for e in experts]):
+                nn.init.normal_(rows, std=1 / len(rows))
         if len(experts) > 1:
             self.lora_router[adapter_name] = nn.Linear(self.in_features, len(experts), bias=False)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -172,9 +177,11 @@ class LoraMoeLinear(nn.Module, LoraMoeLayer):
         return weights
 
     def _expand_on(self, adapter: str, device: torch.device) -> torch.Tensor:
-        matrix = self._expand[adapter]
-        if matrix.device != device:
-            matrix = self._expand[adapter] = matrix.to(device)
+        # Not when the layer is made: that may be on the meta device, and weights be put in later.
+        matrix = self._expand.get(adapter)
+        if matrix is None or matrix.device != device:
+            with torch.inference_mode(False):  # training goes on with it
+                matrix = self._expand[adapter] = expansion(self.experts[adapter], device)
         if adapter in self.lora_router:
             matrix = matrix.to(_at_least_float32(_weight(self.lora_router[adapter])))
         return matrix
@@ -192,11 +199,11 @@ def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def expansion(experts: tuple[Expert, ...]) -> torch.Tensor:
+def expansion(experts: tuple[Expert, ...], device: torch.device | str = "cpu") -> torch.Tensor:
     """`S [E, R]`: an expert's scaling in the columns of its rank rows, 0 elsewhere.
 
     `weights @ S` spreads expert weights over rows; as a product it is cheaper than an index,
     above all backwards.
     """
-    blocks = [torch.full((1, e.rank), e.scaling) for e in experts]
+    blocks = [torch.full((1, e.rank), e.scaling, device=device) for e in experts]
     return torch.block_diag(*blocks)

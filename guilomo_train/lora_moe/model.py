@@ -16,8 +16,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from guilomo_serve.adapter import BaseFingerprint
-from guilomo_train.lora_moe.config import LoraMoeConfig, no_modules_to_save
+from guilomo_serve.adapter import BaseFingerprint, is_linear, linear_sizes
+from guilomo_train.lora_moe.config import LoraMoeConfig
 from guilomo_train.lora_moe.layer import LoraMoeLayer, LoraMoeLinear
 
 
@@ -43,10 +43,7 @@ class LoraMoeModel(BaseTuner):
         return BaseTuner._check_target_module_exists(peft_config, key)
 
     def _prepare_model(self, peft_config: LoraMoeConfig, model: nn.Module) -> None:
-        if getattr(peft_config, "modules_to_save", None):  # PEFT's classifier models set it
-            raise ValueError(no_modules_to_save(peft_config.modules_to_save))
-        if getattr(model, "config", None) is not None:
-            peft_config.base_fingerprint = BaseFingerprint.from_config(model.config).to_json()
+        peft_config.base_fingerprint = _fingerprint(model)
         modules = _modules(model)
         moe = _moe_parts(modules)
         if peft_config.experts is not None:
@@ -67,6 +64,8 @@ class LoraMoeModel(BaseTuner):
                         f"target_modules is 'all-linear', but {type(model).__name__} has no linear "
                         "layers (torch.nn.Linear)"
                     )
+                if peft_config.layers_to_transform is not None:
+                    peft_config.target_modules = _in_layers(peft_config)
             for unknown in _unmatched(peft_config.target_modules, modules):
                 pattern = " as a pattern for whole names" * isinstance(
                     peft_config.target_modules, str
@@ -138,9 +137,10 @@ class LoraMoeModel(BaseTuner):
     ) -> None:
         """Adds an adapter and makes its allocation explicit, so that the saved config needs no
         rule to be read. The caller's own config stays as it is, for other models."""
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        if heads := _HEADS.get(config.task_type):
+            config.modules_to_save = sorted({*(config.modules_to_save or ()), *heads})
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = self.peft_config[adapter_name]
         experts = {
             name: layer.experts[adapter_name]
             for name, layer in model.named_modules()
@@ -153,6 +153,17 @@ class LoraMoeModel(BaseTuner):
         config.r = max(sum(e.rank for e in listed) for listed in experts.values())
 
 
+def _fingerprint(model: nn.Module) -> dict[str, Any] | None:
+    """What tells a base from others; None where its config is no language model's."""
+    try:
+        return BaseFingerprint.from_config(model.config).to_json()
+    except AttributeError:
+        return None
+
+
+# The heads that PEFT's models of these tasks train whole. They tell the caller's config of them
+# when the adapter is there, and look for them in the model's own.
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 # What transformers calls the router of a mixture of experts, beside a module named `experts`.
 _ROUTER_NAMES = ("gate", "router")
 
@@ -190,17 +201,40 @@ def _in_moe(name: str, moe: list[str]) -> bool:
 
 
 def _linear_layers(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
-    """The linear layers of the language model: no output layer, no tower of another modality."""
-    decoder = getattr(model, "get_decoder", lambda: model)()
+    """The linear layers of the model's body: no output layer, no head, and of a language model that
+    takes images no tower of theirs. Encoders and decoders of one model belong together."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    prefix = next((f"{name}." for name, module in modules.items() if module is decoder), "")
+    body = getattr(model, "base_model", model)
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if output is not None and not encodes:
+        body = model.get_decoder()  # type: ignore[operator]
+    prefix = next((f"{name}." for name, module in modules.items() if module is body), "")
     return {
         name
         for name, module in modules.items()
-        if isinstance(module, nn.Linear | LoraMoeLayer)
+        if (is_linear(module) or isinstance(module, LoraMoeLayer))
         and module is not output
         and name.startswith(prefix)
     }
+
+
+def _in_layers(config: LoraMoeConfig) -> list[str]:
+    """Those of the target modules, given by their full names, that are in `layers_to_transform`.
+
+    PEFT does not ask for the layer of a module that is named in full.
+    """
+    probe = copy.copy(config)
+    found = []
+    for name in config.target_modules or ():
+        probe.target_modules = [name.rpartition(".")[2]]
+        if BaseTuner._check_target_module_exists(probe, name):
+            found.append(name)
+    if not found:
+        raise ValueError(
+            f"layers_to_transform is {config.layers_to_transform}, which has no linear layer "
+            "of the model"
+        )
+    return found
 
 
 def _unmatched(targets: Any, modules: dict[str, nn.Module]) -> list[str]:
@@ -230,8 +264,7 @@ def _check_target(
             f"{field}: {name} is an expert or router of a mixture of experts in the base and "
             "cannot be adapted; name the attention's layers alone in target_modules"
         )
-    # Quantised linear layers are subclasses of nn.Linear or offer the same two sizes.
-    if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
+    if linear_sizes(module) is None:
         raise ValueError(
             f"{field}: {name} is a {type(module).__name__}; "
             "a LoRA-MoE adapter can be put on linear layers alone"

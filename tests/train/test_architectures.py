@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    GPT2Config,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
@@ -77,6 +79,11 @@ DENSE = {
     "gemma2": (lambda v: Gemma2Config(**HEADS, vocab_size=v), SPLIT),
     "gemma3": (lambda v: Gemma3TextConfig(**HEADS, vocab_size=v), SPLIT),
     "gemma3-vision": (gemma3_with_vision, SPLIT),
+    # Its layers are no nn.Linear, and attention and MLP both end in a c_proj.
+    "gpt2": (
+        lambda v: GPT2Config(vocab_size=v, n_embd=32, n_layer=2, n_head=4, eos_token_id=2),
+        {"c_attn", "c_proj", "c_fc"},
+    ),
     "phi3": (lambda v: Phi3Config(**SIZES, vocab_size=v), FUSED),
 }
 MOE = {
@@ -158,7 +165,7 @@ def test_an_adapter_trained_on_it_is_the_adapter_that_loads(name: str, tmp_path:
     adapter = read_adapter(tmp_path / "adapter", base)
     assert adapter.spec.base == base.fingerprint
     assert {module.split(".")[-1] for module in adapter.weights} == kinds
-    assert len(adapter.weights) == 2 * len(kinds)  # of the language model alone
+    assert len(adapter.weights) == 2 * (len(kinds) + (name == "gpt2"))  # the language model's alone
     assert all(w.lora_b.abs().max() > 0 for w in adapter.weights.values())
     before = logits(fresh)
     again = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
@@ -229,3 +236,85 @@ def test_the_output_layer_is_refused() -> None:
     model = model_of(LlamaConfig(**SIZES, vocab_size=64))
     with pytest.raises(ValueError, match="lm_head is the output layer"):
         get_peft_model(model, LoraMoeConfig(target_modules=["lm_head"]))
+
+
+SMALL: dict[str, Any] = {"d_model": 16, "vocab_size": 64}
+# Layers of the body, with both halves where there are two.
+BODIES = {
+    "T5": (
+        lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**SMALL, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
+        ),
+        2 * 6 + 2 * 10,
+    ),
+    "BART": (
+        lambda: transformers.BartForConditionalGeneration(
+            transformers.BartConfig(
+                **SMALL,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=32,
+                decoder_ffn_dim=32,
+            )
+        ),
+        2 * 6 + 2 * 10,
+    ),
+    "Whisper": (
+        lambda: transformers.WhisperForConditionalGeneration(
+            transformers.WhisperConfig(
+                **SMALL,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=32,
+                decoder_ffn_dim=32,
+                num_mel_bins=8,
+                pad_token_id=0,
+                bos_token_id=0,
+                eos_token_id=0,
+                decoder_start_token_id=0,
+                suppress_tokens=None,
+                begin_suppress_tokens=None,
+            )
+        ),
+        6 + 10,
+    ),
+    "CLIP": (
+        lambda: transformers.CLIPModel(
+            transformers.CLIPConfig(
+                text_config={**TOWER, "vocab_size": 64},
+                vision_config={**TOWER, "image_size": 8, "patch_size": 4},
+                projection_dim=8,
+            )
+        ),
+        2 * 6 + 2,
+    ),
+    "BERT": (
+        lambda: transformers.BertForSequenceClassification(
+            transformers.BertConfig(**{**TOWER, "vocab_size": 64})
+        ),
+        6 + 1,
+    ),
+    "ViT": (
+        lambda: transformers.ViTForImageClassification(
+            transformers.ViTConfig(**TOWER, image_size=8, patch_size=4)
+        ),
+        6,
+    ),
+}
+TOWER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_all_linear_layers_of_a_body_are_adapted(name: str) -> None:
+    make, count = BODIES[name]
+    model = get_peft_model(make(), LoraMoeConfig(num_experts=2, expert_rank=2))
+    assert sum(isinstance(m, LoraMoeLayer) for m in model.modules()) == count

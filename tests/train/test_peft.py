@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,15 @@ from peft import (
     inject_adapter_in_model,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+)
 from trl import SFTConfig, SFTTrainer
 
-from guilomo_serve.adapter import BaseModel, read_adapter, write_adapter
+from guilomo_serve.adapter import AdapterError, BaseModel, read_adapter, write_adapter
 from guilomo_train.finetune import adapter_of
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.search.allocation import Allocation
@@ -47,6 +53,10 @@ def trained(config: LoraMoeConfig) -> PeftModel:
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
+
+
+def adapted(model: torch.nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules() if isinstance(m, LoraMoeLayer)]
 
 
 @pytest.mark.parametrize("experts", [None, RAGGED], ids=["uniform", "ragged"])
@@ -112,8 +122,7 @@ def test_a_state_dict_says_which_modules_are_adapted() -> None:
     other = inject_adapter_in_model(
         LoraMoeConfig(num_experts=3, expert_rank=2), tiny_llama(64), state_dict=state
     )
-    adapted = [n for n, m in other.named_modules() if isinstance(m, LoraMoeLayer)]
-    assert adapted == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert adapted(other) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
 
 
 def test_what_we_write_peft_loads(tmp_path: Path) -> None:
@@ -294,7 +303,18 @@ def test_the_router_stays_float32_on_a_bfloat16_base(tmp_path: Path) -> None:
         ({"experts": {**RAGGED, "lm_head": []}}, "experts has none for 'lm_head'"),
         ({"target_modules": ["embed_tokens"]}, "linear layers alone"),
         ({"target_modules": ["q_proj", "query"]}, "target_modules has 'query'.*q_proj, k_proj"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is .*lm_head.*, expected none"),
+        ({"bias": "lora_only"}, "bias is 'lora_only', which a LoRA-MoE does not have: an adapter"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is .*: give each module's ranks in exp"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern is .*: give each expert's scaling in"),
+        ({"target_parameters": ["w"]}, "target_parameters is .*: only linear layers"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices is .*modules_to_save"),
+        ({"use_dora": True}, "use_dora is True.*norm of its sum"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication is .*the base as it is"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', expected True, False or"),
+        ({"layers_to_transform": [9]}, r"layers_to_transform is \[9\], which has no linear layer"),
+        ({"layers_to_transform": "0"}, "layers_to_transform is '0', expected a number or a list"),
+        ({"layers_to_transform": 0, "target_modules": ".*q_proj"}, "not with a pattern"),
+        ({"layers_pattern": "layers"}, "layers_pattern is given without layers_to_transform"),
     ],
 )
 def test_a_config_that_cannot_be_applied_says_which_field(
@@ -314,10 +334,7 @@ def test_a_config_used_twice_fits_each_model() -> None:
     config = LoraMoeConfig(task_type="CAUSAL_LM", num_experts=2, expert_rank=3)
     small = get_peft_model(tiny_llama(300, layers=1), config)
     large = get_peft_model(tiny_llama(300, layers=3), config)
-    adapted = [
-        sum(isinstance(m, LoraMoeLayer) for m in model.modules()) for model in (small, large)
-    ]
-    assert adapted == [7, 21]
+    assert [len(adapted(model)) for model in (small, large)] == [7, 21]
     other = get_peft_model(tiny_llama(300, layers=1), replace(config, expert_rank=5))
     ranks = {e["rank"] for listed in other.peft_config["default"].experts.values() for e in listed}
     assert ranks == {5}
@@ -333,11 +350,129 @@ def test_a_router_that_chooses_one_expert_is_warned_of() -> None:
         LoraMoeConfig(top_k=1)
 
 
-def test_a_task_with_a_new_head_is_refused() -> None:
-    model = LlamaForSequenceClassification(tiny_llama(64).config)
-    config = LoraMoeConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
-    with pytest.raises(ValueError, match="no task_type with a new head"):
-        get_peft_model(model, config)
+def test_options_that_are_left_off_are_no_options() -> None:
+    off = {"bias": "none", "rank_pattern": {}, "use_dora": False, "trainable_token_indices": None}
+    get_peft_model(tiny_llama(64), LoraMoeConfig(**off))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+@pytest.mark.parametrize("layers", [2, [0, 2]])
+def test_layers_to_transform_are_the_blocks_that_are_adapted(
+    targets: str | list[str], layers: int | list[int]
+) -> None:
+    config = LoraMoeConfig(target_modules=targets, layers_to_transform=layers, num_experts=2)
+    model = get_peft_model(tiny_llama(64, layers=3), config)
+    listed = layers if isinstance(layers, list) else [layers]
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in adapted(model)} == set(listed)
+    assert len(adapted(model)) == len(listed) * (7 if targets == "all-linear" else 1)
+
+
+def test_rslora_scales_by_the_root_of_the_rank() -> None:
+    config = LoraMoeConfig(target_modules=["q_proj"], expert_rank=4, use_rslora=True)
+    experts = get_peft_model(tiny_llama(64), config).peft_config["default"].experts
+    assert {e["scaling"] for listed in experts.values() for e in listed} == {16.0 / 2}
+
+
+def test_gaussian_rows_have_the_spread_of_their_experts_rank() -> None:
+    config = LoraMoeConfig(
+        target_modules=["down_proj"], num_experts=3, expert_rank=64, init_lora_weights="gaussian"
+    )
+    model = get_peft_model(tiny_llama(64, hidden_size=128), config)
+    for layer in model.modules():
+        if isinstance(layer, LoraMoeLayer):
+            assert layer.lora_A["default"].weight.std().item() == pytest.approx(1 / 64, rel=0.05)
+            assert not layer.lora_B["default"].weight.any()
+
+
+def test_a_config_that_is_loaded_says_what_was_trained(tmp_path: Path) -> None:
+    """Nor is there a warning of modules to exclude, which `experts` leaves out by itself."""
+    config = LoraMoeConfig(num_experts=3, expert_rank=2, exclude_modules=["up_proj"])
+    model = get_peft_model(tiny_llama(64), config)
+    assert len(adapted(model)) == 2 * 6
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = PeftModel.from_pretrained(tiny_llama(64), tmp_path)
+    loaded = again.peft_config["default"]
+    assert (loaded.num_experts, loaded.expert_rank) == (3, 2)
+    ragged = LoraMoeConfig(experts=RAGGED)
+    assert (ragged.num_experts, ragged.expert_rank) == (None, None)
+
+
+def test_a_model_of_the_meta_device_is_filled_afterwards() -> None:
+    config = LoraMoeConfig(num_experts=3, expert_rank=2)
+    model = trained(config)
+    with torch.device("meta"):
+        empty = get_peft_model(tiny_llama(64), config)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    rotary = empty.get_base_model().model
+    rotary.rotary_emb = tiny_llama(64).model.rotary_emb  # its buffer is in no state
+    assert torch.equal(logits(empty.eval()), logits(model))
+
+
+def test_a_model_trains_after_it_answered() -> None:
+    model = trained(LoraMoeConfig(num_experts=3, expert_rank=2))
+    with torch.inference_mode():
+        model(IDS)
+    model(IDS).logits.sum().backward()
+
+
+@dataclass
+class Described:
+    """A config that is none of transformers'."""
+
+    hidden_size: int = 8
+
+
+@pytest.mark.parametrize("config", [{"hidden_size": 8}, Described(), None])
+def test_any_module_can_be_adapted_whatever_its_config(config: object) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    module.config = config
+    model = get_peft_model(module, LoraMoeConfig(num_experts=2, expert_rank=2))
+    assert adapted(model) == ["base_model.model.0", "base_model.model.2"]
+    assert model(torch.ones(1, 8)).shape == (1, 2)
+
+
+HEADS = {
+    "SEQ_CLS": LlamaForSequenceClassification,
+    "TOKEN_CLS": LlamaForTokenClassification,
+    "QUESTION_ANS": LlamaForQuestionAnswering,
+}
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_a_head_is_trained_and_kept_and_refused_where_it_would_not_be_applied(
+    task: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    base = HEADS[task](tiny_llama(64).config)
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraMoeConfig(num_experts=2, expert_rank=2, task_type=task))
+    assert len(adapted(model)) == 2 * 7
+    head = [p for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" in n]
+    assert head
+    for parameter in head:
+        torch.nn.init.normal_(parameter)
+    said = model.eval()(IDS)[0]
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = HEADS[task].from_pretrained(tmp_path / "base")
+    again = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    assert torch.equal(again(IDS)[0], said)
+    with pytest.raises(AdapterError, match=r"modules_to_save|belongs to no module"):
+        read_adapter(tmp_path / "adapter")
+
+
+def test_modules_to_save_are_trained_whole(tmp_path: Path) -> None:
+    config = LoraMoeConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(tiny_llama(64), config)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.normal_(parameter)
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(64), tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(AdapterError, match=r"modules_to_save is \['lm_head'\], which a LoRA-MoE"):
+        read_adapter(tmp_path)
 
 
 def test_parameters_of_an_allocation_are_those_of_its_adapter() -> None:
