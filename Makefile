@@ -1,12 +1,16 @@
 # Every target sets up what it needs first (deploy/setup.sh); that costs minutes once.
 
-.PHONY: demo test lint format setup
+.PHONY: demo test test-peft lint format setup
 
 demo: setup
 	.venv/bin/python -m demo
 
 test: setup
 	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+# PEFT's own tests, on our method.
+test-peft: setup
+	.venv/bin/python -m tests.peft_suite.run
 
 lint: setup
 	.venv/bin/ruff check .
