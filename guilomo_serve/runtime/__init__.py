@@ -5,6 +5,7 @@ the LRU of adapters, requests and HTTP stay vLLM's; reading an adapter, keeping 
 the layers are ours.
 
     cpu_sampling.py  what vLLM's CPU build samples wrongly: seeds, drafts
+    experts.py       bases that are mixtures of experts
     layers.py        vLLM's LoRA layers with our product in place of theirs
     loading.py       an adapter folder -> the weights of each layer of the served model
     manager.py       which adapter is in which slot, and which token of a batch uses which slot
@@ -20,17 +21,18 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 - `vllm.lora.utils._all_lora_classes` and `vllm.lora.model_manager.from_layer_classification`: what
   layers are made by, replaced while our manager makes its own. If they are renamed, layers are
   vLLM's own and a LoRA-MoE adapter fails to load (`set_lora` gets no tensor).
+- `is_moe_model` of both modules, replaced with them, and `FusedMoEConfig`: see experts.py.
 - `vllm.v1.worker.lora_model_runner_mixin.LRUCacheWorkerLoRAManager`: the class the model runner
   makes its manager from. If that changes, our adapters are refused by vLLM's `PEFTHelper`.
 - `vllm.lora.layers.base_linear._get_lora_device`: asked by every layer for its device. If it is
   renamed, a base in int8 does not start on a CPU without AMX, as in vLLM alone.
 - Overridden methods, whose callers and arguments have to stay: of the worker manager
   `_load_adapter`, `remove_adapter`, `set_active_adapters` (called once a step); of the model
-  manager `_create_lora_modules`, `_init_punica_wrapper`, `_create_merged_loras_inplace`,
-  `create_dummy_lora`, `_deactivate_adapter`; of layers `create_lora_weights`, `set_lora`,
-  `reset_lora`, `_apply_lora_to_output` (`slice_lora_b` is called as it is: it says how vLLM
-  splits B under tensor parallelism); of `PunicaWrapperBase` only `update_metadata` is called, when
-  a step's tokens use other slots than the last one's.
+  manager `_create_lora_modules`, `_match_target_modules`, `_init_punica_wrapper`,
+  `_create_merged_loras_inplace`, `create_dummy_lora`, `_deactivate_adapter`; of layers
+  `create_lora_weights`, `set_lora`, `reset_lora`, `_apply_lora_to_output` (`slice_lora_b` is called
+  as it is: it says how vLLM splits B under tensor parallelism); of `PunicaWrapperBase` only
+  `update_metadata` is called, when a step's tokens use other slots than the last one's.
 - `guilomo_report`, `guilomo_read`, `guilomo_has_read` and `guilomo_warm_up` are methods that
   `vllm.v1.worker.worker_base.WorkerBase` gets: see report.py, reading.py and warm_up.py.
 - `create_engine_config` of `vllm.engine.arg_utils.EngineArgs`: see unsupported.py.
@@ -68,6 +70,7 @@ def register() -> None:
     from guilomo_serve import server
     from guilomo_serve.runtime import (
         cpu_sampling,
+        experts,
         reading,
         refusal,
         report,
@@ -81,6 +84,7 @@ def register() -> None:
     vllm.lora.layers.base_linear._get_lora_device = device_of
     mixin.LRUCacheWorkerLoRAManager = RoutedWorkerManager
     unsupported.install()
+    experts.install()
     refusal.install()
     stops.install()
     reading.install()

@@ -16,13 +16,14 @@ from vllm.lora import model_manager, utils
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
-from vllm.lora.utils import get_adapter_absolute_path, is_moe_model
+from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from guilomo_serve.adapter import CONFIG_FILE, AdapterError, BaseFingerprint, is_guilomo_adapter
 from guilomo_serve.catalogue import Settings
 from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
 from guilomo_serve.ops.selfcheck import PRODUCT_TOLERANCE, slot_error
+from guilomo_serve.runtime.experts import left_alone
 from guilomo_serve.runtime.layers import LAYER_CLASSES, ClassificationHead, RoutedLayer
 from guilomo_serve.runtime.loading import (
     LayerPlan,
@@ -78,12 +79,9 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
     supported_lora_modules: list[str]
 
     def __init__(self, model: torch.nn.Module, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
-        if is_moe_model(model):
-            raise ValueError(
-                "guilomo does not adapt mixture-of-experts base models: start it without "
-                "--enable-lora, or vLLM without guilomo (VLLM_PLUGINS=)"
-            )
-        super().__init__(model, *args, vllm_config=vllm_config, **kwargs)
+        self._left_alone = left_alone(model)
+        with _our_layers():
+            super().__init__(model, *args, vllm_config=vllm_config, **kwargs)
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         mapper = mapper.get_rename_mapper() if mapper is not None else None
         layers, module_at = self._places()
@@ -133,16 +131,20 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         }
 
     def _create_lora_modules(self) -> None:
-        # vLLM would wrap the heads too, for adapters that may come; with a wrapped lm_head,
-        # prompt_logprobs on a CPU ends the engine.
-        heads = set(self.model.embedding_modules)
-        self.supported_lora_modules = [m for m in self.supported_lora_modules if m not in heads]
-        with _our_layers():
-            super()._create_lora_modules()
+        self.supported_lora_modules = [
+            module for module in self.supported_lora_modules if module not in self._left_alone
+        ]
+        super()._create_lora_modules()
         # Layers of one shape share their kernels; the first requests should not wait for them.
         shapes = {(layer.input_size, layer.output_slices): layer for layer in self._routed.values()}
         for layer in shapes.values():
             layer.slots.warm_up(self.max_num_batched_tokens)
+
+    def _match_target_modules(self, module_name: str) -> bool:
+        """With --lora-target-modules this alone says what is wrapped."""
+        if module_name.rpartition(".")[2] in self._left_alone:
+            return False
+        return super()._match_target_modules(module_name)
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         """Nothing to do: weights are stacked by layer when they are read."""
@@ -187,17 +189,24 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
 
 @contextmanager
 def _our_layers() -> Iterator[None]:
-    """vLLM makes our layers in the place of its own, for our manager alone.
+    """vLLM makes our layers in the place of its own, and takes no base for a mixture of experts.
 
-    A program that makes vLLM's managers (vllm.lora.model_manager) has vLLM's layers.
+    For our manager alone: a program that makes vLLM's (vllm.lora.model_manager) has vLLM's layers.
     """
-    theirs = utils._all_lora_classes, model_manager.from_layer_classification
-    utils._all_lora_classes = LAYER_CLASSES
-    model_manager.from_layer_classification = _classification_head
+    ours = (
+        (utils, "_all_lora_classes", LAYER_CLASSES),
+        (utils, "is_moe_model", lambda model: False),
+        (model_manager, "is_moe_model", lambda model: False),
+        (model_manager, "from_layer_classification", _classification_head),
+    )
+    theirs = [getattr(module, name) for module, name, _ in ours]
+    for module, name, value in ours:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        utils._all_lora_classes, model_manager.from_layer_classification = theirs
+        for (module, name, _), value in zip(ours, theirs, strict=True):
+            setattr(module, name, value)
 
 
 def _classification_head(layer: torch.nn.Module, *args: Any) -> ClassificationHead:
