@@ -260,6 +260,22 @@ def _written(path: Path) -> Iterator[None]:
         raise AdapterError(f"{path}: cannot be written ({e})") from None
 
 
+def home_of(folder: Path) -> Path:
+    """Where an adapter's files have to lie: in its folder, where links may lead within it.
+
+    The files of a snapshot in the Hub's cache are links, and lie in the cache's folder of that
+    repository:
+
+        models--OWNER--NAME/snapshots/REVISION/adapter_config.json -> ../../blobs/SHA
+    """
+    folder = folder.resolve()
+    for place in (folder, *folder.parents):
+        snapshots = place.parent
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+            return snapshots.parent
+    return folder
+
+
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
@@ -273,7 +289,7 @@ def _file_in(folder: Path, name: str) -> Path:
         if name == WEIGHTS_FILE and pickles:
             raise AdapterError(f"{folder / pickles[0]}: {_PICKLE_REFUSED}")
         raise AdapterError(f"{path}: the file is missing")
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not path.resolve().is_relative_to(home_of(folder)):
         raise AdapterError(f"{path}: leads out of the adapter folder; copy the file into it")
     return path
 

@@ -29,7 +29,7 @@ from typing import TypeVar
 from safetensors import SafetensorError, safe_open
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterError, check_start
-from guilomo_serve.adapter.files import MAX_CONFIG_BYTES
+from guilomo_serve.adapter.files import MAX_CONFIG_BYTES, home_of
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 # Hundreds of times what a searched adapter weighs, and less than what would fill a disk.
@@ -233,12 +233,12 @@ def _resolved(path: Path) -> Path:
 
 @contextmanager
 def _opened(folder: Path, name: str) -> Iterator[BufferedReader]:
-    """Opens one of an adapter's files; a link must stay in the folder.
+    """Opens one of an adapter's files; a link must stay where the files have to lie.
 
     What was opened is checked, not what the path names: that can change between the two.
     """
-    path = folder / name
-    if not _resolved(path).is_relative_to(folder.resolve()):
+    path, home = folder / name, home_of(folder)
+    if not _resolved(path).is_relative_to(home):
         raise Forbidden(f"{path}: leads out of the adapter folder; copy the file into it")
     try:
         # Non-blocking, or a pipe of that name would be waited for.
@@ -249,7 +249,7 @@ def _opened(folder: Path, name: str) -> Iterator[BufferedReader]:
         raise AdapterError(f"{path}: the file is missing{found}") from None
     with open(descriptor, "rb") as file:
         real = Path(f"/proc/self/fd/{descriptor}").resolve()
-        if not real.is_relative_to(folder.resolve()):
+        if not real.is_relative_to(home):
             raise Forbidden(f"{path}: leads out of the adapter folder; copy the file into it")
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

@@ -28,6 +28,7 @@ from guilomo_serve.adapter import (
     read_spec,
     write_adapter,
 )
+from guilomo_serve.catalogue.store import Store, digest_of
 
 FINGERPRINT = BaseFingerprint("LlamaForCausalLM", 16, 1, 100)
 BASE = BaseModel(
@@ -124,6 +125,43 @@ def test_slices_of_one_parameter_are_written(tmp_path: Path) -> None:
     weights[ROUTED] = ModuleWeights(fused[:6], weights[ROUTED].lora_b.T.contiguous().T, fused[6:])
     write_adapter(Adapter(adapter.spec, weights), tmp_path / "a", "")
     assert_same(read_adapter(tmp_path / "a", BASE), adapter)
+
+
+def snapshot(cache: Path, target: Callable[[Path], Path]) -> Path:
+    """An adapter as the Hub's cache has it; `target` says where a blob's link leads in fact."""
+    repository = cache / "models--some--adapters"
+    folder = repository / "snapshots" / "0123abc" / "support"
+    write_adapter(make_adapter(), folder, "card")
+    (repository / "blobs").mkdir()
+    for path in list(folder.iterdir()):
+        path.rename(repository / "blobs" / path.name)
+        target(repository / "blobs" / path.name)
+        path.symlink_to(Path("../../../blobs") / path.name)
+    return folder
+
+
+def test_a_snapshot_of_the_hubs_cache_is_an_adapter_folder(tmp_path: Path) -> None:
+    """As others are: read, and copied by a server's store, which has rules of its own."""
+    folder = snapshot(tmp_path / "cache", lambda blob: blob)
+    assert_same(read_adapter(folder, BASE), make_adapter())
+    assert is_guilomo_adapter(folder)
+    stored, read = Store(tmp_path / "store").add(folder, read_adapter)
+    assert_same(read, make_adapter())
+    assert stored.digest == digest_of(folder)
+
+
+def test_a_snapshot_whose_blobs_lie_elsewhere_is_refused(tmp_path: Path) -> None:
+    def moved(blob: Path) -> Path:
+        other = tmp_path / "cache" / "models--some--secrets" / blob.name
+        other.parent.mkdir(parents=True, exist_ok=True)
+        blob.rename(other)
+        blob.symlink_to(other)
+        return other
+
+    folder = snapshot(tmp_path / "cache", moved)
+    for read in (read_adapter, lambda f: Store(tmp_path / "store").add(f, read_adapter)):
+        with pytest.raises(AdapterError, match="leads out of the adapter folder"):
+            read(folder)
 
 
 def test_names_on_disk_are_those_of_peft(folder: Path) -> None:
