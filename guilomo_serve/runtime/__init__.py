@@ -13,6 +13,7 @@ the layers are ours.
     stops.py         an adapter's own stop tokens
     refusal.py       an adapter that is refused, in a server of several processes
     unsupported.py   settings that do not go with adapters, refused before the engine starts
+    stages.py        a model split by layers
     report.py        what a worker says of its adapters: memory, and the load of their routers
     warm_up.py       what vLLM compiles late
 
@@ -38,6 +39,7 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 - `create_engine_config` of `vllm.engine.arg_utils.EngineArgs`: see unsupported.py.
 - `process_inputs` of `vllm.v1.engine.input_processor.InputProcessor`: see stops.py.
 - `add_lora` of `vllm.v1.executor.Executor` and of `LoRAModelRunnerMixin`: see refusal.py.
+- `intermediate_tensors` of the model runner: see stages.py.
 - `load_lora_model` of `LoRAModelRunnerMixin`, and of the model runner `sample_tokens`,
   `discard_request_mask` and `input_batch.generators`, which the sampler reads, and
   `apply_sampling_constraints` and `expand_batch_to_tokens` of `vllm.v1.sample.rejection_sampler`:
@@ -74,6 +76,7 @@ def register() -> None:
         reading,
         refusal,
         report,
+        stages,
         stops,
         unsupported,
         warm_up,
@@ -85,6 +88,7 @@ def register() -> None:
     mixin.LRUCacheWorkerLoRAManager = RoutedWorkerManager
     unsupported.install()
     experts.install()
+    stages.install()
     refusal.install()
     stops.install()
     reading.install()

@@ -73,6 +73,7 @@ class ModelPlan:
     Attributes:
         layers: the adaptable layers of this process, by vLLM's name.
         module_at: module name -> its layer and its place among the layer's slices.
+        elsewhere: module name -> (out, in) of what other stages of a pipeline have; see stages.py.
         fingerprint: of the base model.
         dtype: of A and B in the layers.
         device: where adapters that were read are kept; layers take them from there.
@@ -81,26 +82,34 @@ class ModelPlan:
 
     layers: Mapping[str, LayerPlan]
     module_at: Mapping[str, tuple[str, int]]
+    elsewhere: Mapping[str, tuple[int, int]]
     fingerprint: BaseFingerprint
     dtype: torch.dtype
     device: torch.device
     rename: Callable[[str], str]
 
     def shape_of(self, module: str) -> tuple[int, int] | None:
-        """[out, in] of a module by its name in the trained model, None if it has no place."""
-        part = self.part_of(self.rename(module))
-        return None if part is None else part.shape
+        """[out, in] of a module by its name in the trained model, None if it has no place.
 
-    def part_of(self, name: str) -> ModulePart | None:
-        """A module's part by vLLM's name for it."""
+        The whole model's: a stage of a pipeline knows what the others have, too.
+        """
+        return self.shape_at(self.rename(module))
+
+    def shape_at(self, name: str) -> tuple[int, int] | None:
+        """The same by vLLM's name for it."""
         place = self.module_at.get(name)
-        return None if place is None else self.layers[place[0]].slices[place[1]]
+        if place is None:
+            return self.elsewhere.get(name)
+        return self.layers[place[0]].slices[place[1]].shape
 
     def stack(self, modules: Mapping[str, SliceWeights], top_k: int) -> dict[str, LayerWeights]:
         """Sorts this process's part of an adapter's modules into layers. All have a place."""
         by_layer: dict[str, list[SliceWeights | None]] = {}
         for module, weights in modules.items():
-            layer, index = self.module_at[self.rename(module)]
+            place = self.module_at.get(self.rename(module))
+            if place is None:
+                continue  # another stage's
+            layer, index = place
             parts = self.layers[layer].slices
             by_layer.setdefault(layer, [None] * len(parts))[index] = parts[index].of(weights)
         return {
@@ -195,13 +204,13 @@ def convert_plain(loras: Mapping[str, Any], plan: ModelPlan, where: str) -> dict
     """
     modules = {}
     for module, lora in loras.items():
-        part = plan.part_of(module)
-        if part is None:
+        shape = plan.shape_at(module)
+        if shape is None:
             raise AdapterError(
                 f"{where}: adapts {module!r}, no linear layer of the served model that takes "
                 "adapters"
             )
-        out_features, in_features = part.shape
+        out_features, in_features = shape
         for name, tensor, size, dim in (
             ("lora_A", lora.lora_a, in_features, 1),
             ("lora_B", lora.lora_b, out_features, 0),

@@ -36,6 +36,7 @@ from guilomo_serve.runtime.loading import (
 )
 from guilomo_serve.runtime.reading import Reader
 from guilomo_serve.runtime.report import ExpertLoad, Routers, SampledStep, nbytes
+from guilomo_serve.runtime.stages import shapes_elsewhere
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,9 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         self.plan = ModelPlan(
             layers=layers,
             module_at=module_at,
+            elsewhere=shapes_elsewhere(
+                {m: layers[layer].slices[i].shape for m, (layer, i) in module_at.items()}
+            ),
             fingerprint=BaseFingerprint.from_config(vllm_config.model_config.hf_config),
             dtype=self.lora_config.lora_dtype,
             device=torch.device("cpu"),  # slots on a GPU are the only copy there
@@ -285,7 +289,8 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         spec, heads = None, None
         if is_guilomo_adapter(folder):
             spec, layers = load_routed(folder, plan)
-            rank = max(len(weights.lora_a) for weights in layers.values())
+            # A stage of a pipeline may have none of its layers.
+            rank = max((len(weights.lora_a) for weights in layers.values()), default=1)
         else:
             if (Path(folder) / CONFIG_FILE).is_file():  # or vLLM says that there is none
                 check_plain(Path(folder), self.lora_config, self._tasks)

@@ -9,11 +9,12 @@ Time is what the host spends; no device is waited for until the front end asks.
 
 A version begins from zero, and what was counted goes with its weights. Under tensor parallelism
 all processes compute the same logits (row-parallel layers sum them anyway, and the sum is what is
-kept), so the first one alone samples.
+kept), so the first one alone samples. Under pipeline parallelism each stage samples its own layers.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,30 @@ def _report_of_worker(
 ) -> list[dict[str, Any]]:
     manager = getattr(worker.model_runner, "lora_manager", None)
     return [] if manager is None else manager.report(versions, modules)
+
+
+def merge(replies: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """What all workers say of the versions, each of which may have some of the layers."""
+    of_version: dict[int, list[Mapping[str, Any]]] = {}
+    for part in itertools.chain.from_iterable(replies):
+        of_version.setdefault(part["version"], []).append(part)
+    return [_together(parts) for parts in of_version.values()]
+
+
+def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    routers = sum(part["routers"] for part in parts)
+    found = {
+        "version": parts[0]["version"],
+        "tokens": max(part["tokens"] for part in parts),
+        "routers": routers,
+        **{
+            mean: sum(part[mean] * part["routers"] for part in parts) / max(routers, 1)
+            for mean in ("entropy", "imbalance")
+        },
+    }
+    if "modules" in parts[0]:
+        found["modules"] = {name: of for part in parts for name, of in part["modules"].items()}
+    return found
 
 
 def nbytes(layers: Mapping[str, LayerWeights]) -> int:
@@ -77,7 +102,10 @@ class Routers:
     def of(cls, spec: AdapterSpec, plan: ModelPlan, layers: Mapping[str, LayerWeights]) -> Routers:
         placed: dict[str, list[tuple[int, str]]] = {}
         for module in spec.experts:
-            layer, index = plan.module_at[plan.rename(module)]
+            place = plan.module_at.get(plan.rename(module))
+            if place is None:
+                continue  # another stage's
+            layer, index = place
             placed.setdefault(layer, []).append((index, module))
         modules = {}
         for layer, of_layer in placed.items():
@@ -240,10 +268,10 @@ class _Counted:
     def report(self, modules: bool) -> dict[str, Any]:
         """Plain values.
 
-        `tokens`; means over the routers, `entropy` (of one router its mean over tokens, 0..1) and
-        `imbalance` (of one router its most chosen expert's share times its experts); and if they
-        are wanted `modules`: module -> `tokens`, `share` (of the choices, each expert's) and
-        `entropy`. A router whose logits were never finite is left out.
+        `tokens`; `routers`, how many had any; means over these, `entropy` (of one router its mean
+        over tokens, 0..1) and `imbalance` (of one router its most chosen expert's share times its
+        experts); and if they are wanted `modules`: module -> `tokens`, `share` (of the choices,
+        each expert's) and `entropy`. A router whose logits were never finite is left out.
         """
         if self._load is None:
             return {"tokens": 0}
@@ -261,7 +289,12 @@ class _Counted:
         entropy, imbalance = (
             (value.nan_to_num().sum() / seen.sum().clamp(min=1)).item() for value in means
         )
-        found: dict[str, Any] = {"tokens": self._tokens, "entropy": entropy, "imbalance": imbalance}
+        found: dict[str, Any] = {
+            "tokens": self._tokens,
+            "routers": int(seen.sum()),
+            "entropy": entropy,
+            "imbalance": imbalance,
+        }
         if modules:
             each = zip(names, tokens.tolist(), shares.tolist(), entropies.tolist(), strict=True)
             found["modules"] = {

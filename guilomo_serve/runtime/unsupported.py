@@ -54,11 +54,6 @@ def refuse_unsupported(config: Any) -> None:
     parallel, lora, model = config.parallel_config, config.lora_config, config.model_config
     graphs = config.compilation_config.cudagraph_mode
     for setting, is_set in (
-        (
-            "--pipeline-parallel-size: adapters are not served on a model split by layers; split "
-            "it by columns (--tensor-parallel-size)",
-            parallel.pipeline_parallel_size > 1,
-        ),
         (f"--data-parallel-size: {ONE_PROCESS}", parallel.data_parallel_size > 1),
         (f"--api-server-count: {ONE_PROCESS}", parallel._api_process_count > 1),
         # Its module is imported by that flag alone.

@@ -14,6 +14,8 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
+from guilomo_serve.runtime.report import merge
+
 
 class EngineReport:
     """What the engine last said of some versions.
@@ -40,9 +42,8 @@ class EngineReport:
 
     async def ask(self, version: int) -> dict[str, Any]:
         """All that there is to say of one version now."""
-        # Under tensor parallelism the first worker samples.
-        (found, *_) = await self._engine.collective_rpc("guilomo_report", args=([version], True))
-        return dict(found[0]) if found else {"tokens": 0, "modules": {}}
+        found = merge(await self._engine.collective_rpc("guilomo_report", args=([version], True)))
+        return found[0] if found else {"tokens": 0, "modules": {}}
 
     async def try_refresh(self, max_age: float, wait: float) -> None:
         """Has what is at most `max_age` seconds old, or what was known before if the engine takes
@@ -58,6 +59,6 @@ class EngineReport:
     async def _ask(self) -> None:
         began = time.monotonic()
         wanted = (list(self._wanted()), self._modules)
-        (found, *_) = await self._engine.collective_rpc("guilomo_report", args=wanted)
+        found = merge(await self._engine.collective_rpc("guilomo_report", args=wanted))
         self._versions = {of_version["version"]: of_version for of_version in found}
         self._as_of = began

@@ -1,0 +1,116 @@
+"""vLLM's parallel modes with adapters: the answers of one process, and swaps while they serve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.serve import hf_reference
+from tests.serve.expert_load import check_load, expected_load, first_sampled
+from tests.serve.helpers import (
+    Server,
+    ask,
+    eventually,
+    guilomo_serve,
+    random_adapter,
+    serving,
+)
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "A customer writes: my card has not arrived, it has been two weeks now!",
+)
+TOKENS = 6
+LONG = 60  # tokens of an answer that goes on while an adapter is swapped
+TOLERANCE = 2e-3  # nats, in float32: the same sums in another order, through a softmax
+FLAGS = ("--enforce-eager", "--dtype", "float32", "--served-model-name", "base")
+# vLLM gives each process a NUMA node of its own and stops where there are fewer.
+UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+SECOND_LAYER = {
+    "model.layers.1.self_attn.q_proj": (2, 3),
+    "model.layers.1.mlp.down_proj": (4,),
+}
+
+
+def check_answers(server: Server, base: Path, adapters: dict[str, Path | None]) -> None:
+    """All at once, several times over, compared with transformers."""
+    jobs = [(name, prompt) for prompt in PROMPTS for name in adapters] * 2
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        answers = list(pool.map(lambda job: ask(server, *job, TOKENS, logprobs=0), jobs))
+    models = {name: hf_reference.model_with(base, folder) for name, folder in adapters.items()}
+    for (name, prompt), found in zip(jobs, answers, strict=True):
+        tokens = found.prompt_token_ids + found.token_ids
+        with torch.inference_mode():
+            logits = models[name](torch.tensor([tokens])).logits[0, -TOKENS - 1 : -1]
+        assert logits.argmax(-1).tolist() == found.token_ids, (name, prompt)
+        wanted = hf_reference.logprobs(models[name], tokens)[-TOKENS:]
+        given = torch.tensor(found.logprobs.token_logprobs)
+        assert (given - wanted).abs().max() < TOLERANCE, (name, prompt)
+
+
+@contextmanager
+def standing_still(server: Server) -> Iterator[None]:
+    """The processes that compute, so that what was asked before runs a moment later."""
+    found = psutil.Process(server.process.pid).children(recursive=True)
+    workers = [process for process in found if not process.children()]
+    for worker in workers:
+        worker.suspend()
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.resume()
+
+
+def check_swaps(server: Server, base: Path, old: Path, new: Path) -> None:
+    """What runs while a name is swapped ends as it began; what comes after gets the new version."""
+    assert server.put("swapped", old).ok
+    with ThreadPoolExecutor(5) as pool:
+        with standing_still(server):
+            running = [pool.submit(ask, server, "swapped", PROMPTS[0], LONG) for _ in range(4)]
+            eventually(lambda: server.in_flight("swapped") == len(running), "all have begun")
+            swapping = pool.submit(server.put, "swapped", new)
+        assert swapping.result().ok
+        after = ask(server, "swapped", PROMPTS[0], TOKENS)
+        before = [future.result() for future in running]
+    for folder, found, length in [(new, after, TOKENS), *((old, one, LONG) for one in before)]:
+        model = hf_reference.model_with(base, folder)
+        assert hf_reference.greedy(model, found.prompt_token_ids, length) == found.token_ids
+    assert server.admin("DELETE", "/swapped").ok
+
+
+def check_refusal(server: Server, base: Path, folder: Path) -> None:
+    """Of what no process has a place for; the server goes on."""
+    bad = random_adapter(base, folder, seed=4, targets=("q_proj",))
+    config = bad / "adapter_config.json"
+    config.write_text(config.read_text().replace("layers.1.", "layers.7."))
+    refused = server.load("bad", bad)
+    assert refused.status_code == 400
+    assert "model.layers.7.self_attn.q_proj" in refused.text
+
+
+def test_a_model_split_by_layers_answers_as_the_whole_one(
+    tiny_model: Path, adapters: dict[str, Path], sparse: Path, tmp_path: Path
+) -> None:
+    """Each stage has one layer; `sparse` has nothing in the second, `half` nothing in the first."""
+    half = random_adapter(tiny_model, tmp_path / "half", seed=5, ranks=SECOND_LAYER)
+    named = {**adapters, "sparse": sparse, "half": half}
+    command = guilomo_serve(tiny_model, named, "-pp", "2", "--check-adapters", *FLAGS)
+    with serving(command, tmp_path / "log", UNBOUND) as server:
+        # Each stage says what its layers' routers did.
+        assert server.load("sampled", adapters["first"]).ok
+        time.sleep(1.5)  # both stages are due to sample
+        prompt, load = first_sampled(server, "sampled", PROMPTS[0])
+        check_load(load, expected_load(tiny_model, adapters["first"], prompt), len(prompt))
+        check_answers(server, tiny_model, {"base": None, **named})
+        check_refusal(server, tiny_model, tmp_path / "bad")
+        check_swaps(server, tiny_model, adapters["first"], adapters["second"])
