@@ -1,6 +1,6 @@
 # Every target sets up what it needs first (deploy/setup.sh); that costs minutes once.
 
-.PHONY: demo test test-peft lint format setup
+.PHONY: demo test test-peft test-kernels lint format setup
 
 demo: setup
 	.venv/bin/python -m demo
@@ -11,6 +11,10 @@ test: setup
 # PEFT's own tests, on our method.
 test-peft: setup
 	.venv/bin/python -m tests.peft_suite.run
+
+# Every kernel at every setting for every GPU; `make test` has those that differ most.
+test-kernels: setup
+	GUILOMO_EVERY_KERNEL=1 .venv/bin/python -m pytest -n 2 tests/ops/test_compiled.py
 
 lint: setup
 	.venv/bin/ruff check .

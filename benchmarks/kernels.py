@@ -310,7 +310,7 @@ def tune(repeats: int) -> None:
     """Finds settings for each class of tokens and stores them under this GPU's name."""
     from triton.runtime.errors import OutOfResources
 
-    from guilomo_serve.ops import kernels
+    from guilomo_serve.ops import kernels, two_steps
     from guilomo_serve.ops.tuning import DEFAULTS, ExpandTuning, ShrinkTuning, Tuning, store
 
     # Few candidates that differ in what matters: each is compiled, which takes seconds.
@@ -326,8 +326,10 @@ def tune(repeats: int) -> None:
             )
         ]
         expand = [
-            ExpandTuning(cut, 32, columns, 4, stages)
-            for cut, columns, stages in itertools.product(block_tokens, (64, 128, 256), (1, 3))
+            ExpandTuning(cut, 32, columns, tiles, warps, 1)
+            for cut, columns, tiles, warps in itertools.product(
+                block_tokens, (64, 128), (1, 4), (4, 8)
+            )
         ]
         return shrink, expand
 
@@ -346,9 +348,11 @@ def tune(repeats: int) -> None:
             for of_layer, (y, x) in zip(slots, tensors, strict=True):
                 order, table, widths = blocks.order, of_layer.table, of_layer.widths
                 cut = blocks.of_size[shrink.block_tokens]
-                h, z = kernels.launch_shrink(x, order, cut, table, len(widths), shrink)
+                h, z = two_steps.empty_results(x, len(widths), shrink.splits)
+                kernels.shrink_launch(x, order, cut, table, h, z, shrink).run()
                 cut = blocks.of_size[expand.block_tokens]
-                kernels.launch_expand(y, h, z, order, cut, table, widths, expand)
+                counts = (blocks.sampled, of_layer.load)
+                kernels.expand_launch(y, h, z, order, cut, table, *counts, widths, expand).run()
 
         def time_of(tuning: Tuning, run: Any = run) -> float:
             try:

@@ -212,8 +212,16 @@ class Batch:
         """The segments in blocks on `device`: those that `TokenBlocks.update` has written, or new.
 
         New ones are made once a batch; a CUDA graph needs the former, which keep their place.
+
+        Raises:
+            RuntimeError: there are none while a CUDA graph is captured.
         """
         if device not in self._blocks:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a CUDA graph would keep the tokens of the batch with which it is captured: "
+                    "write the batch with TokenBlocks.update first"
+                )
             TokenBlocks(self.size, len(self.segments), device).update(self)
         return self._blocks[device]
 
@@ -227,6 +235,7 @@ class TokenBlocks:
     Attributes:
         order: [max_tokens] int32, as `Batch.order`; what is behind the batch's tokens is old.
         of_size: block size -> [blocks, 3] int32, rows (slot, begin, end) into `order`.
+        sampled: [1] int32, 1 in a step whose routers' choices are counted.
     """
 
     SIZES = (16, 64)  # for decode, where most segments are short, and for prefill
@@ -234,10 +243,10 @@ class TokenBlocks:
     def __init__(self, max_tokens: int, slots: int, device: torch.device | str) -> None:
         self.max_tokens, self.slots = max_tokens, slots
         counts = [self.count(max_tokens, slots, size) for size in self.SIZES]
-        self._lengths = [max_tokens, *(3 * count for count in counts)]
+        self._lengths = [1, max_tokens, *(3 * count for count in counts)]
         # One tensor, so that a step costs one copy.
         self._all = torch.zeros(sum(self._lengths), dtype=torch.int32, device=device)
-        self.order, *blocks = self._all.split(self._lengths)
+        self.sampled, self.order, *blocks = self._all.split(self._lengths)
         self.of_size = {s: b.view(-1, 3) for s, b in zip(self.SIZES, blocks, strict=True)}
 
     @staticmethod
@@ -245,7 +254,7 @@ class TokenBlocks:
         """The most blocks that so many tokens of so many slots can fill."""
         return min(tokens, (tokens + slots * (size - 1)) // size)
 
-    def update(self, batch: Batch) -> None:
+    def update(self, batch: Batch, sampled: bool = False) -> None:
         """Writes a batch; `batch.blocks` gives these from now on. Waits for no device.
 
         Raises:
@@ -257,9 +266,10 @@ class TokenBlocks:
                 f"{self.max_tokens} of {self.slots}"
             )
         everything = np.zeros(len(self._all), dtype=np.int32)
-        everything[: len(batch.order)] = batch.order
-        begin = self.max_tokens
-        for size, length in zip(self.SIZES, self._lengths[1:], strict=True):
+        everything[0] = sampled
+        everything[1 : 1 + len(batch.order)] = batch.order
+        begin = 1 + self.max_tokens
+        for size, length in zip(self.SIZES, self._lengths[2:], strict=True):
             blocks = _cut(batch.segments, size).reshape(-1)
             everything[begin : begin + len(blocks)] = blocks
             begin += length
@@ -282,7 +292,14 @@ def _cut(segments: np.ndarray, size: int) -> np.ndarray:
 
 
 class Slots:
-    """The adapters' weights of one layer, by slot, and the layer's op in torch."""
+    """The adapters' weights of one layer, by slot, and the layer's op in torch.
+
+    Attributes:
+        capturable: whether a CUDA graph that was captured before adapters were loaded is right
+            for any that are loaded later.
+    """
+
+    capturable = False
 
     def __init__(self, count: int) -> None:
         self.weights: list[LayerWeights | None] = [None] * count

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from guilomo_serve.ops import kernels as _registers_the_ops  # noqa: F401
 from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
+from guilomo_serve.ops.load import RouterLoad
 from guilomo_serve.ops.pool import RowPool
 from guilomo_serve.ops.tuning import TOKEN_CLASSES, tuning_for
-from guilomo_serve.ops.two_steps import check_size, table_width
+from guilomo_serve.ops.two_steps import LOAD_WIDTH, MAX_EXPERTS, check_size, table_width
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -22,7 +23,14 @@ class TritonSlots:
 
     The weights given to `set` are copied and not kept. The pools' memory is what the adapters
     in the slots weigh, see `pool.py`.
+
+    Attributes:
+        table: [slots, ...] int64 on the device, see `two_steps.py`.
+        load: [slots, slices, LOAD_WIDTH] float64 on the device, what the routers chose in steps
+            with `TokenBlocks.sampled`; a slot's is 0 when an adapter is put there.
     """
+
+    capturable = True
 
     def __init__(
         self,
@@ -31,6 +39,7 @@ class TritonSlots:
         widths: Sequence[int],
         dtype: torch.dtype,
         device: torch.device | str,
+        all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         """Args:
         count: of slots.
@@ -38,6 +47,8 @@ class TritonSlots:
         widths: the output columns of each slice.
         dtype: of A and B, one of `DTYPES`.
         device: of the layer.
+        all_reduce: gives the sum of a tensor over the processes that share the layer's input
+            features; None where one process has them all.
         """
         self.widths = tuple(widths)
         # B's rows are as wide as their slice, so they are kept in pieces that divide all widths.
@@ -51,6 +62,10 @@ class TritonSlots:
         self.table = torch.zeros(
             count, table_width(len(self.widths)), dtype=torch.int64, device=device
         )
+        self.load = torch.zeros(
+            count, len(self.widths), LOAD_WIDTH, dtype=torch.float64, device=device
+        )
+        self._all_reduce = all_reduce
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +82,7 @@ class TritonSlots:
             torch.OutOfMemoryError: the device is full. The slot is empty after either.
         """
         self._in_slot[slot] = None
+        self.load[slot] = 0
         for pool in self._pools:
             pool.free(slot)
         try:
@@ -85,7 +101,7 @@ class TritonSlots:
     def apply_(self, y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
         """As `Slots.apply_`; y, x and the weights have one dtype, the rows of y and x may be apart.
 
-        Between both ops, z is where row-parallel layers add up their logits.
+        Where the layer's inputs are split, what is added is this process's part of a sum.
         """
         tuning, blocks = tuning_for(x.device, x.shape[0]), batch.blocks(x.device)
         h, z = torch.ops.guilomo.shrink(
@@ -96,6 +112,8 @@ class TritonSlots:
             len(self.widths),
             tuning.shrink.splits,
         )
+        if self._all_reduce is not None:
+            z = self._all_reduce(z.sum(1, keepdim=True))
         torch.ops.guilomo.expand(
             y,
             h,
@@ -103,12 +121,29 @@ class TritonSlots:
             blocks.order,
             blocks.of_size[tuning.expand.block_tokens],
             self.table,
+            blocks.sampled,
+            self.load,
             self.widths,
         )
 
     def router(self, slot: int) -> torch.Tensor:
         """As `Slots.router`; a view, until the next `set`."""
         return self._router.rows[slice(*self._router.range_of(slot))]
+
+    def load_of(self, slot: int) -> RouterLoad | None:
+        """What the routers of the adapter in a slot chose in sampled steps since it was put there.
+
+        Waits for no device.
+
+        Returns:
+            The counts of its M slices with a router, in their order; None where there are none.
+        """
+        placed = self._in_slot[slot]
+        if placed is None or not placed.routed:
+            return None
+        counted = self.load[slot, placed.routed]
+        chosen, entropy, tokens = counted.split((MAX_EXPERTS, 1, 1), dim=1)
+        return RouterLoad(chosen.long(), entropy[:, 0], tokens[:, 0].long())
 
     def warm_up(self, max_tokens: int) -> None:
         """Compiles the kernels for batches of up to so many tokens, which takes seconds."""
@@ -151,6 +186,7 @@ class _Placed:
     def __init__(self, weights: LayerWeights, widths: Sequence[int]) -> None:
         self.counts = (len(weights.lora_a), len(weights.router), weights.top_k)
         self.slices: list[tuple[int, ...]] = []
+        self.routed: list[int] = []  # slices with a router
         self.lora_b_elements: list[int] = []
         by_column = {layout.columns[0]: layout for layout in weights.layout}
         column = 0
@@ -160,4 +196,6 @@ class _Placed:
             columns = layout.columns if layout else (0, 0)
             self.slices.append((*rows, *experts, *columns))
             self.lora_b_elements.append((rows[1] - rows[0]) * width)
+            if experts[1] > experts[0]:
+                self.routed.append(len(self.slices) - 1)
             column += width

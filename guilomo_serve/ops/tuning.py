@@ -50,13 +50,15 @@ class ExpandTuning:
     Attributes:
         block_tokens: as in `ShrinkTuning`.
         block_rows: rank rows of a step of the sum.
-        block_columns: output columns of a program.
+        block_columns: output columns of a tile, of a 2-byte dtype; half of it in float32.
+        tiles: of a program, one after another: the gates of its tokens are computed once for all.
         warps, stages: Triton's.
     """
 
     block_tokens: int
     block_rows: int
     block_columns: int
+    tiles: int
     warps: int
     stages: int
 
@@ -70,15 +72,15 @@ class Tuning:
 
 
 DEFAULTS = (
-    Tuning(ShrinkTuning(16, 16, 256, 16, 4, 4, 3), ExpandTuning(16, 32, 128, 4, 2)),
-    Tuning(ShrinkTuning(16, 16, 256, 8, 4, 4, 3), ExpandTuning(16, 32, 128, 4, 2)),
-    Tuning(ShrinkTuning(16, 16, 256, 4, 4, 4, 3), ExpandTuning(16, 32, 128, 4, 2)),
-    Tuning(ShrinkTuning(16, 32, 128, 2, 2, 4, 3), ExpandTuning(16, 32, 128, 4, 2)),
-    Tuning(ShrinkTuning(64, 32, 64, 1, 1, 4, 3), ExpandTuning(64, 32, 128, 4, 3)),
+    Tuning(ShrinkTuning(16, 16, 128, 8, 4, 4, 3), ExpandTuning(16, 32, 64, 1, 4, 1)),
+    Tuning(ShrinkTuning(16, 16, 128, 8, 4, 4, 3), ExpandTuning(16, 32, 64, 1, 4, 1)),
+    Tuning(ShrinkTuning(16, 16, 128, 4, 4, 4, 3), ExpandTuning(16, 32, 64, 2, 4, 1)),
+    Tuning(ShrinkTuning(16, 32, 128, 2, 2, 4, 3), ExpandTuning(16, 32, 64, 2, 4, 1)),
+    Tuning(ShrinkTuning(64, 32, 64, 1, 1, 4, 3), ExpandTuning(64, 32, 64, 4, 8, 1)),
 )
 # For Triton's interpreter: few programs, and pieces so small that small shapes have several.
 _ON_CPU = tuple(
-    Tuning(ShrinkTuning(size, 16, 64, 2, 2, 1, 1), ExpandTuning(size, 16, 64, 1, 1))
+    Tuning(ShrinkTuning(size, 16, 64, 2, 2, 1, 1), ExpandTuning(size, 16, 64, 2, 1, 1))
     for size in (16, 16, 64, 64, 64)
 )
 

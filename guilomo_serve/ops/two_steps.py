@@ -12,18 +12,21 @@ Results between the two are by position in `order`, that is with a slot's tokens
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
 from guilomo_serve.ops.layer import LayerWeights
+from guilomo_serve.ops.load import router_load
 from guilomo_serve.ops.torch_ops import route
 
 # What a kernel's shapes allow for, of one module.
 MAX_RANK = 512
 MAX_EXPERTS = 16
+# What is counted of a router, as in `load.RouterLoad`: each expert's tokens, entropy, tokens.
+LOAD_WIDTH = MAX_EXPERTS + 2
 
 # A slot's row in the table, int64: these values, then SLICE_FIELDS for each slice of the layer.
 # Addresses: A [rows, in] and routers [experts, in] of all slices one after another; gate rows
@@ -81,8 +84,8 @@ def shrink(
         splits: parts in which a sum is handed over.
 
     Returns:
-        h [splits, T, slices * MAX_RANK] and z [splits, T, slices * MAX_EXPERTS], float32, whose
-        sums over the first dimension are the results. What no block and no row of its slot
+        h [T, splits, slices * MAX_RANK] and z [T, splits, slices * MAX_EXPERTS], float32, whose
+        sums over the splits are the results. What no block and no row of its slot
         covers is not written.
     """
     h, z = empty_results(x, slices, splits)
@@ -91,10 +94,10 @@ def shrink(
         inputs = x[order[begin:end].long()]
         lora_a = _at(weights.lora_a, (weights.rows, x.shape[1]), x.dtype)
         router = _at(weights.router, (weights.experts, x.shape[1]), torch.float32)
-        h[:, begin:end, : weights.rows] = 0
-        z[:, begin:end, : weights.experts] = 0
-        h[0, begin:end, : weights.rows] = inputs.float() @ lora_a.float().t()
-        z[0, begin:end, : weights.experts] = inputs.float() @ router.t()
+        h[begin:end, :, : weights.rows] = 0
+        z[begin:end, :, : weights.experts] = 0
+        h[begin:end, 0, : weights.rows] = inputs.float() @ lora_a.float().t()
+        z[begin:end, 0, : weights.experts] = inputs.float() @ router.t()
     return h, z
 
 
@@ -105,28 +108,34 @@ def expand(
     order: torch.Tensor,
     blocks: torch.Tensor,
     table: torch.Tensor,
+    sampled: torch.Tensor,
+    load: torch.Tensor,
     widths: Sequence[int],
 ) -> None:
     """Adds the gated second product to `y`, in place.
 
     Args:
         y: [T, out], the layer's output so far.
-        h, z: of `shrink`.
+        h, z: of `shrink`; z may have other splits than h.
         order, blocks, table: as there.
+        sampled: one int32, whether the routers' choices are counted.
+        load: [slots, slices, LOAD_WIDTH] float64; where they are added, see there.
         widths: the output columns of each slice; they sum to `out`.
     """
     for slot, begin, end in _filled(blocks):
         weights = _Row.of(table, slot)
         tokens = order[begin:end].long()
         gate_rows = _at(weights.gate_rows, (weights.rows, 2), torch.float32)
-        for slice_ in weights.slices:
+        for i, slice_ in weights.slices:
             rows = slice(slice_.first_row, slice_.end_row)
             columns = slice(slice_.first_column, slice_.end_column)
             scale, expert = gate_rows[rows].unbind(1)
-            gated = h[:, begin:end, rows].sum(0) * scale
+            gated = h[begin:end, :, rows].sum(1) * scale
             if slice_.end_expert > slice_.first_expert:
-                logits = z[:, begin:end, slice_.first_expert : slice_.end_expert].sum(0)
+                logits = z[begin:end, :, slice_.first_expert : slice_.end_expert].sum(1)
                 gates = route(logits, weights.top_k)
+                if sampled.item():
+                    _count(load[slot, i], logits, weights.top_k)
                 gated = gated * gates[:, expert.long() - slice_.first_expert]
             lora_b = _at(
                 slice_.lora_b,
@@ -139,7 +148,7 @@ def expand(
 
 def empty_results(x: torch.Tensor, slices: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for `shrink`'s results, of the largest size that an adapter may have."""
-    shape = (splits, x.shape[0])
+    shape = (x.shape[0], splits)
     return (
         x.new_empty(*shape, slices * MAX_RANK, dtype=torch.float32),
         x.new_empty(*shape, slices * MAX_EXPERTS, dtype=torch.float32),
@@ -167,15 +176,23 @@ class _Row:
     rows: int
     experts: int
     top_k: int
-    slices: tuple[_Slice, ...]
+    slices: tuple[tuple[int, _Slice], ...]  # with their numbers
 
     @classmethod
     def of(cls, table: torch.Tensor, slot: int) -> _Row:
         values = table[slot].tolist()
         rest, width = values[len(LAYER_FIELDS) :], len(SLICE_FIELDS)
         slices = [_Slice(*rest[i : i + width]) for i in range(0, len(rest), width)]
-        adapted = tuple(s for s in slices if s.end_row > s.first_row)
+        adapted = tuple((i, s) for i, s in enumerate(slices) if s.end_row > s.first_row)
         return cls(**dict(zip(LAYER_FIELDS, values, strict=False)), slices=adapted)
+
+
+def _count(load: torch.Tensor, logits: torch.Tensor, top_k: int) -> None:
+    counted = router_load([logits], top_k)
+    experts = logits.shape[1]
+    load[:experts] += counted.chosen[0]
+    load[MAX_EXPERTS] += counted.entropy[0]
+    load[MAX_EXPERTS + 1] += counted.tokens[0]
 
 
 def _filled(blocks: torch.Tensor) -> list[list[int]]:
@@ -184,8 +201,8 @@ def _filled(blocks: torch.Tensor) -> list[list[int]]:
 
 def _at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """The tensor in host memory at an address."""
-    if not prod(shape):
+    if not math.prod(shape):
         return torch.empty(shape, dtype=dtype)
-    size = prod(shape) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     buffer = (ctypes.c_byte * size).from_address(address)
     return torch.frombuffer(buffer, dtype=dtype).view(shape)

@@ -10,19 +10,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from guilomo_serve.adapter import AdapterError
 from guilomo_serve.ops import kernels, reference, two_steps
 from guilomo_serve.ops import tuning as tuning_module
 from guilomo_serve.ops.layer import Batch, LayerWeights, SliceWeights, Slots, TokenBlocks
+from guilomo_serve.ops.load import router_load
 from guilomo_serve.ops.triton_slots import TritonSlots
 from guilomo_serve.ops.tuning import DEFAULTS, ExpandTuning, ShrinkTuning
 from guilomo_serve.runtime.loading import check_fits
@@ -116,8 +115,8 @@ def test_kernels_in_the_interpreter() -> None:
     assert "test_kernels_in_the_interpreter runs it" not in done.stdout  # that is, it was run
 
 
-FEW = (ShrinkTuning(16, 16, 32, 1, 1, 4, 2), ExpandTuning(64, 16, 32, 4, 2))
-MANY = (ShrinkTuning(64, 64, 64, 3, 4, 4, 2), ExpandTuning(16, 32, 64, 4, 2))
+FEW = (ShrinkTuning(16, 16, 32, 1, 1, 4, 2), ExpandTuning(64, 16, 32, 2, 4, 2))
+MANY = (ShrinkTuning(64, 64, 64, 3, 4, 4, 2), ExpandTuning(16, 32, 64, 1, 4, 2))
 
 
 @runs_kernels
@@ -134,9 +133,9 @@ def test_kernels_equal_their_reference_at_any_settings(dtype, shrink, expand) ->
     host = slots if not GPU else _on_host(weights, dtype)
     blocks, host_blocks = batch.blocks(DEVICE), batch.blocks(torch.device("cpu"))
 
-    h, z = kernels.launch_shrink(
-        x.to(DEVICE), blocks.order, blocks.of_size[shrink.block_tokens], slots.table, 3, shrink
-    )
+    h, z = two_steps.empty_results(x.to(DEVICE), 3, shrink.splits)
+    cut = blocks.of_size[shrink.block_tokens]
+    kernels.shrink_launch(x.to(DEVICE), blocks.order, cut, slots.table, h, z, shrink).run()
     of_host = (host_blocks.order, host_blocks.of_size[16], host.table)
     want_h, want_z = two_steps.shrink(x, *of_host, 3, 2)
 
@@ -144,16 +143,16 @@ def test_kernels_equal_their_reference_at_any_settings(dtype, shrink, expand) ->
         if (of_slot := weights[slot]) is not None:
             rows, experts = len(of_slot.lora_a), len(of_slot.router)
             for found, want, count in ((h, want_h, rows), (z, want_z, experts)):
-                covered = (slice(None), slice(begin, end), slice(count))
+                covered = (slice(begin, end), slice(None), slice(count))
                 if count:
-                    assert_near(found[covered].sum(0), want[covered].sum(0), 1e-5)
+                    assert_near(found[covered].sum(1), want[covered].sum(1), 1e-5)
 
     got = y.clone().to(DEVICE)
-    kernels.launch_expand(
-        got, h, z, blocks.order, blocks.of_size[expand.block_tokens], slots.table, WIDTHS, expand
-    )
+    cut = blocks.of_size[expand.block_tokens]
+    counts = (blocks.sampled, slots.load)
+    kernels.expand_launch(got, h, z, blocks.order, cut, slots.table, *counts, WIDTHS, expand).run()
     want_y = y.clone()
-    two_steps.expand(want_y, want_h, want_z, *of_host, WIDTHS)
+    two_steps.expand(want_y, want_h, want_z, *of_host, host_blocks.sampled, host.load, WIDTHS)
     assert_near(got, want_y, 1e-5 if dtype == torch.float32 else 1e-2)
     untouched = torch.tensor([*(SLOTS < 0), True, True, True])
     assert torch.equal(got.cpu()[untouched], y[untouched])
@@ -325,11 +324,12 @@ def test_ops_have_fakes_and_compile_without_a_break() -> None:
     batch = Batch(np.array([0, 0, -1, 1, 0, 0]))
     blocks = batch.blocks(DEVICE)
     of_batch = (blocks.order, blocks.of_size[16], slots.table)
+    counts = (blocks.sampled, slots.load)
     splits = tuning_module.tuning_for(DEVICE, 6).shrink.splits
 
     def layer(y, x):
         h, z = torch.ops.guilomo.shrink(x, *of_batch, 3, splits)
-        torch.ops.guilomo.expand(y, h, z, *of_batch, WIDTHS)
+        torch.ops.guilomo.expand(y, h, z, *of_batch, *counts, WIDTHS)
         return y * 2
 
     want = y.clone()
@@ -355,60 +355,68 @@ def test_settings_are_kept_by_gpu(monkeypatch, tmp_path) -> None:
         tuning_module.store("GPU A", DEFAULTS[:1])
 
 
-@pytest.mark.skipif(GPU or kernels.INTERPRETED, reason="a GPU compiles what it runs")
-@pytest.mark.parametrize(("tuning", "capability"), [(DEFAULTS[0], 90), (DEFAULTS[-1], 80)])
-def test_kernels_compile_for_gpus_with_the_default_settings(tuning, capability) -> None:
-    """Triton's compiler needs no GPU; what the interpreter forgives, it does not."""
-    sizes = {"SPLITS": tuning.shrink.splits, "ALIGNED": True, "UPCAST": False}
-    compile_for(
-        capability,
-        kernels._shrink,
-        {"x": "*bf16", "in_features": "i32", "x_stride": "i32"},
-        {
-            **sizes,
-            "BLOCK_TOKENS": tuning.shrink.block_tokens,
-            "BLOCK_ROWS": tuning.shrink.block_rows,
-            "BLOCK_IN": tuning.shrink.block_in,
-        },
-        tuning.shrink,
-    )
-    compile_for(
-        capability,
-        kernels._expand,
-        {"y": "*bf16", "y_stride": "i32"},
-        {
-            **sizes,
-            "BLOCK_TOKENS": tuning.expand.block_tokens,
-            "BLOCK_ROWS": tuning.expand.block_rows,
-            "BLOCK_COLUMNS": tuning.expand.block_columns,
-            "EXPERTS": two_steps.MAX_EXPERTS,
-            "WIDTHS": (4096, 1024, 1024),
-        },
-        tuning.expand,
-    )
+@pytest.mark.parametrize("implementation", [Slots, TritonSlots])
+def test_only_slots_that_graphs_can_keep_are_capturable(implementation) -> None:
+    assert implementation.capturable == (implementation is TritonSlots)
 
 
-def compile_for(capability, kernel, types, constants, tuning) -> None:
-    types = {
-        **{"h": "*fp32", "z": "*fp32", "order": "*i32", "blocks": "*i32", "table": "*i64"},
-        **{"tokens": "i32", "h_stride": "i32", "z_stride": "i32", "table_stride": "i32"},
-        **types,
-    }
-    names = kernel.arg_names
-    aligned = [n for n in names if n in types and n not in ("tokens", "table_stride")]
-    source = ASTSource(
-        kernel,
-        {name: types.get(name, "constexpr") for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": tuning.warps, "num_stages": tuning.stages},
-    )
-    assert compiled.metadata.shared <= 99 * 1024  # of the GPUs with the least since 2020
-    assert "mma" in compiled.asm["ptx"]  # the products run on tensor cores
+def test_kernels_count_what_routers_choose_in_sampled_steps() -> None:
+    weights = [a and random_layer(i, a) for i, a in enumerate(ADAPTERS)]
+    slots = filled(weights)
+    x, y = tensors(len(SLOTS))
+    x[3] = torch.nan  # of slot 1: in no count
+    batch = Batch(SLOTS)
+    blocks = TokenBlocks(len(SLOTS), len(ADAPTERS), DEVICE)
+    for sampled in (True, False, True):
+        blocks.update(batch, sampled)
+        slots.apply_(y.clone().to(DEVICE), x.to(DEVICE), batch)
+    for slot, of_slot in enumerate(weights):
+        counted = slots.load_of(slot)
+        routed = [p for p in of_slot.layout if p.experts[1] > p.experts[0]] if of_slot else []
+        if not routed:
+            assert counted is None
+            continue
+        tokens = np.flatnonzero(slot == SLOTS)
+        logits = x[tokens] @ of_slot.router.t()
+        want = router_load([logits[:, slice(*part.experts)] for part in routed], TOP_K)
+        most = want.chosen.shape[1]
+        assert torch.equal(counted.chosen[:, :most].cpu(), 2 * want.chosen)
+        assert not counted.chosen[:, most:].any()
+        assert torch.equal(counted.tokens.cpu(), 2 * want.tokens)
+        torch.testing.assert_close(counted.entropy.cpu(), 2 * want.entropy, rtol=1e-5, atol=1e-5)
+    slots.set(1, random_layer(9, ADAPTERS[0]))
+    assert not slots.load_of(1).tokens.any()
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_with_split_inputs_sum_logits_before_the_gate(dtype) -> None:
+    """Two parts of the features, each with its columns of A and routers; their y's sum is whole."""
+    whole = [a and random_layer(i, a, dtype) for i, a in enumerate(ADAPTERS)]
+    x, y = tensors(len(SLOTS), dtype)
+    batch, half = Batch(SLOTS), IN // 2
+    want = in_torch(y, x, whole, batch)
+    logits, found = [], []
+    # What an all-reduce gives: first each part's logits are seen, then all have the sum.
+    for all_reduce in (lambda z: logits.append(z) or z, lambda z: logits[0] + logits[1]):
+        found = []
+        for begin in (0, half):
+            part = slice(begin, begin + half)
+            slots = TritonSlots(len(whole), half, WIDTHS, dtype, DEVICE, all_reduce)
+            for slot, of_slot in enumerate(whole):
+                slots.set(
+                    slot,
+                    of_slot
+                    and replace(
+                        of_slot, lora_a=of_slot.lora_a[:, part], router=of_slot.router[:, part]
+                    ),
+                )
+            out = torch.zeros_like(y, device=DEVICE)
+            slots.apply_(out, x[:, part].to(DEVICE), batch)
+            found.append(out)
+    assert len(logits) == 2
+    summed = y.float() + found[0].float().cpu() + found[1].float().cpu()
+    assert_near(summed, want, 1e-5 if dtype == torch.float32 else 2e-2)
 
 
 @needs_gpu
