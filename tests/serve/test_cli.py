@@ -57,7 +57,7 @@ def test_adapters_are_checked_against_the_base(tiny_model, adapters, capsys, tmp
 ONE_PROCESS = "the names and versions of adapters are kept by one server process"
 REFUSED = (
     (("--data-parallel-size", "2"), "--data-parallel-size: ", ONE_PROCESS),
-    (("--data-parallel-si", "2"), "--data-parallel-size: ", ONE_PROCESS),
+    (("--fully-sharded-lo",), "--fully-sharded-loras: ", "leave it out"),
     (("-dp=2",), "--data-parallel-size: ", ONE_PROCESS),
     (("--fully-sharded-loras",), "--fully-sharded-loras: ", "leave it out"),
     (("--enable_tower_connector_lora",), "--enable-tower-connector-lora: ", "leave it out"),
