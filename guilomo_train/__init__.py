@@ -3,6 +3,7 @@
 lora_moe/   the LoRA-MoE layer as a PEFT method
 search/     selection vectors, the bilevel step, the allocation it ends in
 config.py   one dataclass a stage: the command line, the saved run and the docs derive from it
+settings.py a file of settings, for --config
 data.py     rows of a data set as prompt and completion
 endings.py  how an answer ends, and where generation stops
 trainer.py  loss on the completion and the load-balance loss, on TRL's trainer

@@ -36,7 +36,7 @@ KEPT = 2  # newest checkpoints of a stage
 
 # Settings that may change between a checkpoint and the run that goes on from it. Rows are compared
 # by what they say and not by the name of their file.
-FREE = WITHOUT_EFFECT | {"train", "validation"}
+FREE = WITHOUT_EFFECT | {"train", "validation", "dev"}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +40,7 @@ from guilomo_train.errors import TrainError
 from guilomo_train.limits import WRITE_ERRORS
 from guilomo_train.report import allocation_of, heat_map, table
 from guilomo_train.search.allocation import Allocation
+from guilomo_train.settings import read_settings, take_settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -129,12 +130,12 @@ def _finetune(
     allocation = Allocation.load(Path(chosen.allocation))
     from guilomo_train.pipeline import Run
 
-    run = Run("finetune", common)
+    run = Run("finetune", common, asdict(chosen) | asdict(held_out))
     start = None
     if chosen.start is not None:
         start = read_adapter(chosen.start, BaseModel.from_module(run.base.model))
-    rows = _held_out(run, held_out, evaluation)
-    result = run.finetune(allocation, config, None, start)
+    rows, dev = _held_out(run, held_out, evaluation), _dev(run, config)
+    result = run.finetune(allocation, config, None, start, dev)
     if rows is not None:
         run.evaluate(result, rows, evaluation)
     run.finish()
@@ -150,11 +151,11 @@ def _run(
 ) -> None:
     from guilomo_train.pipeline import Run
 
-    run = Run("run", common)
-    rows = _held_out(run, held_out, evaluation)
+    run = Run("run", common, asdict(chosen) | asdict(held_out))
+    rows, dev = _held_out(run, held_out, evaluation), _dev(run, finetune)
     found = run.search(search)
     start = None if chosen.fresh else found.adapter
-    result = run.finetune(found.allocation, finetune, found.record, start)
+    result = run.finetune(found.allocation, finetune, found.record, start, dev)
     if rows is not None:
         run.evaluate(result, rows, evaluation)
     run.finish()
@@ -167,6 +168,15 @@ def _held_out(run: Run, held_out: HeldOutOption, evaluation: EvalConfig) -> Data
     from guilomo_train.data import load_rows
 
     return load_rows(held_out.eval, run.base.tokenizer, evaluation.eval_rows)
+
+
+def _dev(run: Run, config: FinetuneConfig) -> Dataset | None:
+    """Rows to watch the loss on, read before a search too."""
+    if config.dev is None:
+        return None
+    from guilomo_train.data import load_rows
+
+    return load_rows(config.dev, run.base.tokenizer)
 
 
 def _eval(chosen: EvalOptions, config: EvalConfig) -> None:
@@ -258,7 +268,14 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit status; an error a user can act on is one line."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parser, commands = _parsers()
+    try:
+        _take_file(argv, commands)
+    except TrainError as e:
+        print(f"guilomo-train {argv[0]}: error: {e}", file=sys.stderr)
+        return 2
+    arguments = parser.parse_args(argv)
     command = COMMANDS[arguments.command]
     try:
         paths = (getattr(arguments, name) for name in command.paths)
@@ -300,19 +317,37 @@ def _said_elsewhere(message: str | None) -> bool:
         return False
 
 
-def _parser() -> ArgumentParser:
+def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    """The parser, and those of its commands."""
     parser = ArgumentParser(prog="guilomo-train", description="Train searched LoRA-MoE adapters.")
     parser.add_argument("--version", action="version", version=guilomo_serve.__version__)
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=HfArgumentParser
     )
+    subparsers = {}
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(
             name, help=command.text, description=command.text, dataclass_types=command.settings
         )
         for path, text in command.paths.items():
             subparser.add_argument(path, help=text)
-    return parser
+        subparser.add_argument(
+            "--config",
+            help="A YAML or JSON file of settings, or the run.json of a run; flags win over it.",
+        )
+        subparsers[name] = subparser
+    return parser, subparsers
+
+
+def _take_file(argv: list[str], commands: dict[str, ArgumentParser]) -> None:
+    """Makes what the file of `--config` says the defaults of the command's flags."""
+    asked = ArgumentParser(add_help=False)
+    asked.add_argument("--config")
+    file = asked.parse_known_args(argv[1:])[0].config
+    if file is not None and argv[0] in commands:
+        kinds = (kind for command in COMMANDS.values() for kind in command.settings)
+        known = {f.name for kind in kinds for f in fields(kind)}
+        take_settings(commands[argv[0]], read_settings(Path(file)), known, Path(file))
 
 
 def _take(kind: type, arguments: Namespace) -> Any:

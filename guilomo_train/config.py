@@ -71,8 +71,10 @@ class CommonConfig:
         "from their newest complete checkpoint, or start where there is none. Without it an "
         "--output with an unfinished run is refused.",
     )
-    report_to: Literal["none", "tensorboard"] = option(
-        "none", "Log as well to TensorBoard, below <output>/logs."
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = option(
+        "none",
+        "Log as well to TensorBoard, below <output>/logs, or to Weights & Biases or MLflow, which "
+        "read their own environment (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...).",
     )
 
     def __post_init__(self) -> None:
@@ -85,10 +87,10 @@ class CommonConfig:
             raise ConfigError(f"validation_share is {self.validation_share}, expected 0 < s < 1")
         positive("lora_alpha", self.lora_alpha)
         check_seed(self.seed)
-        if self.report_to == "tensorboard" and find_spec("tensorboard") is None:
+        if self.report_to != "none" and find_spec(self.report_to) is None:
             raise ConfigError(
-                "report_to is 'tensorboard', but that package is not installed: "
-                "pip install tensorboard"
+                f"report_to is {self.report_to!r}, but that package is not installed: "
+                f"pip install {self.report_to}"
             )
 
     def targets(self) -> str | list[str]:
@@ -132,7 +134,10 @@ class SearchConfig:
         "benchmarks/serving_prices.py, for --budget_in latency.",
     )
     search_epochs: float = option(1.0, "Passes over the training rows.")
-    search_batch_size: int = option(8, "Rows a step, in each process.")
+    search_batch_size: int = option(8, "Rows at once, in each process.")
+    search_gradient_accumulation_steps: int = option(
+        1, "Batches whose gradients are added up to one step."
+    )
     search_learning_rate: float = option(1e-3, "Of the weights.")
     selection_learning_rate: float = option(
         0.1, "Of the selection vectors, where the estimator is cumulative or argmax."
@@ -148,6 +153,7 @@ class SearchConfig:
                 "budget_in latency alone"
             )
         at_least("search_batch_size", self.search_batch_size, 1)
+        at_least("search_gradient_accumulation_steps", self.search_gradient_accumulation_steps, 1)
         positive("search_epochs", self.search_epochs)
         if self.order == "online" and self.search_epochs > 1:
             raise ConfigError(
@@ -182,8 +188,32 @@ class FinetuneConfig:
 
     epochs: float = option(2.0, "Passes over the training rows.")
     batch_size: int = option(8, "Rows at once, in each process.")
-    gradient_accumulation_steps: int = option(1, "Steps whose gradients are added up.")
-    learning_rate: float = option(1e-3, "Of the adapter's weights.")
+    gradient_accumulation_steps: int = option(
+        1, "Batches whose gradients are added up to one step."
+    )
+    learning_rate: float = option(1e-3, "Of the adapter's weights, at its highest.")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = option("cosine", "How the learning rate goes over the steps.")
+    warmup_steps: float = option(
+        0.05, "Steps over which the learning rate rises; below 1 a share of all steps."
+    )
+    weight_decay: float = option(0.0, "Of AdamW, on the adapter's weights.")
+    max_grad_norm: float = option(1.0, "The gradient's norm is cut to this; 0 leaves it as it is.")
+    dev: str | None = option(
+        None,
+        "Held-out rows, in any form that --train takes, whose loss is logged while fine-tuning.",
+    )
+    eval_steps: int | None = option(
+        None, "Steps between two looks at --dev; by default one after each epoch."
+    )
+    load_best_model_at_end: bool = option(
+        False, "End with the weights that had the lowest loss on --dev, not with the last ones."
+    )
+    early_stopping_patience: int | None = option(
+        None,
+        "End when the loss on --dev has not fallen for so many looks; the best weights are taken.",
+    )
     lora_dropout: float = option(0.0, "Dropout on the input of the experts.")
     balance_coefficient: float = option(0.01, "Weight of the load-balance loss.")
 
@@ -193,6 +223,17 @@ class FinetuneConfig:
         at_least("batch_size", self.batch_size, 1)
         at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
         at_least("balance_coefficient", self.balance_coefficient, 0)
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            at_least(name, getattr(self, name), 0)
+        for name in ("eval_steps", "early_stopping_patience"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
+        looks = (self.eval_steps, self.load_best_model_at_end, self.early_stopping_patience)
+        if self.dev is None and looks != (None, False, None):
+            raise ConfigError(
+                "eval_steps, load_best_model_at_end and early_stopping_patience look at rows of "
+                "--dev, which is not given"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout}, expected 0 <= p < 1")
 

@@ -6,13 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.integrations import MLflowCallback, TensorBoardCallback, WandbCallback
 from trl import SFTConfig
 
 from guilomo_serve.adapter import (
@@ -31,7 +31,7 @@ from guilomo_train.models import Base, unsharded_state, with_adapter
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.trainer import LoraMoeTrainer
 
-WARMUP = 0.05  # share of the steps over which the learning rate rises
+WARMUP = 0.05  # share of a search's steps over which the learning rate rises
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class FinetuneResult:
     """A trained adapter. The base it was trained on carries it as a PEFT model.
 
     `history` has the allocation's modules, the trainer's log, and the health of each router in the
-    last steps.
+    last steps. `best` says of which step the weights are and its loss on held-out rows, where the
+    best ones were taken.
     """
 
     adapter: Adapter
@@ -47,6 +48,7 @@ class FinetuneResult:
     seconds: float
     loss: float
     history: dict[str, Any]
+    best: dict[str, float] | None = None
 
 
 def finetune(
@@ -59,6 +61,7 @@ def finetune(
     search_record: dict[str, Any] | None = None,
     start: Adapter | None = None,
     checkpointing: Checkpointing | None = None,
+    dev: Dataset | None = None,
 ) -> FinetuneResult:
     """Trains the adapter of an allocation.
 
@@ -71,6 +74,7 @@ def finetune(
         search_record: how the allocation was found; it is written into the adapter.
         start: an adapter of this allocation whose weights to begin with; None for fresh ones.
         checkpointing: how often, and where to go on; None for no checkpoints.
+        dev: held-out rows whose loss is watched, `config` says how often and what for.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -99,6 +103,7 @@ def finetune(
     model = with_adapter(base.model, peft_config)
     if start is not None:
         _start_from(model, start)
+    looks = _looks(config)
     trainer = LoraMoeTrainer(
         model=model,
         args=training_arguments(
@@ -107,14 +112,20 @@ def finetune(
             epochs=config.epochs,
             batch_size=config.batch_size,
             learning_rate=config.learning_rate,
+            schedule=config.lr_scheduler_type,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
-            save_steps=checkpointing.save_steps if checkpointing else 0,
+            warmup_steps=config.warmup_steps,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            save_steps=looks.pop("save_steps", checkpointing.save_steps if checkpointing else 0),
+            **looks,
         ),
         train_dataset=train,
+        eval_dataset=dev,
         processing_class=base.tokenizer,
         balance_coefficient=config.balance_coefficient,
         checkpointing=checkpointing,
-        callbacks=log_callbacks(common, "finetune"),
+        callbacks=[*log_callbacks(common, "finetune"), *_stopping(config)],
     )
     trainer.train()
     loss = trainer.mean_loss()
@@ -129,7 +140,32 @@ def finetune(
         "log": trainer.state.log_history,
         "routers": {module: figures.to_json() for module, figures in trainer.routers().items()},
     }
-    return FinetuneResult(adapter, model, seconds, loss, history)
+    best = None
+    if trainer.args.load_best_model_at_end:
+        best = {"step": trainer.state.best_global_step, "dev_loss": trainer.state.best_metric}
+    return FinetuneResult(adapter, model, seconds, loss, history, best)
+
+
+def _looks(config: FinetuneConfig) -> dict[str, Any]:
+    """When the loss on held-out rows is looked at, and weights are saved for it, as transformers
+    has it."""
+    if config.dev is None:
+        return {}
+    when = "epoch" if config.eval_steps is None else "steps"
+    looks = {"eval_strategy": when, "eval_steps": config.eval_steps}
+    looks["per_device_eval_batch_size"] = config.batch_size
+    if config.load_best_model_at_end or config.early_stopping_patience is not None:
+        # The best weights are those of a checkpoint, so there is one at each look.
+        looks |= {"save_strategy": when, "save_steps": config.eval_steps or 1}
+        looks |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+        looks |= {"greater_is_better": False}
+    return looks
+
+
+def _stopping(config: FinetuneConfig) -> list[TrainerCallback]:
+    if config.early_stopping_patience is None:
+        return []
+    return [EarlyStoppingCallback(config.early_stopping_patience)]
 
 
 def _start_from(model: PeftModel, start: Adapter) -> None:
@@ -195,10 +231,23 @@ def adapter_of(model: PeftModel) -> Adapter:
     return Adapter(spec, weights)
 
 
+class _WandbRun(WandbCallback):
+    """A run of its own for each stage; the callback alone would go on with the first."""
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_end(*args, **kwargs)
+        self._wandb.finish()
+
+
 def log_callbacks(common: CommonConfig, stage: str) -> list[TrainerCallback]:
-    """What else than the trainer's own log gets its figures: TensorBoard, below <output>/logs."""
+    """What else than the trainer's own log gets its figures: TensorBoard, below <output>/logs, or
+    a service."""
     if common.report_to == "none":
         return []
+    if common.report_to == "wandb":
+        return [_WandbRun()]
+    if common.report_to == "mlflow":
+        return [MLflowCallback()]
     callback = TensorBoardCallback()
     callback.logging_dir = str(Path(common.output) / "logs" / stage)
     return [callback]
@@ -211,32 +260,38 @@ def training_arguments(
     epochs: float,
     batch_size: int,
     learning_rate: float,
-    schedule: Literal["cosine", "constant_with_warmup"] = "cosine",
+    schedule: str = "cosine",
     gradient_accumulation_steps: int = 1,
     save_steps: int = 0,
+    **others: Any,
 ) -> SFTConfig:
-    """TRL's arguments for a stage. The adapter's weights are float32, the base runs as loaded."""
-    return SFTConfig(
-        output_dir=str(work),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        learning_rate=learning_rate,
-        lr_scheduler_type=schedule,
-        warmup_steps=WARMUP,
-        max_length=common.max_length,
-        completion_only_loss=True,
-        gradient_checkpointing=common.gradient_checkpointing,
-        bf16=False,
-        seed=common.seed,
-        logging_steps=10,
-        save_strategy="steps" if save_steps else "no",
-        save_steps=save_steps or 1,
-        save_total_limit=KEPT,
-        use_cpu=not torch.cuda.is_available(),
+    """TRL's arguments for a stage. The adapter's weights are float32, the base runs as loaded.
+
+    `others` are further fields of SFTConfig, which win over those here.
+    """
+    fields: dict[str, Any] = {
+        "output_dir": str(work),
+        "run_name": f"{Path(common.output).name}-{work.name}",
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": schedule,
+        "warmup_steps": WARMUP,
+        "max_length": common.max_length,
+        "completion_only_loss": True,
+        "gradient_checkpointing": common.gradient_checkpointing,
+        "bf16": False,
+        "seed": common.seed,
+        "logging_steps": 10,
+        "save_strategy": "steps" if save_steps else "no",
+        "save_steps": save_steps or 1,
+        "save_total_limit": KEPT,
+        "use_cpu": not torch.cuda.is_available(),
         # Masked experts have a gradient, of zeros; looking for weights without one costs a pass
         # over the graph, and would not see that the load-balance loss uses the routers.
-        ddp_find_unused_parameters=False,
-        report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+        "ddp_find_unused_parameters": False,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return SFTConfig(**fields | others)

@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ class Run:
             run that this one is not told to resume; nothing is written then.
     """
 
-    def __init__(self, command: str, common: CommonConfig) -> None:
+    def __init__(
+        self, command: str, common: CommonConfig, options: Mapping[str, Any] | None = None
+    ) -> None:
         self.common = common
         self.output = Path(common.output)
         self.checkpoints = self.output / CHECKPOINT_FOLDER
@@ -109,7 +112,8 @@ class Run:
             **(self.before or {}),
             "command": command,
             "stages": [],  # finished ones
-            "config": {"common": asdict(common)},
+            # What is no stage's: `options` say what to start from and to evaluate on.
+            "config": {"common": asdict(common), "options": dict(options or {})},
             "train_rows": len(self.train),
             "inputs": {
                 "rows of --train": describe_rows(self.train),
@@ -172,8 +176,14 @@ class Run:
         config: FinetuneConfig,
         search_record: dict[str, Any] | None,
         start: Adapter | None,
+        dev: Dataset | None = None,
     ) -> FinetuneResult:
-        """Trains the adapter, from the weights of `start` or fresh ones, and writes its folder."""
+        """Trains the adapter, from the weights of `start` or fresh ones, and writes its folder.
+
+        `dev` are the rows of `config.dev`.
+        """
+        if dev is not None:
+            self.record["inputs"]["rows of --dev"] = describe_rows(dev)
         self.record["inputs"]["allocation"] = describe_allocation(allocation)
         self.record["inputs"]["start"] = describe_start(start)
         if self._finished("finetune", config):
@@ -191,13 +201,14 @@ class Run:
         with enough_memory("fine-tuning", self._less_memory(batch)):
             result = finetune(
                 self.base, self.train, allocation, self.common, config, work, search_record,
-                start, checkpointing,
+                start, checkpointing, dev,
             )  # fmt: skip
         self._write_adapter(result.adapter, ADAPTER_FOLDER, None)
         say(f"fine-tuning took {result.seconds:.0f} s: {self.output / ADAPTER_FOLDER}")
         facts = {
             "finetune_seconds": round(result.seconds, 1),
             "training_loss": result.loss,
+            **({"best": result.best} if result.best is not None else {}),
             **self._sizes(allocation),
         }
         self._note("finetune", facts, result.history)
@@ -232,7 +243,8 @@ class Run:
         ):
             # Resumed without --eval: the adapter is the one that was scored, so the scores stay,
             # with what they are scores of.
-            self.record["config"]["eval"] = self.before["config"]["eval"]
+            for group in ("eval", "options"):
+                self.record["config"][group] = self.before["config"][group]
             rows = "rows of --eval"
             self.record["inputs"][rows] = self.before["inputs"][rows]
             self._note("eval", {})

@@ -78,6 +78,7 @@ class LoraMoeTrainer(SFTTrainer):
     """
 
     learning_rate_option = "--learning_rate"
+    control: Any  # TrainerControl, which callbacks write into
 
     def __init__(
         self,
@@ -132,7 +133,8 @@ class LoraMoeTrainer(SFTTrainer):
         # Whatever the base takes: `compute_loss` below divides by the tokens of the whole step.
         self.model_accepts_loss_kwargs = True
         self.loss_sum = torch.zeros((), device=self.args.device)  # this process's, over steps
-        self.started = time.monotonic()
+        self.tokens = torch.zeros((), device=self.args.device)  # of rows, since the last log line
+        self.started = self.window_began = time.monotonic()
         self.seconds_before = 0.0  # of the process that a resumed run goes on from
 
     def _prepare_dataset(
@@ -173,6 +175,7 @@ class LoraMoeTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         resume = resume_from_checkpoint or self.checkpointing.resume
+        self.window_began = time.monotonic()
         if resume is None:
             return super().train(None, *args, **kwargs)
         state = TrainerState.load_from_json(str(Path(resume) / TRAINER_STATE_NAME))
@@ -182,6 +185,8 @@ class LoraMoeTrainer(SFTTrainer):
         self.state = state
         self._load_from_checkpoint(str(resume))
         self.load_state_dict(_read_state(resume))
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
         self.model.train()  # or TRL would log for an evaluation
         self.log({"train_loss": self.mean_loss()})  # as at the end of every training
         return TrainOutput(state.global_step, self.mean_loss(), {})
@@ -212,7 +217,40 @@ class LoraMoeTrainer(SFTTrainer):
     ) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.loss_sum += loss
+        self.tokens += inputs["attention_mask"].sum()
         return loss
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The completions' loss per token on held-out rows, `eval_loss`, and nothing else."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = rows.select_columns(["input_ids", "labels"])
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        args = self.args
+        batches = Batches(
+            len(rows), args.per_device_eval_batch_size, args.seed, args.world_size,
+            args.process_index, lengths,
+        )  # fmt: skip
+        begun = time.monotonic()
+        self.model.eval()
+        sums = torch.zeros(2, device=args.device)
+        rows = with_blank(rows)
+        for batch in batches:
+            inputs = self._prepare_inputs(self.data_collator([rows[row] for row in batch]))
+            nll = completion_nll(self.model, inputs, num_items=1)
+            sums += torch.stack([nll, (inputs["labels"][:, 1:] != -100).sum().to(nll)])
+        loss, tokens = self._over_processes(sums).tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss / tokens}
+        self.log(dict(metrics))
+        self.model.train()
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        self.window_began += time.monotonic() - begun
+        return metrics
 
     def mean_loss(self) -> float:
         """The loss of a step, averaged over all steps so far, before a resumption too."""
@@ -242,7 +280,15 @@ class LoraMoeTrainer(SFTTrainer):
         return nll + self.balance_coefficient * balance / parts
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not self.model.training:  # of held-out rows
+            super().log(logs, start_time)
+            return
         logs.update(self.health.scalars(self._over_processes))
+        now, tokens = time.monotonic(), self._over_processes(self.tokens).item()
+        if tokens:
+            logs["tokens_per_second"] = round(tokens / (now - self.window_began))
+        self.tokens.zero_()
+        self.window_began = now
         super().log(logs, start_time)
 
     def routers(self) -> dict[str, RouterFigures]:

@@ -281,6 +281,7 @@ def search(
             learning_rate=config.search_learning_rate,
             # Fine-tuning goes on from these weights: the rate falls at its end, not here.
             schedule="constant_with_warmup",
+            gradient_accumulation_steps=config.search_gradient_accumulation_steps,
             save_steps=checkpointing.save_steps if checkpointing else 0,
         ),
         train_dataset=lower,

@@ -209,3 +209,71 @@ def test_a_wrong_setting_is_one_line(
     assert call("search", *settings(tiny_base, data, tmp_path / "out"), *change) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list((tmp_path / "out").glob("*")), "nothing is written"
+
+
+def test_one_file_says_a_run_flags_win_and_its_run_json_repeats_it(
+    tiny_base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"base: {tiny_base}\ntrain: {data}\noutput: {tmp_path / 'first'}\n"
+        "target_modules: [q_proj, v_proj]\nmax-experts: 3\nmax_rank: 2\nsearch_epochs: 0.5\n"
+        "search_batch_size: 2\nsearch_gradient_accumulation_steps: 2\nlearning_rate: 1e-3\n"
+        "epochs: 3\nbatch_size: 4\nlr_scheduler_type: linear\nwarmup_steps: 2\n"
+        f"weight_decay: 0.1\nmax_grad_norm: 0.5\ndev: {data}\neval_steps: 4\n"
+        f"early_stopping_patience: 1\neval: {data}\neval_rows: 4\nmax_new_tokens: 2\n"
+        "report_to: tensorboard\nadapter: null\nbudget: 300\n"  # budget is of baseline too
+    )
+    # The rate of 2 spoils the weights, so that the first look at --dev stays the best.
+    given = ["--config", config, "--learning_rate", 2, "--seed", 3]
+    assert call("run", *given) == 0
+    first = tmp_path / "first"
+    run = json.loads((first / "run.json").read_text())
+    assert run["config"]["common"]["seed"] == 3
+    assert run["config"]["common"]["target_modules"] == "q_proj,v_proj"
+    assert run["config"]["finetune"]["learning_rate"] == 2
+    assert run["search"]["steps"] == 6  # half of 48 rows by 2 parts of 2
+    log = json.loads((first / "history.json").read_text())["finetune"]["log"]
+    looks = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    assert run["best"] == {"step": min(looks, key=looks.get), "dev_loss": min(looks.values())}
+    assert max(looks) < 36, "it stopped before the end"
+    assert any("tokens_per_second" in entry for entry in log)
+    # The weights are those of the best look: the same rows have its loss.
+    scores = tmp_path / "scores.json"
+    assert call("eval", "--base", tiny_base, "--data", data, "--adapter", first / "adapter",
+                "--max_new_tokens", 1, "--output", scores) == 0  # fmt: skip
+    assert json.loads(scores.read_text())["loss"] == pytest.approx(
+        run["best"]["dev_loss"], rel=1e-3
+    )
+
+    capsys.readouterr()
+    assert call("run", "--config", first / "run.json", "--output", tmp_path / "second") == 0
+    second = json.loads((tmp_path / "second" / "run.json").read_text())
+    assert second["config"]["common"].pop("output") != run["config"]["common"].pop("output")
+    assert second["config"] == run["config"]
+    assert second["best"] == run["best"]
+    assert "tokens_per_second" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rte: 1", "there is no setting 'learning_rte': did you mean learning_rate"),
+        ("xyzzy: 1", "there is no setting 'xyzzy'"),
+        ("seed: one", "seed is 'one', expected an integer"),
+        ("order: third", "order is 'third', expected one of auto, online, first, second"),
+        ("epochs: {a: 1}", "expected a value or a list of values"),
+        ("- base", "expected lines of `setting: value`"),
+        ("base: [", "cannot be read"),
+        ("eval_steps: 3", "look at rows of --dev, which is not given"),
+        ("report_to: wandb", "report_to is 'wandb', but that package is not installed"),
+    ],
+)
+def test_a_wrong_file_of_settings_is_one_line(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    command = ["run", "--config", config, "--base", "b", "--train", "t", "--output", tmp_path / "o"]
+    assert call(*command) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
