@@ -2,16 +2,12 @@
 
     L = mean NLL of the completion's tokens + balance_coefficient * L_balance
 
-L_balance is the load-balance loss of Switch Transformers (Fedus et al. 2022, eq. 4), averaged
-over layers: `E sum_e f_e P_e` with f_e the share of choices that fell on expert e and P_e the
-mean router probability of e, over the tokens that are not padding. It is 1 for an even load. A
-layer with fewer than two experts, as a search may draw it too, has none.
+L_balance is the load-balance loss of balance.py.
 
 Both are those of the batch that all processes take together, so that P processes with b rows do
-what one does with P b: the NLL is divided by the tokens of all of them, f_e counts the choices of
-all, and P_e, in which the loss is then linear, is a sum over processes. Over the parts of an
-accumulated step the NLL is exact too; L_balance is the mean of the parts' own, because f_e of the
-whole step is known only when its last part has run.
+what one does with P b: the NLL is divided by the tokens of all of them. Over the parts of an
+accumulated step the NLL is exact too; L_balance is the mean of the parts' own, because the choices
+of the whole step are known only when its last part has run.
 """
 
 from __future__ import annotations
@@ -20,8 +16,6 @@ import copy
 import logging
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +30,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
+from guilomo_train.balance import balance_loss
 from guilomo_train.batches import Batches, BatchLoader, with_blank
 from guilomo_train.checkpoints import STATE_FILE, Checkpointing, complete, whole
 from guilomo_train.endings import written_ends
 from guilomo_train.errors import ConfigError, DataError, DivergedError
 from guilomo_train.health import RouterFigures, RouterHealth
 from guilomo_train.lora_moe import LoraMoeLayer
-from guilomo_train.lora_moe.layer import Routing
 from guilomo_train.models import DEEPSPEED_REFUSED, check_tokens, unsharded_state
 
 _logger = logging.getLogger(__name__)
@@ -441,60 +435,3 @@ def completion_nll(
     wide = logits[kept].to(torch.promote_types(logits.dtype, torch.float32))
     nll = F.cross_entropy(wide, targets[:, columns][kept], reduction="sum")
     return nll / (scored.sum() if num_items is None else num_items)
-
-
-def balance_loss(
-    routings: list[Routing],
-    tokens: torch.Tensor,
-    over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts,
-    health: RouterHealth | None = None,
-) -> torch.Tensor:
-    """The mean load-balance loss of layers; see the head of this file.
-
-    Args:
-        routings: what the routers did; tensors `[B, S, E]`, E may differ from layer to layer.
-        tokens: [B, S], 0 for those left out: padding.
-        over_processes: sums a tensor over all processes.
-        health: counts what the routers did in this process.
-
-    Returns:
-        This process's summand of the loss of the batch that all processes took together.
-    """
-    if not routings:
-        return torch.zeros((), device=tokens.device)
-    tokens = tokens.bool()
-    # One computation for all layers with as many experts: a loop over layers costs more calls
-    # than a layer itself.
-    by_experts: dict[int, list[int]] = defaultdict(list)
-    for place, routing in enumerate(routings):
-        by_experts[routing.logits.shape[-1]].append(place)
-    experts, choices, probabilities = [], [], []  # experts to choose from: 0 for no choice
-    for places in by_experts.values():
-        same = [routings[place] for place in places]
-        logits = torch.stack([r.logits[tokens] for r in same])  # [layers, T, E]
-        chosen = torch.stack([r.weights.detach()[tokens] for r in same]) > 0
-        masks = [r.available for r in same if r.available is not None]
-        available = None
-        if masks:  # a search runs: all layers have one
-            available = torch.stack(masks)
-            there = available.sum(-1)
-            routed = there > 1
-            # The others have no loss, but a softmax of nothing would make NaN of its gradient.
-            logits = logits.masked_fill(~available[:, None] & routed[:, None, None], -torch.inf)
-            experts.append(there * routed)
-        else:
-            experts.append(torch.full((len(same),), logits.shape[-1], device=logits.device))
-        probability = torch.softmax(logits, dim=-1)
-        choices.append(chosen.to(logits.dtype).sum(1))
-        probabilities.append(probability.sum(1))
-        if health is not None:
-            health.add(tuple(places), choices[-1], probability.detach(), available)
-    # Sums of all processes in one exchange: [layers, E] of each group, and the number of tokens.
-    local = torch.cat([*(c.flatten() for c in choices), tokens.sum().to(choices[0]).view(1)])
-    *counts, total = over_processes(local).split([*(c.numel() for c in choices), 1])
-    loss = torch.zeros((), device=tokens.device)
-    for number, count, probability in zip(experts, counts, probabilities, strict=True):
-        share = count.view_as(probability)
-        share = share / share.sum(-1, keepdim=True).clamp(min=1)
-        loss = loss + (number * (share * probability / total).sum(-1)).sum()
-    return loss / torch.cat(experts).count_nonzero().clamp(min=1)
