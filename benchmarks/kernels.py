@@ -10,16 +10,18 @@ added up:
 - vLLM's lora_shrink and lora_expand with every module padded to the next rank that vLLM allows,
   and without a router, which they have not;
 - a loop over slots, slices and experts;
-- the floor: weights, input and output once through memory, at the bandwidth that a copy reaches.
+- the floor: weights, input and output once through memory, at the bandwidth that a copy reaches;
+- modelled: what kernel_costs.py says of our kernels, for a GPU that it knows.
 
 Times are those of a CUDA graph over several copies of each layer, so that neither launches nor the
 cache flatter anybody. `--tune` first finds the kernels' settings for this GPU and keeps them in
-the package (guilomo_serve/ops/kernel_tuning.json).
+the user's cache (guilomo_serve/ops/tuning.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import itertools
 import statistics
 import sys
@@ -28,12 +30,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import kernel_costs
 import numpy as np
 import torch
 from common import report
 
 from guilomo_serve.ops.layer import Batch, LayerWeights, SliceWeights, Slots
 from guilomo_serve.ops.torch_ops import route
+from guilomo_serve.ops.tuning import DEFAULTS, TOKEN_CLASSES, stored
 
 TOP_K = 2
 DTYPE = torch.bfloat16
@@ -232,8 +236,24 @@ def bandwidth(repeats: int) -> float:
     return 2 * source.numel() / seconds(run, repeats)
 
 
+def modelled(layer: Layer, case: Case, gpu: str) -> float:
+    """Seconds of both our kernels by the model; not a number for a GPU that it does not know."""
+    known = next((g for name, g in kernel_costs.GPUS.items() if gpu.startswith(name)), None)
+    if known is None:
+        return float("nan")
+    adapters = tuple(
+        kernel_costs.Adapter(
+            tuple(sum(s.ranks) for s in slices), tuple(len(s.ranks) for s in slices)
+        )
+        for slices in layer.adapters
+    )
+    of_layer = kernel_costs.Layer(layer.in_features, layer.widths, adapters)
+    tuning = (stored(gpu) or DEFAULTS)[bisect.bisect_left(TOKEN_CLASSES, case.tokens)]
+    return sum(of_layer.seconds(case.batch(), tuning, known))
+
+
 def measure(case: Case, name: str, bytes_per_second: float, repeats: int) -> dict[str, float]:
-    """Seconds of one layer for each contestant, and its floor."""
+    """Seconds of one layer for each contestant, its floor and what is modelled."""
     first = Layer.random(name, case.adapters, 0, "cuda")
     copies = max(1, min(32, -(-BYTES_OF_COPIES // floor_bytes(first.weights, 0))))
     layers = [first, *(Layer.random(name, case.adapters, s, "cuda") for s in range(1, copies))]
@@ -244,6 +264,7 @@ def measure(case: Case, name: str, bytes_per_second: float, repeats: int) -> dic
         "vllm": time_vllm(layers, y, x, batch, repeats) / copies,
         "loop": time_loop(first, y, x, batch, repeats),
         "floor": floor_bytes(first.weights, case.tokens) / bytes_per_second,
+        "modelled": modelled(first, case, torch.cuda.get_device_name()),
     }
 
 
@@ -311,7 +332,7 @@ def tune(repeats: int) -> None:
     from triton.runtime.errors import OutOfResources
 
     from guilomo_serve.ops import kernels, two_steps
-    from guilomo_serve.ops.tuning import DEFAULTS, ExpandTuning, ShrinkTuning, Tuning, store
+    from guilomo_serve.ops.tuning import ExpandTuning, ShrinkTuning, Tuning, store
 
     # Few candidates that differ in what matters: each is compiled, which takes seconds.
     def candidates(tokens: int) -> tuple[list[ShrinkTuning], list[ExpandTuning]]:

@@ -201,6 +201,10 @@ class Batch:
         self._indices: dict[torch.device, list[torch.Tensor]] = {}
         self._blocks: dict[torch.device, TokenBlocks] = {}
 
+    def cut(self, size: int) -> np.ndarray:
+        """The segments in pieces of at most `size` tokens, rows (slot, begin, end)."""
+        return _cut(self.segments, size)
+
     def tokens(self, device: torch.device) -> list[torch.Tensor]:
         """The tokens of each segment as an index on `device`; made once a batch."""
         if device not in self._indices:
@@ -270,7 +274,7 @@ class TokenBlocks:
         everything[1 : 1 + len(batch.order)] = batch.order
         begin = 1 + self.max_tokens
         for size, length in zip(self.SIZES, self._lengths[2:], strict=True):
-            blocks = _cut(batch.segments, size).reshape(-1)
+            blocks = batch.cut(size).reshape(-1)
             everything[begin : begin + len(blocks)] = blocks
             begin += length
         host = torch.from_numpy(everything)

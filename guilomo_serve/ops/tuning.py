@@ -1,8 +1,10 @@
 """Launch settings of the kernels: which ones by GPU and number of tokens, and where they are kept.
 
-`kernel_tuning.json` has what `benchmarks/kernels.py --tune` has found, by the GPU's name. A GPU
-that is not in it gets the defaults below, which follow from shapes alone: few tokens are a matter
-of reading the weights with as many programs as possible, many tokens one of reuse.
+`benchmarks/kernels.py --tune` measures them and keeps them in the user's cache, by the GPU's name.
+Before that, `kernel_tuning.json` has settings by the beginning of the name, which
+benchmarks/kernel_costs.py has chosen by a model and nobody has measured; any other GPU gets the
+defaults below, which are an H100's there. Few tokens are a matter of reading the weights with as
+many programs as possible, many tokens one of reuse.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import bisect
 import functools
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,11 +76,11 @@ class Tuning:
 
 
 DEFAULTS = (
-    Tuning(ShrinkTuning(16, 16, 128, 8, 4, 4, 3), ExpandTuning(16, 32, 64, 1, 4, 1)),
-    Tuning(ShrinkTuning(16, 16, 128, 8, 4, 4, 3), ExpandTuning(16, 32, 64, 1, 4, 1)),
-    Tuning(ShrinkTuning(16, 16, 128, 4, 4, 4, 3), ExpandTuning(16, 32, 64, 2, 4, 1)),
-    Tuning(ShrinkTuning(16, 32, 128, 2, 2, 4, 3), ExpandTuning(16, 32, 64, 2, 4, 1)),
-    Tuning(ShrinkTuning(64, 32, 64, 1, 1, 4, 3), ExpandTuning(64, 32, 64, 4, 8, 1)),
+    Tuning(ShrinkTuning(16, 16, 128, 8, 8, 4, 3), ExpandTuning(16, 32, 64, 1, 4, 1)),
+    Tuning(ShrinkTuning(16, 16, 128, 8, 8, 4, 3), ExpandTuning(16, 32, 64, 2, 4, 1)),
+    Tuning(ShrinkTuning(16, 16, 128, 8, 4, 4, 3), ExpandTuning(16, 32, 64, 2, 4, 1)),
+    Tuning(ShrinkTuning(16, 32, 64, 2, 4, 4, 3), ExpandTuning(64, 32, 64, 4, 8, 1)),
+    Tuning(ShrinkTuning(64, 32, 64, 2, 4, 4, 3), ExpandTuning(64, 32, 64, 8, 8, 1)),
 )
 # For Triton's interpreter: few programs, and pieces so small that small shapes have several.
 _ON_CPU = tuple(
@@ -90,31 +94,53 @@ def tuning_for(device: torch.device, tokens: int) -> Tuning:
     return _of_device(device)[bisect.bisect_left(TOKEN_CLASSES, tokens)]
 
 
+def measured_file() -> Path:
+    """Where `store` keeps settings: in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "guilomo" / "kernel_tuning.json"
+
+
 def stored(gpu: str) -> tuple[Tuning, ...] | None:
-    """The settings found for a GPU, one for each class of tokens; None if it was never tuned."""
-    found = _read().get(gpu)
-    if found is None:
-        return None
-    return tuple(
-        Tuning(ShrinkTuning(**of_class["shrink"]), ExpandTuning(**of_class["expand"]))
-        for of_class in found
-    )
+    """The settings for a GPU, one for each class of tokens; None if there are none.
+
+    Args:
+        gpu: its name, as torch gives it.
+    """
+    measured = _read(measured_file()).get(gpu)
+    if measured is not None:
+        return _parsed(measured)
+    modelled = _read(FILE)
+    known = [name for name in modelled if gpu.startswith(name)]
+    return _parsed(modelled[max(known, key=len)]) if known else None
 
 
 def store(gpu: str, found: tuple[Tuning, ...]) -> None:
-    """Keeps settings in the package, in place of the GPU's old ones."""
+    """Keeps measured settings for this user, in place of the GPU's old ones.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
     if len(found) != len(TOKEN_CLASSES) + 1:
         raise ValueError(f"{len(found)} settings, expected one for each class of tokens")
-    everything = _read() | {gpu: [asdict(tuning) for tuning in found]}
-    written = FILE.with_suffix(".new")
+    file = measured_file()
+    everything = _read(file) | {gpu: [asdict(tuning) for tuning in found]}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    written = file.with_suffix(".new")
     written.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    written.replace(FILE)
+    written.replace(file)
     _of_device.cache_clear()
 
 
-def _read() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return found
+
+
+def _parsed(classes: Sequence[Any]) -> tuple[Tuning, ...]:
+    return tuple(
+        Tuning(ShrinkTuning(**of_class["shrink"]), ExpandTuning(**of_class["expand"]))
+        for of_class in classes
+    )
 
 
 @functools.cache

@@ -6,6 +6,8 @@ classes of batches that CI leaves out are compiled by `make test-kernels`.
 
 from __future__ import annotations
 
+import bisect
+import json
 import os
 import re
 import subprocess
@@ -21,10 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from guilomo_serve.ops import kernels, two_steps
-from guilomo_serve.ops.layer import Batch
+from guilomo_serve.ops import kernels, triton_slots, two_steps
+from guilomo_serve.ops.layer import Batch, TokenBlocks
 from guilomo_serve.ops.triton_slots import TritonSlots
-from guilomo_serve.ops.tuning import DEFAULTS, TOKEN_CLASSES
+from guilomo_serve.ops.tuning import DEFAULTS, FILE, TOKEN_CLASSES, Tuning, stored
 
 pytestmark = pytest.mark.skipif(
     kernels.INTERPRETED, reason="in the interpreter nothing is compiled"
@@ -114,6 +116,47 @@ def compiled(launch: kernels.Launch, gpu: Gpu) -> Compiled:
     )
 
 
+def specialization(launch: kernels.Launch) -> str:
+    """What Triton looks a compiled kernel up by."""
+    kernel = launch.kernel
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    _, of_arguments, options = bind(*launch.arguments, **launch.constants, **launch.options)
+    return f"{kernel.__name__} {of_arguments} {options}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_warming_up_compiles_what_batches_need(monkeypatch, dtype) -> None:
+    """Whatever batches are like: sizes, strides and where their blocks begin."""
+    seen: set[str] = set()
+    monkeypatch.setattr(torch.ops.guilomo, "shrink", kernels._shrink_tuned)
+    monkeypatch.setattr(torch.ops.guilomo, "expand", kernels._expand_tuned)
+    monkeypatch.setattr(kernels, "tuning_for", of_an_h100)
+    monkeypatch.setattr(triton_slots, "tuning_for", of_an_h100)
+    monkeypatch.setattr(kernels.Launch, "run", lambda launch: seen.add(specialization(launch)))
+    most = 2 * TOKEN_CLASSES[-1] + 1
+    slots = TritonSlots(3, 64, (32, 16, 16), dtype, "cpu")
+    slots.warm_up(most)
+    warm = set(seen)
+    assert {name.split()[0] for name in warm} == {"_shrink", "_expand"}
+    blocks = TokenBlocks(most, 3, "cpu")
+    for tokens in (1, 2, 3, 16, 17, 64, 100, 255, 256, 257, 1000, 1025, most):
+        batch = Batch(np.arange(tokens) % 4 - 1)
+        blocks.update(batch)
+        y = torch.zeros(tokens, 64, dtype=dtype)
+        for x in (
+            torch.zeros(tokens, 64, dtype=dtype),
+            torch.zeros(tokens, 192, dtype=dtype)[:, 64:128],
+            torch.zeros(tokens, 67, dtype=dtype)[:, 3:],  # rows that begin anywhere
+        ):
+            slots.apply_(y, x, batch)
+    assert seen == warm
+
+
+def of_an_h100(device: torch.device, tokens: int) -> Tuning:
+    return DEFAULTS[bisect.bisect_left(TOKEN_CLASSES, tokens)]
+
+
 def launches(tuning, tokens: int, dtype: torch.dtype) -> tuple[kernels.Launch, kernels.Launch]:
     """Of both kernels, for a layer of a real size."""
     slots = TritonSlots(1, IN, WIDTHS, dtype, "cpu")
@@ -129,19 +172,28 @@ def launches(tuning, tokens: int, dtype: torch.dtype) -> tuple[kernels.Launch, k
     return shrink, expand
 
 
-# (class of tokens, dtype, GPU): in CI the first and the last, which differ most.
-CASES = [
-    (index, dtype, gpu)
-    for index in range(len(DEFAULTS))
-    for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    for gpu in GPUS
-    if EVERY or (index in (0, len(DEFAULTS) - 1) and (dtype != torch.float16 or gpu == GPUS[0]))
-]
+def cases() -> set[tuple[int, torch.dtype, Gpu, Tuning]]:
+    """Class of tokens, dtype, GPU and settings; in CI the first and the last, which differ most."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    if not EVERY:
+        classes = (0, len(DEFAULTS) - 1)
+        every = [(i, d, gpu, DEFAULTS[i]) for i in classes for d in dtypes for gpu in GPUS]
+        return {case for case in every if case[1] != torch.float16 or case[2] == GPUS[0]}
+    capability = {"A100": GPUS[0], "H100": GPUS[1], "H200": GPUS[1], "B200": GPUS[2], "L40S": L40S}
+    settings = [(gpu, DEFAULTS) for gpu in GPUS]
+    settings += [
+        (capability[name.split()[1]], stored(name)) for name in json.loads(FILE.read_text())
+    ]
+    return {
+        (index, dtype, gpu, tuning)
+        for gpu, of_gpu in settings
+        for index, tuning in enumerate(of_gpu)
+        for dtype in dtypes
+    }
 
 
-@pytest.mark.parametrize(("index", "dtype", "gpu"), CASES, ids=str)
-def test_kernels_fit_the_gpu(index, dtype, gpu) -> None:
-    tuning = DEFAULTS[index]
+@pytest.mark.parametrize(("index", "dtype", "gpu", "tuning"), sorted(cases(), key=str))
+def test_kernels_fit_the_gpu(index, dtype, gpu, tuning) -> None:
     tokens = (*TOKEN_CLASSES, 2 * TOKEN_CLASSES[-1])[index]
     for launch in launches(tuning, tokens, dtype):
         kernel = compiled(launch, gpu)
@@ -151,7 +203,7 @@ def test_kernels_fit_the_gpu(index, dtype, gpu) -> None:
         assert kernel.wide_loads > 0, f"{name} loads less than 16 bytes at a time"
         if launch.kernel is kernels._expand:
             assert kernel.wide_stores > 0
-        if tokens <= 256:
+        if tokens <= 256 and gpu != L40S:  # which has room for three of shrink's
             assert kernel.programs(gpu) >= 4, (
                 f"{name}: {kernel.registers} registers, {kernel.shared} bytes of shared memory"
             )

@@ -65,6 +65,14 @@ def test_floor_counts_each_byte_once(benchmark) -> None:
     assert benchmark.floor_bytes(layer.weights, 5) == of_weights + 5 * 2 * (64 + 2 * 64)
 
 
+def test_a_known_gpu_has_a_modelled_time_above_the_floor(benchmark) -> None:
+    layer, case = benchmark.Layer.random("qkv_proj", 3, 0, "cpu"), benchmark.Case(16, 3)
+    gpus = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB")
+    h100, a100 = (benchmark.modelled(layer, case, gpu) for gpu in gpus)
+    assert benchmark.floor_bytes(layer.weights, 16) / 3.35e12 < h100 < a100 < 1e-4
+    assert np.isnan(benchmark.modelled(layer, case, "a GPU of another maker"))
+
+
 def test_contestants_compute_the_same(benchmark) -> None:
     layer = benchmark.Layer.random("qkv_proj", 3, 0, "cpu")
     y, x = layer.tensors(7, "cpu")

@@ -104,7 +104,12 @@ def test_kernels_in_the_interpreter() -> None:
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, str(here / "test_kernels.py"), str(here / "test_layer.py"), "-k", "kernels"],
+        [
+            *command,
+            *(str(here / f"test_{part}.py") for part in ("kernels", "layer", "costs")),
+            "-k",
+            "kernels",
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=here.parent.parent,
         capture_output=True,
@@ -341,9 +346,9 @@ def test_ops_have_fakes_and_compile_without_a_break() -> None:
     torch.library.opcheck(torch.ops.guilomo.shrink, (x, *of_batch, 3, splits), test_utils=checks)
 
 
-def test_settings_are_kept_by_gpu(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(tuning_module, "FILE", tmp_path / "kernel_tuning.json")
-    tuning_module.FILE.write_text("{}")
+def test_settings_are_kept_by_gpu_in_the_users_cache(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    package = tuning_module.FILE.read_bytes()
     other = tuple(reversed(DEFAULTS))
     tuning_module.store("GPU A", DEFAULTS)
     tuning_module.store("GPU B", DEFAULTS)
@@ -351,8 +356,21 @@ def test_settings_are_kept_by_gpu(monkeypatch, tmp_path) -> None:
     assert tuning_module.stored("GPU A") == DEFAULTS
     assert tuning_module.stored("GPU B") == other
     assert tuning_module.stored("GPU C") is None
+    assert [file.name for file in tmp_path.rglob("*.*")] == ["kernel_tuning.json"]
+    assert tuning_module.FILE.read_bytes() == package
     with pytest.raises(ValueError, match="1 settings, expected one for each class"):
         tuning_module.store("GPU A", DEFAULTS[:1])
+
+
+def test_known_gpus_have_settings_until_they_are_measured(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for gpu in ("H100 80GB HBM3", "H200", "A100-SXM4-40GB", "L40S", "B200"):
+        assert len(tuning_module.stored(f"NVIDIA {gpu}")) == len(DEFAULTS)
+    assert tuning_module.stored("NVIDIA H100 80GB HBM3") == DEFAULTS  # as tuning.py says
+    measured = tuple(reversed(DEFAULTS))
+    tuning_module.store("NVIDIA H100 80GB HBM3", measured)
+    assert tuning_module.stored("NVIDIA H100 80GB HBM3") == measured
+    assert tuning_module.stored("NVIDIA H100 PCIe") == DEFAULTS
 
 
 @pytest.mark.parametrize("implementation", [Slots, TritonSlots])
