@@ -29,6 +29,8 @@ from transformers import HfArgumentParser
 import guilomo_serve
 from guilomo_serve.adapter import AdapterError, BaseModel, read_adapter, read_spec
 from guilomo_train.config import (
+    REVISION,
+    TRUST_REMOTE_CODE,
     BaselineConfig,
     CommonConfig,
     EvalConfig,
@@ -86,6 +88,8 @@ class EvalOptions:
     output: str | None = option(None, "Write scores and answers into this JSON file.")
     dtype: str = option("auto", "Precision of the base model.")
     quantize: Literal["none", "4bit", "8bit"] = option("none", "Load the base quantised.")
+    revision: str | None = option(None, REVISION)
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
 
 
 @dataclass
@@ -183,7 +187,14 @@ def _eval(chosen: EvalOptions, config: EvalConfig) -> None:
     from guilomo_train.pipeline import evaluate_adapter, score_line, write_json
 
     scores, answers = evaluate_adapter(
-        chosen.base, chosen.data, chosen.adapter, chosen.dtype, config, chosen.quantize
+        chosen.base,
+        chosen.data,
+        chosen.adapter,
+        chosen.dtype,
+        config,
+        chosen.quantize,
+        revision=chosen.revision,
+        trust_remote_code=chosen.trust_remote_code,
     )
     if chosen.output is not None:
         write_json(Path(chosen.output), {**scores.to_json(), "answers": answers})

@@ -18,6 +18,10 @@ VALIDATION_SHARE = 0.2  # of the training rows, where a search needs held-out on
 FRESH = "fresh weights"
 
 
+REVISION = "Branch, tag or commit of a base on the hub; the adapter records the commit."
+TRUST_REMOTE_CODE = "Run Python code that comes with the base, where its architecture needs it."
+
+
 def option(default: Any, text: str) -> Any:
     """A field with the text that `--help` shows."""
     return field(default=default, metadata={"help": text})
@@ -56,6 +60,13 @@ class CommonConfig:
     )
     quantize: Literal["none", "4bit", "8bit"] = option(
         "none", "Load the base's linear layers quantised, by bitsandbytes; the adapter is not."
+    )
+    revision: str | None = option(None, REVISION)
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
+    attn_implementation: str | None = option(
+        None,
+        "How the base computes attention: eager, sdpa, flash_attention_2 or what else transformers "
+        "knows; by default what it chooses.",
     )
     gradient_checkpointing: bool = option(
         False, "Keep no activations: less memory, about a third more time."

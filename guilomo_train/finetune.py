@@ -98,6 +98,7 @@ def finetune(
             for module, listed in experts.items()
         },
         stop_token_ids=list(base.stop_token_ids),
+        revision=base.commit,
         search=search_record,
     )
     model = with_adapter(base.model, peft_config)
@@ -211,6 +212,7 @@ def adapter_of(model: PeftModel) -> Adapter:
         task_type=config.task_type,
         search=config.search,
         stop_token_ids=tuple(config.stop_token_ids or ()),
+        revision=config.revision,
     )
     state = get_peft_model_state_dict(
         model, unsharded_state(model), adapter_name=name, save_embedding_layers=False
@@ -280,6 +282,7 @@ def training_arguments(
         "warmup_steps": WARMUP,
         "max_length": common.max_length,
         "completion_only_loss": True,
+        "loss_type": "nll",  # some versions of TRL have another default
         "gradient_checkpointing": common.gradient_checkpointing,
         "bf16": False,
         "seed": common.seed,

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.distributed import DistributedConfig
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from guilomo_serve.adapter import CONFIG_FILE, BaseModel
 from guilomo_serve.precision import half_precision_is_slow
@@ -34,11 +35,15 @@ from guilomo_train.lora_moe import LoraMoeConfig
 
 @dataclass
 class Base:
-    """A base model in memory. `name` is what the adapter will record."""
+    """A base model in memory.
+
+    `name` is what the adapter will record, with the `commit` of a base on the hub.
+    """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    commit: str | None = None
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -129,7 +134,14 @@ def with_adapter(model: PreTrainedModel, config: LoraMoeConfig) -> PeftModel:
 
 
 def load_base(
-    name: str, dtype: str = "auto", quantize: str = "none", sharded: bool = False
+    name: str,
+    dtype: str = "auto",
+    quantize: str = "none",
+    sharded: bool = False,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> Base:
     """Loads a causal language model from a folder or by its hub name, onto the GPU if there is one.
 
@@ -144,6 +156,9 @@ def load_base(
             own plan for the architecture) and gathers a layer while it computes. All processes
             must call this, and every later forward pass. An adapter that is put on it afterwards
             is whole in each process.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: whether code that comes with the model may run.
+        attn_implementation: as transformers takes it; None for its choice.
 
     Raises:
         BaseError: there is no such model, it is an adapter, it is not a causal language model, it
@@ -160,6 +175,9 @@ def load_base(
             model = AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
                 quantization_config=_quantization(quantize, dtype),
                 device_map=None if quantize == "none" else {"": device},
                 distributed_config=(
@@ -171,7 +189,9 @@ def load_base(
     except (OSError, ValueError, ImportError) as e:
         raise _not_a_base(name, e) from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, ImportError) as e:
         raise BaseError(
             f"--base {name}: has no tokenizer that can be loaded; put its tokenizer files "
@@ -184,7 +204,8 @@ def load_base(
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Base(name, model, tokenizer)
+    config_file = cached_file(name, "config.json", revision=revision)
+    return Base(name, model, tokenizer, extract_commit_hash(config_file, None))
 
 
 def check_tokens(
@@ -294,6 +315,10 @@ def _quantization(quantize: str, dtype: str) -> BitsAndBytesConfig | None:
 
 
 def _not_a_base(name: str, error: Exception) -> BaseError:
+    if "trust_remote_code" in str(error):
+        return BaseError(
+            f"--base {name}: comes with code of its own; read it, and give --trust_remote_code"
+        )
     return BaseError(
         f"--base {name}: not a causal language model's folder or name: {_first_line(error)}"
     )

@@ -100,7 +100,7 @@ class Run:
             ) from None
         self.before = self._before(command)
         self.history: dict[str, Any] = read_json(self.output / HISTORY_FILE) if self.before else {}
-        self.base: Base = load_base(common.base, common.dtype, common.quantize, self.sharded)
+        self.base = self._load_base(self.sharded)
         self.train: Dataset = load_rows(
             common.train, self.base.tokenizer, common.train_rows, common.seed
         )
@@ -225,7 +225,7 @@ class Run:
             return
         model = result.model
         if self.sharded:  # it would need all processes in every step of every answer
-            whole = load_base(self.common.base, self.common.dtype).model
+            whole = self._load_base(sharded=False).model
             model = PeftModel.from_pretrained(whole, self.output / ADAPTER_FOLDER)
         with enough_memory("the evaluation", less_memory(config)):
             scores, texts = evaluate(model, self.base.tokenizer, rows, config)
@@ -253,6 +253,18 @@ class Run:
             say(f"report: {write_page(self.output)}")
             shutil.rmtree(self.checkpoints)
         processes().destroy_process_group()
+
+    def _load_base(self, sharded: bool) -> Base:
+        common = self.common
+        return load_base(
+            common.base,
+            common.dtype,
+            common.quantize,
+            sharded,
+            revision=common.revision,
+            trust_remote_code=common.trust_remote_code,
+            attn_implementation=common.attn_implementation,
+        )
 
     def _before(self, command: str) -> dict[str, Any] | None:
         """The record of the run to resume, as far as it came."""
@@ -367,6 +379,8 @@ def evaluate_adapter(
     dtype: str,
     config: EvalConfig,
     quantize: str = "none",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Scores, list[dict[str, str]]]:
     """Scores an adapter folder, or the base alone.
 
@@ -376,7 +390,9 @@ def evaluate_adapter(
     Raises:
         TrainError, AdapterError: the base, the data or the adapter cannot be used.
     """
-    base = load_base(base_name, dtype, quantize)
+    base = load_base(
+        base_name, dtype, quantize, revision=revision, trust_remote_code=trust_remote_code
+    )
     rows = load_rows(data, base.tokenizer, config.eval_rows)
     model: Any = base.model
     if adapter is not None:

@@ -29,7 +29,7 @@ _REQUIRED_KEYS = (
     "experts",
 )
 # PEFT's housekeeping: these say how the adapter came about, not what it computes.
-_IGNORED_KEYS = frozenset({"auto_mapping", "inference_mode", "peft_version", "revision"})
+_IGNORED_KEYS = frozenset({"auto_mapping", "inference_mode", "peft_version"})
 # Training settings that must have their neutral value, or the adapter would compute more than
 # its experts do.
 _NEUTRAL_KEYS: Mapping[str, tuple[Any, ...]] = {
@@ -40,7 +40,7 @@ _TRAINING_KEYS = frozenset({"lora_dropout", "num_experts", "expert_rank", "exclu
 _MODULE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _KNOWN_KEYS = (
     frozenset(_REQUIRED_KEYS)
-    | {"peft_type", "task_type", "r", "base_fingerprint", "search", "stop_token_ids"}
+    | {"peft_type", "task_type", "r", "base_fingerprint", "search", "stop_token_ids", "revision"}
     | _IGNORED_KEYS
     | _NEUTRAL_KEYS.keys()
     | _TRAINING_KEYS
@@ -73,6 +73,7 @@ class AdapterSpec:
         task_type: PEFT's task type.
         search: record of the search (method, seed, data, versions), None for a hand-made one.
         stop_token_ids: tokens that end an answer, beside the end tokens of the base.
+        revision: the base's commit on the hub, None where it was a folder.
         format_version: of the folder that it was read from.
     """
 
@@ -85,6 +86,7 @@ class AdapterSpec:
     task_type: str | None = "CAUSAL_LM"
     search: Mapping[str, Any] | None = field(default=None, compare=False)
     stop_token_ids: tuple[int, ...] = ()
+    revision: str | None = None
     format_version: int = field(default=FORMAT_VERSION, compare=False)
 
     @property
@@ -106,6 +108,7 @@ class AdapterSpec:
             "peft_type": PEFT_TYPE,
             "format_version": FORMAT_VERSION,
             "base_model_name_or_path": self.base_model_name_or_path,
+            "revision": self.revision,
             "base_fingerprint": self.base.to_json() if self.base else None,
             "task_type": self.task_type,
             "target_modules": list(self.target_modules),
@@ -169,6 +172,9 @@ class AdapterSpec:
             targets,
             "a list of module names",
         )
+        revision = value.get("revision")
+        is_name = revision is None or isinstance(revision, str)
+        _check(is_name, where, "revision", revision, "a string")
         top_k = value["top_k"]
         _check(is_int(top_k) and top_k >= 1, where, "top_k", top_k, "an integer >= 1")
         alpha = value["lora_alpha"]
@@ -206,6 +212,7 @@ class AdapterSpec:
             task_type=task_type,
             search=search,
             stop_token_ids=tuple(stops),
+            revision=revision,
             format_version=version,
         )
         for module in spec.experts:

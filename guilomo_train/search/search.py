@@ -260,6 +260,7 @@ def search(
         top_k=common.top_k,
         lora_alpha=common.lora_alpha,
         stop_token_ids=list(base.stop_token_ids),
+        revision=base.commit,
     )
     model = with_adapter(base.model, peft_config)
     adapted = {module: linears[module] for module in model.peft_config["default"].experts}

@@ -1,0 +1,82 @@
+"""Which base is loaded, and how: a revision on the hub, code that comes with it, its attention."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from guilomo_serve.adapter import read_spec
+from guilomo_train.errors import BaseError
+from guilomo_train.models import load_base
+from tests.train.tiny import tiny_llama, tiny_tokenizer
+
+COMMIT, OTHER = 40 * "a", 40 * "b"
+MODULE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def write_base(folder: Path, **config: object) -> Path:
+    tokenizer = tiny_tokenizer()
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return folder
+
+
+def test_the_commit_of_the_base_is_in_the_adapter(tmp_path: Path) -> None:
+    """The hub's cache has two commits of a base; a branch names the older one."""
+    cached = tmp_path / "hub" / "models--tiny--llama"
+    for commit in (COMMIT, OTHER):
+        write_base(cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(OTHER)
+    (cached / "refs" / "older").write_text(COMMIT)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(f'{{"prompt": "{i}", "completion": "{i}"}}' for i in range(8)))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "guilomo_train.cli", "search", "--base", "tiny/llama"),
+            *("--revision", "older", "--attn_implementation", "eager"),
+            *("--train", rows, "--output", tmp_path / "out", "--target_modules", "q_proj"),
+        ],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    spec = read_spec(tmp_path / "out" / "start")
+    assert (spec.base_model_name_or_path, spec.revision) == ("tiny/llama", COMMIT)
+
+
+def test_code_of_a_base_runs_only_if_it_may(tmp_path: Path) -> None:
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    folder = write_base(tmp_path / "base", model_type="own", auto_map=classes)
+    (folder / "own.py").write_text(MODULE)
+    with pytest.raises(BaseError, match="trust_remote_code"):
+        load_base(str(folder))
+    base = load_base(str(folder), trust_remote_code=True)
+    assert type(base.model).__name__ == "OwnForCausalLM"
+
+
+def test_attention_is_computed_as_it_is_said(tmp_path: Path) -> None:
+    folder = str(write_base(tmp_path / "base"))
+    assert load_base(folder).commit is None
+    base = load_base(folder, attn_implementation="eager")
+    assert base.model.config._attn_implementation == "eager"
+    with pytest.raises(BaseError, match="attn_implementation"):
+        load_base(folder, attn_implementation="fast")
