@@ -14,7 +14,7 @@ costs one product with A and one with the routers whatever it packs:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -337,6 +337,45 @@ class Slots:
             weights = self.weights[slot]
             if weights is not None:
                 add_routed_(y, x, tokens, weights, router_logits(x, tokens, weights))
+
+
+class SplitSlots(Slots):
+    """The slots of a layer whose input features are spread over processes."""
+
+    def __init__(self, count: int, all_reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Args: all_reduce: gives the sum of a tensor over the processes."""
+        super().__init__(count)
+        self._all_reduce = all_reduce
+
+    def apply_(self, y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
+        """As `Slots.apply_`, but what is added is this process's part of a sum."""
+        self.apply_with_logits_(y, x, batch)
+
+    def apply_with_logits_(
+        self, y: torch.Tensor, x: torch.Tensor, batch: Batch
+    ) -> dict[int, torch.Tensor]:
+        """As `apply_`; returns the logits [its tokens, E] of each slot in the batch.
+
+        One sum over the processes for all adapters of the batch; none where no adapter has a
+        router. All processes have the same adapters in the same slots, so all of them take it.
+        """
+        present = [
+            (slot, tokens, weights)
+            for (slot, _, _), tokens in zip(
+                batch.segments.tolist(), batch.tokens(x.device), strict=True
+            )
+            if (weights := self.weights[slot]) is not None
+        ]
+        logits = [router_logits(x, tokens, weights) for _, tokens, weights in present]
+        if any(part.numel() for part in logits):
+            sizes = [part.numel() for part in logits]
+            summed = self._all_reduce(torch.cat([part.flatten() for part in logits]))
+            logits = [
+                part.view_as(own) for part, own in zip(summed.split(sizes), logits, strict=True)
+            ]
+        for (_, tokens, weights), of_tokens in zip(present, logits, strict=True):
+            add_routed_(y, x, tokens, weights, of_tokens)
+        return {slot: of for (slot, _, _), of in zip(present, logits, strict=True)}
 
 
 def router_logits(x: torch.Tensor, tokens: torch.Tensor, weights: LayerWeights) -> torch.Tensor:

@@ -34,7 +34,7 @@ from vllm.lora.layers.utils import _get_lora_device
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from guilomo_serve.ops.layer import Batch, LayerWeights, Slots, add_routed_, router_logits
+from guilomo_serve.ops.layer import LayerWeights, SplitSlots
 from guilomo_serve.ops.slots import make_slots
 from guilomo_serve.runtime.loading import ModulePart
 
@@ -80,12 +80,13 @@ class RoutedLayer:
         self.filled: set[int] = set()
         self.layer_index = next(_indices)
         _layers[self.layer_index] = self
-        self.slots = (
-            SplitSlots(max_loras)
-            if self.splits_inputs
-            else make_slots(
-                max_loras, self.input_size, self.output_slices, lora_config.lora_dtype, self.device
-            )
+        self.slots = make_slots(
+            max_loras,
+            self.input_size,
+            self.output_slices,
+            lora_config.lora_dtype,
+            self.device,
+            tensor_model_parallel_all_reduce if self.splits_inputs else None,
         )
 
     @property
@@ -140,42 +141,6 @@ class RoutedLayer:
         return output
 
 
-class SplitSlots(Slots):
-    """The slots of a layer whose input columns are spread over the processes."""
-
-    def apply_(self, y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
-        """As `Slots.apply_`, but what is added is this process's part of a sum."""
-        self.apply_with_logits_(y, x, batch)
-
-    def apply_with_logits_(
-        self, y: torch.Tensor, x: torch.Tensor, batch: Batch
-    ) -> dict[int, torch.Tensor]:
-        """As `apply_`; returns the logits [its tokens, E] of each slot in the batch.
-
-        One sum over the processes for all adapters of the batch; none where no adapter has a
-        router. All processes have the same adapters in the same slots, so all of them take it.
-        """
-        present = [
-            (slot, tokens, weights)
-            for (slot, _, _), tokens in zip(
-                batch.segments.tolist(), batch.tokens(x.device), strict=True
-            )
-            if (weights := self.weights[slot]) is not None
-        ]
-        logits = [router_logits(x, tokens, weights) for _, tokens, weights in present]
-        if any(part.numel() for part in logits):
-            sizes = [part.numel() for part in logits]
-            summed = tensor_model_parallel_all_reduce(
-                torch.cat([part.flatten() for part in logits])
-            )
-            logits = [
-                part.view_as(own) for part, own in zip(summed.split(sizes), logits, strict=True)
-            ]
-        for (_, tokens, weights), of_tokens in zip(present, logits, strict=True):
-            add_routed_(y, x, tokens, weights, of_tokens)
-        return {slot: of for (slot, _, _), of in zip(present, logits, strict=True)}
-
-
 def _routed_linear(y: torch.Tensor, x: torch.Tensor, layer_index: int) -> None:
     layer = _layers[layer_index]
     batch = layer.punica_wrapper.batch
@@ -193,7 +158,8 @@ def _routed_linear(y: torch.Tensor, x: torch.Tensor, layer_index: int) -> None:
     elif isinstance(layer.slots, SplitSlots):
         sample.keep_summed(layer.served_name, layer.slots.apply_with_logits_(y, x, batch))
     else:
-        sample.keep(layer.served_name, x, layer.slots)
+        if not layer.splits_inputs:  # whose logits kernels sum and keep to themselves
+            sample.keep(layer.served_name, x, layer.slots)
         layer.slots.apply_(y, x, batch)
 
 

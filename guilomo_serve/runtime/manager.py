@@ -140,7 +140,10 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         ]
         super()._create_lora_modules()
         # Layers of one shape share their kernels; the first requests should not wait for them.
-        shapes = {(layer.input_size, layer.output_slices): layer for layer in self._routed.values()}
+        shapes = {
+            (layer.input_size, layer.output_slices, layer.splits_inputs): layer
+            for layer in self._routed.values()
+        }
         for layer in shapes.values():
             layer.slots.warm_up(self.max_num_batched_tokens)
 
