@@ -6,6 +6,7 @@ the layers are ours.
 
     cpu_sampling.py  what vLLM's CPU build samples wrongly: seeds, drafts
     experts.py       bases that are mixtures of experts
+    identity.py      what versions are called inside vLLM, and outside
     layers.py        vLLM's LoRA layers with our product in place of theirs
     loading.py       an adapter folder -> the weights of each layer of the served model
     manager.py       which adapter is in which slot, and which token of a batch uses which slot
@@ -40,6 +41,7 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 - `process_inputs` of `vllm.v1.engine.input_processor.InputProcessor`: see stops.py.
 - `add_lora` of `vllm.v1.executor.Executor` and of `LoRAModelRunnerMixin`: see refusal.py.
 - `intermediate_tensors` of the model runner: see stages.py.
+- `_gen_lora_extra_hash_keys` and `LoRARequest.name`: see identity.py.
 - `load_lora_model` of `LoRAModelRunnerMixin`, and of the model runner `sample_tokens`,
   `discard_request_mask` and `input_batch.generators`, which the sampler reads, and
   `apply_sampling_constraints` and `expand_batch_to_tokens` of `vllm.v1.sample.rejection_sampler`:
@@ -73,6 +75,7 @@ def register() -> None:
     from guilomo_serve.runtime import (
         cpu_sampling,
         experts,
+        identity,
         reading,
         refusal,
         report,
@@ -88,6 +91,7 @@ def register() -> None:
     mixin.LRUCacheWorkerLoRAManager = RoutedWorkerManager
     unsupported.install()
     experts.install()
+    identity.install()
     stages.install()
     refusal.install()
     stops.install()

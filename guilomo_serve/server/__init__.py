@@ -2,8 +2,9 @@
 
 vLLM reloads an adapter in place: under one id, one name and one path. A stream that runs goes on
 with the new weights, and prefix-cache blocks (vLLM hashes them with name and path) are reused
-across versions. Here each load is a version with an id and an inner name of its own, and the
-public name points to the latest: who has begun finishes with what he began with.
+across versions. Here each load is a version with an id and an inner name that follow from its
+digest (guilomo_serve/runtime/identity.py), and the public name points to the latest: who has begun
+finishes with what he began with.
 
     models.py      vLLM's list of models, for any server that has the plugin
     managed.py     the same over a catalogue, for servers that `guilomo-serve` starts

@@ -30,6 +30,7 @@ from starlette.responses import JSONResponse
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.output_processor import OutputProcessor
 
+from guilomo_serve.runtime.identity import public_name
 from guilomo_serve.server.access import App, Scope
 from guilomo_serve.server.schemas import refusal
 
@@ -234,6 +235,9 @@ class LeasedOutputProcessor(OutputProcessor):
 
     def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         super().add_request(request, *args, **kwargs)
+        state = self.request_states[request.request_id]
+        if state.lora_name is not None:  # the label of vllm:lora_requests_info
+            state.lora_name = public_name(state.lora_name)
         lease = current_lease()
         if lease is not None and request.request_id not in self._lease_of:
             lease.hold()

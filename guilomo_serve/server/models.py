@@ -3,7 +3,10 @@ own routes, in any server that has the plugin."""
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -11,8 +14,11 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path
 
 from guilomo_serve.adapter import AdapterError
+from guilomo_serve.catalogue import digest_of
+from guilomo_serve.runtime.identity import public_name, request_of
 from guilomo_serve.server import model_names
 from guilomo_serve.server.leases import leases
 from guilomo_serve.server.residency import Residency
@@ -23,7 +29,7 @@ logger = init_logger("vllm.guilomo")
 class VersionedServingModels(OpenAIServingModels):
     """vLLM's list of models, in which a name is a sequence of versions.
 
-    `lora_requests[name]` is the latest version's request; its `lora_name` is `name@version`.
+    `lora_requests[name]` is the latest version's request; its `lora_name` is `name@digest`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,14 +44,7 @@ class VersionedServingModels(OpenAIServingModels):
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         if lora_request is None:
             return super().model_name()
-        return self.residency.name_of(lora_request)
-
-    async def show_available_models(self) -> Any:
-        models = await super().show_available_models()
-        public = {request.lora_name: name for name, request in self.lora_requests.items()}
-        for card in models.data:
-            card.id = public.get(card.id, card.id)
-        return models
+        return public_name(lora_request.lora_name)
 
     async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> Any:
         """Loads an adapter under a name; with `load_inplace` the name may be in use.
@@ -59,17 +58,16 @@ class VersionedServingModels(OpenAIServingModels):
             error = await self._check_load_lora_adapter_request(request)
             if error is not None:
                 return error
-            version = self.lora_id_counter.inc(1)
-            loaded = LoRARequest(
-                lora_name=f"{name}@{version}",
-                lora_int_id=version,
-                lora_path=request.lora_path,
-                is_3d_lora_weight=request.is_3d_lora_weight,
-            )
+            digest = await asyncio.to_thread(_digest_of, request.lora_path)
+            # Of what has not just the two files of an adapter, blocks are shared with nothing.
+            loaded = request_of(name, digest or secrets.token_hex(32), request.lora_path)
             if base_model_name is not None and self.is_base_model(base_model_name):
                 loaded.base_model_name = base_model_name
             try:
                 await self.residency.load(name, loaded)
+                if digest != await asyncio.to_thread(_digest_of, request.lora_path):
+                    self.residency.unload(loaded)
+                    raise AdapterError("its files were written while they were read")
             except LoRAAdapterNotFoundError:
                 return create_error_response(LoRAAdapterNotFoundError(name, request.lora_path))
             except AdapterError as e:
@@ -79,7 +77,7 @@ class VersionedServingModels(OpenAIServingModels):
                     status_code=HTTPStatus.BAD_REQUEST,
                 )
             self.residency.switch(name, loaded)
-            logger.info("Adapter '%s': version %d from %s", name, version, request.lora_path)
+            logger.info("Adapter '%s': %s from %s", name, loaded.lora_name, request.lora_path)
             return f"Success: LoRA adapter '{name}' added successfully."
 
     async def unload_lora_adapter(self, request: Any) -> Any:
@@ -90,3 +88,11 @@ class VersionedServingModels(OpenAIServingModels):
                 return error
             self.residency.withdraw(name)
             return f"Success: LoRA adapter '{name}' removed successfully."
+
+
+def _digest_of(path: str) -> str | None:
+    """Of an adapter folder's files; None where there are not just these."""
+    try:
+        return digest_of(Path(get_adapter_absolute_path(path)))
+    except (AdapterError, OSError):
+        return None

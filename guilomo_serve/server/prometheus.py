@@ -170,7 +170,7 @@ class CountingOutputProcessor(LeasedOutputProcessor):
         running = next((self._running[i] for i in siblings if i in self._running), None)
         if running is None:
             state = self.request_states[request.request_id]
-            name = BASE if state.lora_name is None else state.lora_name.rpartition("@")[0]
+            name = BASE if state.lora_name is None else state.lora_name
             running = _Running(name, current_lease(), state.prompt_len)
         running.answers += 1
         self._running[request.request_id] = running

@@ -20,6 +20,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from guilomo_serve.adapter import AdapterError
+from guilomo_serve.runtime.identity import public_name
 from guilomo_serve.server.errors import NoRoom
 from guilomo_serve.server.leases import Lease, Leases, current_lease
 
@@ -128,6 +129,14 @@ class Residency:
             EngineDeadError: the engine has ended.
         """
         number = version.lora_int_id
+        resident = self._resident.get(number)
+        if resident is not None and resident.version == version:
+            return  # what a name stands for now, or stood for and still has requests
+        if resident is not None:
+            raise NoRoom(
+                f"vLLM's id of {version.lora_name} is that of {resident.version.lora_name}, which "
+                "is in memory"
+            )
         self._make_room(size)
         resident = self._resident[number] = Resident(version, name, size)
         try:
@@ -139,14 +148,16 @@ class Residency:
             raise
 
     def unload(self, version: LoRARequest) -> None:
-        """Takes out a version that was loaded and that no request got."""
-        self._drop(version)
+        """Takes out a version that was loaded, unless it is what a name stands for, or stood for
+        and still has requests."""
+        if self.current.get(public_name(version.lora_name)) != version:
+            self._retire(version)
 
     def switch(self, name: str, version: LoRARequest) -> None:
         """Gives requests that come from now on a version that is loaded."""
         previous = self.current.get(name)
         self.current[name] = version
-        if previous is not None:
+        if previous is not None and previous != version:
             self._retire(previous)
 
     def withdraw(self, name: str) -> None:
@@ -154,11 +165,6 @@ class Residency:
         version = self.current.pop(name, None)
         if version is not None:
             self._retire(version)
-
-    def name_of(self, version: LoRARequest) -> str:
-        """The public name of a version that is in memory."""
-        resident = self._resident.get(version.lora_int_id)
-        return version.lora_name if resident is None else resident.name
 
     def resident(self) -> list[Resident]:
         """All versions in memory: those that names stand for, and those that retire."""

@@ -192,7 +192,7 @@ def _shown(versions: Versions, name: str, entry: Entry, resident: set[int]) -> d
         **_described(entry.current),
         "previous_version": entry.previous.number if entry.previous else None,
         "pinned": entry.pinned,
-        "resident": entry.current.number in resident,
+        "resident": versions.request_of(entry.current).lora_int_id in resident,
         "in_flight": versions.in_flight(name),
         "last_used": _time(versions.last_used(name)),
         "error": versions.failed.get(name),

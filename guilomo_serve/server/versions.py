@@ -35,6 +35,7 @@ from guilomo_serve.catalogue import (
     digest_of,
 )
 from guilomo_serve.catalogue.database import CATALOGUE_FILE
+from guilomo_serve.runtime.identity import request_of
 from guilomo_serve.server import prometheus
 from guilomo_serve.server.errors import REFUSALS, NoRoom, Unknown
 from guilomo_serve.server.inspection import memory_of
@@ -268,7 +269,7 @@ class Versions:
         return leases.last_used.get(name)
 
     def resident(self) -> set[int]:
-        """Numbers of the versions whose weights are in memory."""
+        """Ids of the versions whose weights are in memory."""
         return {resident.version.lora_int_id for resident in self.residency.resident()}
 
     async def load_of(self, name: str) -> dict[str, Any]:
@@ -277,9 +278,13 @@ class Versions:
         Raises:
             Unknown: there is no such name.
         """
-        version = self.entry(name).current.number
-        found = await self.report.ask(version)
-        return {"name": name, "version": version, **{k: found[k] for k in ("tokens", "modules")}}
+        version = self.entry(name).current
+        found = await self.report.ask(self.request_of(version).lora_int_id)
+        return {
+            "name": name,
+            "version": version.number,
+            **{k: found[k] for k in ("tokens", "modules")},
+        }
 
     @asynccontextmanager
     async def _only_one(self, name: str) -> AsyncIterator[None]:
@@ -301,7 +306,7 @@ class Versions:
 
     async def _make_current(self, version: Version) -> Version:
         version = replace(version, number=self.catalogue.next_number())
-        loaded = self._request_of(version)
+        loaded = self.request_of(version)
         try:
             await self._fill(version, loaded)
         except NoRoom:
@@ -317,7 +322,7 @@ class Versions:
         return version
 
     async def _load(self, version: Version) -> None:
-        loaded = self._request_of(version)
+        loaded = self.request_of(version)
         try:
             await asyncio.to_thread(self._store.verify, version.digest)
             await self._fill(version, loaded)
@@ -341,12 +346,10 @@ class Versions:
         prometheus.series.of(version.name).loads += 1
         logger.info("Adapter '%s': version %d, %s", version.name, version.number, version.digest)
 
-    def _request_of(self, version: Version) -> LoRARequest:
-        return LoRARequest(
-            lora_name=f"{version.name}@{version.number}",
-            lora_int_id=version.number,
-            lora_path=str(self._store.folder_of(version.digest)),
-        )
+    def request_of(self, version: Version) -> LoRARequest:
+        """A version as vLLM knows it."""
+        folder = self._store.folder_of(version.digest)
+        return request_of(version.name, version.digest, str(folder))
 
     @staticmethod
     def _evicted(name: str) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from tests.serve import hf_reference
 from tests.serve.expert_load import check_load, expected_load, first_sampled
-from tests.serve.helpers import Server, ask
+from tests.serve.helpers import Server, ask, text_of
 
 pytestmark = pytest.mark.slow
 
@@ -156,6 +156,33 @@ def test_structured_output_is_the_adapters_own(server, models):
         assert isinstance(value["sure"], bool)
     assert len({word for word, _ in alone.values()}) > 1
     assert len({text for _, text in alone.values()}) > 1
+
+
+def test_blocks_belong_to_weights_whatever_these_are_called(server, adapters):
+    """And /metrics have the names that clients use."""
+    prompt = "Once more. " + PREFIX
+
+    def hits(name: str) -> float:
+        before = count(server, "prefix_cache_hits")
+        ask(server, name, prompt, LENGTH)
+        return count(server, "prefix_cache_hits") - before
+
+    assert server.put("turning", adapters["second"]).ok
+    assert [hits("turning") > 0 for _ in range(2)] == [False, True]
+    assert server.put("turning", adapters["first"]).ok
+    assert [hits("turning") > 0 for _ in range(2)] == [False, True]
+    assert server.admin("POST", "/turning/rollback").ok
+    assert hits("turning") > 0
+    assert server.put("turning", adapters["second"]).ok  # what is served already
+    assert server.put("team/other", adapters["second"]).ok
+    assert hits("team/other") > 0
+    assert text_of(server, "turning", prompt) == text_of(server, "second", prompt)
+    metrics = requests.get(f"{server.url}/metrics", timeout=30).text
+    running = set(re.findall(r'vllm:lora_requests_info{.*running_lora_adapters="(.*?)"', metrics))
+    assert {"turning", "team/other"} <= running
+    assert "@" not in "".join(running)
+    for name in ("turning", "team/other"):
+        assert server.admin("DELETE", f"/{name}").ok
 
 
 def test_the_load_of_experts_is_sampled_in_compiled_mode(server, tiny_model, adapters):
