@@ -69,6 +69,27 @@ class Version:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """A name in a list of models.
+
+    Attributes:
+        source: where it was taken from; of a member of a root its name there.
+        digest, number: of its current version; None of a member that nobody has asked for.
+    """
+
+    source: str
+    digest: str | None = None
+    number: int | None = None
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What its card has beyond vLLM's fields."""
+        if self.digest is None or self.number is None:
+            return {}
+        return {"digest": self.digest, "version": self.number}
+
+
+@dataclass(frozen=True)
 class Entry:
     """A name: the version it stands for, the one before, and whether it is pinned."""
 
@@ -159,14 +180,14 @@ class Catalogue:
         """The first `limit` names that come after one, in their order, with their entries."""
         return self._entries("WHERE name > ? ORDER BY name LIMIT ?", after, limit)
 
-    def sources(self, limit: int) -> dict[str, str]:
-        """The first `limit` names, each with what its current version was taken from."""
+    def listed(self, limit: int) -> dict[str, Listed]:
+        """The first `limit` names, each with what is short to say of its current version."""
         rows = self._db.execute(
-            "SELECT adapter.name, source FROM adapter JOIN version ON current = number "
-            "ORDER BY adapter.name LIMIT ?",
+            "SELECT adapter.name, source, digest, number "
+            "FROM adapter JOIN version ON current = number ORDER BY adapter.name LIMIT ?",
             (limit,),
         )
-        return dict(rows.fetchall())
+        return {name: Listed(*about) for name, *about in rows.fetchall()}
 
     def _entries(self, which: str, *values: str | int) -> dict[str, Entry]:
         """Args: which: clauses that choose rows of the table `adapter`."""

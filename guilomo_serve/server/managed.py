@@ -35,7 +35,11 @@ from guilomo_serve.server.errors import (
 )
 from guilomo_serve.server.inspection import inspect
 from guilomo_serve.server.leases import current_lease, leases
-from guilomo_serve.server.models import VersionedServingModels
+from guilomo_serve.server.models import (
+    VersionedServingModels,
+    cannot_be_found,
+    has_been_loaded,
+)
 from guilomo_serve.server.residency import Residency
 from guilomo_serve.server.schemas import refusal
 from guilomo_serve.server.versions import Versions
@@ -109,11 +113,12 @@ class ManagedServingModels(VersionedServingModels):
         models.data += [
             ModelCard(
                 id=name,
-                root=source,
+                root=listed.source,
                 parent=self.base_model_paths[0].name,
                 permission=[ModelPermission()],
+                **listed.identity,
             )
-            for name, source in names.items()
+            for name, listed in names.items()
         ]
         return models
 
@@ -121,13 +126,16 @@ class ManagedServingModels(VersionedServingModels):
         name = request.lora_name
         if not administrating.get():
             return not_allowed()
-        if not request.load_inplace and self.versions.catalogue.get(name) is not None:
-            return create_error_response(  # in vLLM's words, which clients look for
-                f"The lora adapter '{name}' has already been loaded. If you want to load the "
-                "adapter in place, set 'load_inplace' to True."
-            )
+        known = self.versions.catalogue.get(name)
         try:
-            await self.versions.put(name, self.versions.find(request.lora_path))
+            source = self.versions.find(request.lora_path)
+            if known is None or request.load_inplace:
+                await self.versions.put(name, source)
+            else:
+                found = await self.versions.put(name, source, dry_run=True)
+                if found.digest != known.current.digest:
+                    return has_been_loaded(name)
+                await self.versions.bring_in(name, None)
         except REFUSALS as e:
             return error_response(e, f"The adapter {name[:140]!a} is refused: ")
         return f"Success: LoRA adapter '{name}' added successfully."
@@ -137,6 +145,8 @@ class ManagedServingModels(VersionedServingModels):
             return not_allowed()
         try:
             await self.versions.delete(request.lora_name)
+        except Unknown:
+            return cannot_be_found(request.lora_name)
         except REFUSALS as e:
             return error_response(e)
         return f"Success: LoRA adapter '{request.lora_name}' removed successfully."

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
@@ -46,6 +47,15 @@ class VersionedServingModels(OpenAIServingModels):
             return super().model_name()
         return public_name(lora_request.lora_name)
 
+    async def show_available_models(self) -> Any:
+        """vLLM's list, with each adapter's digest."""
+        models = await super().show_available_models()
+        for card in models.data:
+            version = self.residency.current.get(card.id)
+            if version is not None:
+                card.digest = version.lora_name.rpartition("@")[2]
+        return models
+
     async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> Any:
         """Loads an adapter under a name; with `load_inplace` the name may be in use.
 
@@ -55,10 +65,13 @@ class VersionedServingModels(OpenAIServingModels):
         """
         name = request.lora_name
         async with self.lora_resolver_lock[name]:
+            digest = await asyncio.to_thread(_digest_of, request.lora_path)
+            known = self.residency.current.get(name)
+            if known is not None and known.lora_name == f"{name}@{digest}":
+                return f"Success: LoRA adapter '{name}' added successfully."
             error = await self._check_load_lora_adapter_request(request)
             if error is not None:
                 return error
-            digest = await asyncio.to_thread(_digest_of, request.lora_path)
             # Of what has not just the two files of an adapter, blocks are shared with nothing.
             loaded = request_of(name, digest or secrets.token_hex(32), request.lora_path)
             if base_model_name is not None and self.is_base_model(base_model_name):
@@ -88,6 +101,22 @@ class VersionedServingModels(OpenAIServingModels):
                 return error
             self.residency.withdraw(name)
             return f"Success: LoRA adapter '{name}' removed successfully."
+
+
+def has_been_loaded(name: str) -> ErrorResponse:
+    """The answer to a load of a name that has other weights: vLLM's, which controllers look for."""
+    return create_error_response(
+        f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in "
+        "place, set 'load_inplace' to True.",
+        "InvalidUserInput",
+    )
+
+
+def cannot_be_found(name: str) -> ErrorResponse:
+    """The answer to an unload of a name that nobody has: vLLM's."""
+    return create_error_response(
+        f"The lora adapter '{name}' cannot be found.", "NotFoundError", HTTPStatus.NOT_FOUND
+    )
 
 
 def _digest_of(path: str) -> str | None:

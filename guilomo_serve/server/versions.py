@@ -34,7 +34,7 @@ from guilomo_serve.catalogue import (
     check_name,
     digest_of,
 )
-from guilomo_serve.catalogue.database import CATALOGUE_FILE
+from guilomo_serve.catalogue.database import CATALOGUE_FILE, Listed
 from guilomo_serve.runtime.identity import request_of
 from guilomo_serve.server import prometheus
 from guilomo_serve.server.errors import REFUSALS, NoRoom, Unknown
@@ -45,6 +45,7 @@ from guilomo_serve.server.residency import Residency
 
 logger = init_logger("vllm.guilomo")
 
+_GIVEN = "given"  # in what is known of a version: the command line gave it
 _SHARE = 0.25  # of the host's memory that adapters may take unless --adapter-memory says
 
 
@@ -124,7 +125,12 @@ class Versions:
             raise AdapterError(f"{name} stands for the base model in metrics; choose another name")
 
     async def put(
-        self, name: str, source: Source, dry_run: bool = False, digest: str | None = None
+        self,
+        name: str,
+        source: Source,
+        dry_run: bool = False,
+        digest: str | None = None,
+        given: bool = False,
     ) -> Version:
         """Makes an adapter the current version of a name.
 
@@ -133,6 +139,7 @@ class Versions:
             source: folder or address, of which it is known that adapters may be taken from it.
             dry_run: check all that can be checked without the engine, change nothing.
             digest: what the adapter's digest has to be; None: anything.
+            given: whether the command line says so, and no administrator.
 
         Returns:
             The version that is served now, or with `dry_run` would be (its number is 0).
@@ -146,7 +153,7 @@ class Versions:
         async with self._only_one(name):
             replaces = self.catalogue.get(name) is not None and not dry_run
             with self._copying():
-                version = await self._put(name, source, dry_run, digest)
+                version = await self._put(name, source, dry_run, digest, given)
             if replaces:
                 prometheus.swapped(name, began)
             return version
@@ -164,7 +171,9 @@ class Versions:
                 raise CatalogueError(f"{name} has no previous version")
             with self._copying():
                 await asyncio.to_thread(self._store.verify, previous.digest)
-                version = await self._make_current(replace(previous, created=time.time()))
+                about = {**previous.about, _GIVEN: False}
+                now = time.time()
+                version = await self._make_current(replace(previous, about=about, created=now))
             prometheus.swapped(name, began)
             return version
 
@@ -221,18 +230,25 @@ class Versions:
     async def give(self, name: str, folder: Path) -> None:
         """Puts an adapter of the command line, or loads what the catalogue has of its name.
 
+        What a command line gave, the next one replaces; what an administrator put stays.
+
         Raises:
             AdapterError: it is refused.
         """
         known = self.catalogue.get(name)
         if known is None:
-            await self.put(name, folder)
+            await self.put(name, folder, given=True)
+            return
+        changed = known.current.digest != await asyncio.to_thread(digest_of, folder)
+        if changed and known.current.about.get(_GIVEN) and not known.pinned:
+            await self.put(name, folder, given=True)
             return
         await self._try_to_bring_in(name)
-        if known.current.digest != await asyncio.to_thread(digest_of, folder):
+        if changed:
             logger.warning(
-                "Adapter '%s' is version %d from %s, as the catalogue has it; the folder on "
-                "the command line, %s, holds another one: put it to serve it",
+                "Adapter '%s' is version %d from %s, which an administrator has put, rolled back "
+                "to or pinned; the folder on the command line, %s, holds another one: put it to "
+                "serve it",
                 *(name, known.current.number, known.current.source, folder),
             )
 
@@ -244,22 +260,26 @@ class Versions:
         except REFUSALS:
             pass  # `failed` and the log have the reason
 
-    async def names(self, limit: int) -> dict[str, str]:
-        """Names that can be asked for, each with where its adapter is from, in their order.
+    async def names(self, limit: int) -> dict[str, Listed]:
+        """Names that can be asked for, in their order.
 
         Args:
             limit: how many at most, those of the catalogue first; 0: those in memory alone.
         """
         if not limit:
             known = ((name, self.catalogue.get(name)) for name in sorted(self.residency.current))
-            return {name: entry.current.source for name, entry in known if entry is not None}
-        found = self.catalogue.sources(limit)
+            return {
+                name: Listed(entry.current.source, entry.current.digest, entry.current.number)
+                for name, entry in known
+                if entry is not None
+            }
+        found = self.catalogue.listed(limit)
         for name in sorted(await asyncio.to_thread(self.sources.members, limit)):
             if len(found) >= limit:
                 break
             with contextlib.suppress(AdapterError):  # a folder of a name that no adapter can have
                 self.check_name(name)
-                found.setdefault(name, name)
+                found.setdefault(name, Listed(name))
         return dict(sorted(found.items()))
 
     def in_flight(self, name: str) -> int:
@@ -294,13 +314,19 @@ class Versions:
             yield
 
     async def _put(
-        self, name: str, source: Source, dry_run: bool = False, digest: str | None = None
+        self,
+        name: str,
+        source: Source,
+        dry_run: bool = False,
+        digest: str | None = None,
+        given: bool = False,
     ) -> Version:
         stored, about, origin = await self.sources.add(source, self._inspect)
         self._unwanted.add(stored.digest)  # until the catalogue has it
         if digest is not None and digest != stored.digest:
             raise AdapterError(f"{origin}: its digest is {stored.digest}, expected {digest}")
         size, now = stored.size, time.time()
+        about = {**about, _GIVEN: given}
         version = Version(0, name, stored.digest, origin, size, about, now)
         return version if dry_run else await self._make_current(version)
 

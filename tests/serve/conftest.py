@@ -103,10 +103,18 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("state")
 
 
-def _command(tiny_model: Path, adapters: dict[str, Path], root: Path, state: Path) -> list[str]:
+@pytest.fixture(scope="package")
+def rollout(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the command line whose contents change between `opened` and `restarted`."""
+    return Path(shutil.copytree(adapters["first"], tmp_path_factory.mktemp("given") / "rollout"))
+
+
+def _command(
+    tiny_model: Path, adapters: dict[str, Path], rollout: Path, root: Path, state: Path
+) -> list[str]:
     return guilomo_serve(
         tiny_model,
-        {"given": adapters["plain"]},
+        {"given": adapters["plain"], "rollout": rollout},
         *("--adapter-root", str(root), "--state", str(state), "--check-adapters"),
         *("--enforce-eager", "--enable-prefix-caching"),
         *("--dtype", "float32", "--served-model-name", "base"),
@@ -114,23 +122,25 @@ def _command(tiny_model: Path, adapters: dict[str, Path], root: Path, state: Pat
 
 
 @pytest.fixture(scope="package")
-def opened(tiny_model, adapters, root, state, tmp_path_factory) -> Iterator[Server]:
+def opened(tiny_model, adapters, rollout, root, state, tmp_path_factory) -> Iterator[Server]:
     """A server with a root, a state and no keys of ours, and with vLLM's routes for developers."""
     log = tmp_path_factory.mktemp("log") / "opened.log"
     developing = {"VLLM_SERVER_DEV_MODE": "1", **TELLING}
-    command = [*_command(tiny_model, adapters, root, state), "--enable-scale-out"]
+    command = [*_command(tiny_model, adapters, rollout, root, state), "--enable-scale-out"]
     with serving(command, log, developing) as server:
         yield server
 
 
 @pytest.fixture(scope="package")
-def restarted(opened, tiny_model, adapters, root, state, tmp_path_factory) -> Iterator[Server]:
+def restarted(
+    opened, tiny_model, adapters, rollout, root, state, tmp_path_factory
+) -> Iterator[Server]:
     """`opened`, killed and started again on its state: with keys, and evicting what is idle."""
     os.killpg(opened.process.pid, signal.SIGKILL)
     opened.process.wait()
     log = tmp_path_factory.mktemp("log") / "restarted.log"
     command = [
-        *_command(tiny_model, adapters, root, state),
+        *_command(tiny_model, adapters, rollout, root, state),
         *("--api-key", "the-key-for-inference", "--evict-idle", "4"),
     ]
     environment = {"GUILOMO_ADMIN_KEY": "the-key-for-administration"}

@@ -234,7 +234,8 @@ def test_as_many_members_are_listed_as_are_wanted(root, tmp_path):
     assert {"first", "second", "plain"} <= set(store.members(1000))
 
 
-def test_a_killed_server_has_its_names_and_versions_again(opened, root, state, request):
+def test_a_killed_server_has_its_names_and_versions_again(opened, root, rollout, state, request):
+    opened.put("given", root / "first")  # over what the command line gave
     opened.put("kept", root / "first")
     opened.put("kept", root / "second")
     opened.put("pinned", root / "first")
@@ -247,10 +248,15 @@ def test_a_killed_server_has_its_names_and_versions_again(opened, root, state, r
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
+    shutil.copytree(root / "second", rollout, dirs_exist_ok=True)
     shutil.rmtree(root / "second")  # the catalogue has its own copy
 
     restarted = request.getfixturevalue("restarted")
     after = listed(restarted)
+    # What the command line gave, the next one replaces.
+    found, was = after.pop("rollout"), before.pop("rollout")
+    assert found["digest"] == digest_of(rollout) != was["digest"]
+    assert found["previous_version"] == was["version"]
     assert {n: (e["version"], e["digest"], e["pinned"]) for n, e in after.items()} == {
         n: (e["version"], e["digest"], e["pinned"]) for n, e in before.items()
     }
