@@ -7,6 +7,7 @@ eval       scores of an adapter, or of the base alone, by its answers
 baseline   an allocation made without a search, to compare a searched one with
 compare    two allocations of one base side by side
 report     the report page of a run, with a control beside it
+export     an adapter as a plain LoRA
 inspect    the table and picture of an adapter or allocation
 """
 
@@ -34,6 +35,7 @@ from guilomo_train.config import (
     BaselineConfig,
     CommonConfig,
     EvalConfig,
+    ExportConfig,
     FinetuneConfig,
     SearchConfig,
     option,
@@ -201,6 +203,12 @@ def _eval(chosen: EvalOptions, config: EvalConfig) -> None:
     print(score_line(scores))
 
 
+def _export(config: ExportConfig) -> None:
+    from guilomo_train.export import export
+
+    print(f"{config.output}: {export(config)}")
+
+
 def _baseline(config: BaselineConfig) -> None:
     from guilomo_train.baseline import baseline
 
@@ -273,6 +281,7 @@ COMMANDS = {
         _report,
         {"run": "Output folder of search, finetune or run."},
     ),
+    "export": Command("an adapter as a plain LoRA", (ExportConfig,), _export),
     "inspect": Command("show an adapter or allocation", (InspectOptions,), _inspect),
 }
 

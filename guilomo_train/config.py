@@ -265,6 +265,26 @@ class EvalConfig:
 
 
 @dataclass
+class ExportConfig:
+    """A LoRA-MoE adapter as a plain LoRA."""
+
+    adapter: str = field(metadata={"help": "Adapter folder."})
+    output: str = field(metadata={"help": "Folder for the LoRA."})
+    base: str | None = option(None, "Base model, where modules have several experts.")
+    data: str | None = option(None, "Rows over which the LoRA is to be near the adapter.")
+    rank: int | None = option(None, "At most this rank; by default the adapter's largest.")
+    rows: int | None = option(None, "Use this many of the rows.")
+    batch_size: int = option(8, "Rows at once.")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Precision of the base model.")
+
+    def __post_init__(self) -> None:
+        at_least("batch_size", self.batch_size, 1)
+        for name in ("rank", "rows"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
+
+
+@dataclass
 class BaselineConfig:
     """An allocation made without a search, to compare a searched one with."""
 

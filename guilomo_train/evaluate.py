@@ -97,7 +97,7 @@ def completion_loss(
     model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int
 ) -> float:
     """Negative log-likelihood of the rows' completions per token, in nats."""
-    encoded = [_encode(tokenizer, row) for row in rows]
+    encoded = [encode(tokenizer, row) for row in rows]
     encoded.sort(key=lambda ids_labels: len(ids_labels[0]))
     total, count = 0.0, 0
     for start in tqdm(range(0, len(encoded), batch_size), desc="loss"):
@@ -116,7 +116,7 @@ def completion_loss(
     return total / count
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Token ids of a row and its labels: those from where the row differs from its prompt alone.
 
     That is where training begins to learn (TRL's rule): a template may end a prompt in what a whole

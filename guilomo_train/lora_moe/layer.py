@@ -149,8 +149,12 @@ class LoraMoeLinear(nn.Module, LoraMoeLayer):
 
     def _delta(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         # The parameters stay in their own (float32) precision; the products run in x's.
-        a = _weight(self.lora_A[adapter]).to(x.dtype)
         b = _weight(self.lora_B[adapter]).to(x.dtype)
+        return F.linear(self.rank_rows(adapter, x), b)
+
+    def rank_rows(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """`(A x) * (w S)`, `[..., R]`: what B makes the adapter's output of."""
+        a = _weight(self.lora_A[adapter]).to(x.dtype)
         expand = self._expand_on(adapter, x.device)
         if self.masks is not None:
             expand = expand.to(self.masks.ranks.dtype) * self.masks.ranks.reshape(1, -1)
@@ -159,7 +163,7 @@ class LoraMoeLinear(nn.Module, LoraMoeLayer):
             gates = self._expert_weights(adapter, x) @ expand
         else:  # one expert, whose weight is 1 while it is there
             gates = expand[0] if self.masks is None else self.masks.experts @ expand
-        return F.linear(h * gates.to(x.dtype), b)
+        return h * gates.to(x.dtype)
 
     def _expert_weights(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """`[..., E]` in the router's precision, at least float32."""

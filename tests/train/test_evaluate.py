@@ -11,9 +11,9 @@ from trl import SFTConfig, SFTTrainer
 
 from guilomo_train.config import EvalConfig
 from guilomo_train.evaluate import (
-    _encode,
     answers_given,
     completion_loss,
+    encode,
     evaluate,
     prompt_ids,
     score,
@@ -118,7 +118,7 @@ def test_the_loss_scores_what_training_learns(
             model, args, train_dataset=Dataset.from_list([row]), processing_class=tokenizer
         )
         (learned,) = trainer.train_dataset
-        assert _encode(tokenizer, row) == (learned["input_ids"], learned["labels"])
+        assert encode(tokenizer, row) == (learned["input_ids"], learned["labels"])
 
 
 def test_batched_generation_is_what_each_prompt_gives_alone(small_model: Path) -> None:
