@@ -7,6 +7,7 @@ settings.py a file of settings, for --config
 data.py     rows of a data set as prompt and completion
 endings.py  how an answer ends, and where generation stops
 balance.py  the load-balance loss, and how DPO, GRPO and KTO get it
+preview.py  how training will read rows
 trainer.py  loss on the completion and the load-balance loss, on TRL's trainer
 batches.py  which rows a step takes, for any number of processes
 checkpoints.py  which checkpoint to go on from, and whether it fits

@@ -3,6 +3,7 @@
 search     data -> allocation.json and its picture
 finetune   data and an allocation -> adapter folder, and an evaluation
 run        both
+data       how training reads rows: some as the model sees them, counts, what is left out
 eval       scores of an adapter, or of the base alone, by its answers
 baseline   an allocation made without a search, to compare a searched one with
 compare    two allocations of one base side by side
@@ -37,6 +38,7 @@ from guilomo_train.config import (
     EvalConfig,
     ExportConfig,
     FinetuneConfig,
+    PreviewConfig,
     SearchConfig,
     option,
 )
@@ -182,7 +184,7 @@ def _dev(run: Run, config: FinetuneConfig) -> Dataset | None:
         return None
     from guilomo_train.data import load_rows
 
-    return load_rows(config.dev, run.base.tokenizer)
+    return load_rows(config.dev, run.base.tokenizer, loss_on=run.common.loss_on)
 
 
 def _eval(chosen: EvalOptions, config: EvalConfig) -> None:
@@ -207,6 +209,13 @@ def _export(config: ExportConfig) -> None:
     from guilomo_train.export import export
 
     print(f"{config.output}: {export(config)}")
+
+
+def _data(config: PreviewConfig) -> None:
+    from guilomo_train.preview import preview
+
+    for line in preview(config):
+        print(line)
 
 
 def _baseline(config: BaselineConfig) -> None:
@@ -267,6 +276,7 @@ COMMANDS = {
         (CommonConfig, SearchConfig, FreshOption, FinetuneConfig, HeldOutOption, EvalConfig),
         _run,
     ),
+    "data": Command("show how training reads rows", (PreviewConfig,), _data),
     "eval": Command("score an adapter by its answers", (EvalOptions, EvalConfig), _eval),
     "baseline": Command("an allocation without a search", (BaselineConfig,), _baseline),
     "compare": Command(

@@ -32,11 +32,12 @@ class CommonConfig:
     """What search and fine-tuning share: base, data, the shape of the adapter."""
 
     base: str = field(metadata={"help": "Base model: a folder or a hub name."})
-    train: str = field(
+    train: list[str] = field(
         metadata={
             "help": "Training rows: a .jsonl, .json, .csv or .parquet file, a folder of such, or a "
-            "data set as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT. Rows have prompt and completion, "
-            "or messages, or conversations, or instruction, input and output."
+            "data set as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT; or several of these. Rows have "
+            "prompt and completion, or messages, or conversations, or instruction, input and "
+            "output."
         }
     )
     output: str = field(metadata={"help": "Folder for the results."})
@@ -47,6 +48,16 @@ class CommonConfig:
         f"{VALIDATION_SHARE} where it needs some.",
     )
     train_rows: int | None = option(None, "Use this many training rows, drawn by the seed.")
+    train_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Shares of the training rows from each of --train, such as 3 1: as many rows "
+            "as there are without one twice. By default all rows of all."
+        },
+    )
+    loss_on: Literal["last", "all"] = option(
+        "last", "Which of the assistant's turns in a row are learned: the last one, or all."
+    )
     max_length: int = option(1024, "Tokens of a row; longer ones are cut at the end.")
     target_modules: str = option(
         "all-linear", "Linear layers to adapt, by name, with commas; 'all-linear' is all of them."
@@ -89,6 +100,10 @@ class CommonConfig:
     )
 
     def __post_init__(self) -> None:
+        given: Any = self.train
+        if isinstance(given, str):  # in Python one source needs no list
+            self.train = [given]
+        check_weights(self.train, self.train_weights)
         at_least("top_k", self.top_k, 1)
         at_least("max_length", self.max_length, 2)
         at_least("save_steps", self.save_steps, 0)
@@ -107,6 +122,30 @@ class CommonConfig:
     def targets(self) -> str | list[str]:
         """`target_modules` as PEFT takes them."""
         return targets_of(self.target_modules)
+
+
+@dataclass
+class PreviewConfig:
+    """Rows to look at as training would read them."""
+
+    base: str = field(metadata={"help": "Base model, for its tokenizer: a folder or a hub name."})
+    train: list[str] = field(metadata={"help": "Rows, in any form that training takes."})
+    train_weights: list[float] | None = field(
+        default=None, metadata={"help": "Shares of the rows from each of --train."}
+    )
+    train_rows: int | None = option(None, "Of this many rows, drawn by the seed.")
+    loss_on: Literal["last", "all"] = option("last", "As in training.")
+    max_length: int = option(1024, "Tokens of a row; longer ones are cut at the end.")
+    seed: int = option(0, "Of the draw.")
+    show: int = option(3, "Rows to show.")
+
+    def __post_init__(self) -> None:
+        check_weights(self.train, self.train_weights)
+        check_seed(self.seed)
+        at_least("max_length", self.max_length, 2)
+        at_least("show", self.show, 0)
+        if self.train_rows is not None:
+            at_least("train_rows", self.train_rows, 1)
 
 
 @dataclass
@@ -348,6 +387,19 @@ def at_least(name: str, value: float, least: float) -> None:
 def positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise ConfigError(f"{name} is {value}, expected more than 0")
+
+
+def check_weights(train: list[str], weights: list[float] | None) -> None:
+    """Shares of several sources."""
+    if weights is None:
+        return
+    if len(weights) != len(train):
+        raise ConfigError(
+            f"train_weights has {len(weights)} numbers, expected one for each of the {len(train)} "
+            "of --train"
+        )
+    for weight in weights:
+        positive("train_weights", weight)
 
 
 def check_seed(seed: int) -> None:

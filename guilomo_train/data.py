@@ -15,9 +15,17 @@ refused by its name. Other columns, such as a row's number or source, are left a
 
 from __future__ import annotations
 
-from typing import Any
+import atexit
+import itertools
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
 
 from datasets import Dataset
+from datasets.arrow_writer import ArrowWriter
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -42,38 +50,184 @@ _OF_TEMPLATES = (TemplateError, TypeError, ValueError, LookupError, AttributeErr
 
 
 def load_rows(
-    source: str,
+    source: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None = None,
     seed: int = 0,
+    weights: Sequence[float] | None = None,
+    loss_on: Literal["last", "all"] = "last",
 ) -> Dataset:
-    """Loads a data set in one form.
+    """Loads a data set in one form. Its rows are on disk, below the folder for temporary files, so
+    that it may be larger than memory.
 
     Args:
-        source: a file, a folder or a data set's name, as `sources.read` takes it.
+        source: a file, a folder or a data set's name, as `sources.read` takes it; or several.
         tokenizer: its chat template decides whether rows become messages.
         limit: rows to keep, drawn at random: files are often sorted by their answers.
         seed: of that draw.
+        weights: shares of the rows that come from each source. The mixture is as large as it can
+            be without a row twice. None for all rows of all.
+        loss_on: "all" for the turns of the assistant before the last one, too.
 
     Returns:
-        Columns `prompt`, `completion`, `answer` (text) and `where` (the row's file and line).
+        Columns `prompt`, `completion`, `answer` (text) and `where` (the row's file and line); with
+        `loss_on` all, `input_ids` and `labels` as well.
 
     Raises:
         DataError: the source cannot be read, or a row has none of the known forms or is one that
             the base's chat template rejects.
     """
     chat = tokenizer.chat_template is not None
-    raw = sources.read(source)
-    if not raw:
-        raise DataError(f"{source}: has no rows")
-    if limit is not None and limit < len(raw):
-        numbers = Dataset.from_dict({"number": list(range(len(raw)))})
-        raw = [raw[number] for number in numbers.shuffle(seed=seed)["number"][:limit]]
-    rows = [{**_row(row, where, chat), "where": where} for where, row in raw]
+    if loss_on == "all" and not chat:
+        raise DataError("--loss_on all: the base has no chat template, so its rows have no turns")
+    sources_ = [source] if isinstance(source, str) else list(source)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for where, row in chosen(sources_, limit, seed, weights):
+            yield in_form(where, row, tokenizer, loss_on)
+
+    return _on_disk(rows())
+
+
+def in_form(
+    where: str, row: Any, tokenizer: PreTrainedTokenizerBase, loss_on: Literal["last", "all"]
+) -> dict[str, Any]:
+    """One row of a source as `load_rows` has it.
+
+    Raises:
+        DataError: it has none of the known forms, or the base's chat template rejects it.
+    """
+    chat = tokenizer.chat_template is not None
+    formed = {**_row(row, where, chat), "where": where}
     if chat:
+        _check_template(formed, tokenizer)
+    if loss_on == "all":
+        formed["input_ids"], formed["labels"] = encode_all_turns(tokenizer, formed)
+    return formed
+
+
+def chosen(
+    sources_: list[str], limit: int | None, seed: int, weights: Sequence[float] | None
+) -> Iterator[tuple[str, Any]]:
+    """The rows to load, of all sources, as `sources.read` gives them; arguments as `load_rows`.
+
+    Raises:
+        DataError: a source cannot be read, or has no rows.
+    """
+    if limit is None and weights is None:
+        for source in sources_:
+            empty = True
+            for found in sources.read(source):
+                empty = False
+                yield found
+            if empty:
+                raise DataError(f"{source}: has no rows")
+        return
+    counts = [sum(1 for _ in sources.read(source)) for source in sources_]
+    for source, count in zip(sources_, counts, strict=True):
+        if count == 0:
+            raise DataError(f"{source}: has no rows")
+    wanted = mixture(counts, weights, limit)
+    if weights is None:  # one draw over all sources
+        drawn = _draw(sum(counts), wanted[0], seed)
+        yield from _numbered((row for source in sources_ for row in sources.read(source)), drawn)
+        return
+    for source, count, number in zip(sources_, counts, wanted, strict=True):
+        yield from _numbered(sources.read(source), _draw(count, number, seed))
+
+
+def mixture(counts: Sequence[int], weights: Sequence[float] | None, limit: int | None) -> list[int]:
+    """How many rows to take of each source; of all together, in one number, without weights.
+
+    Args:
+        counts: rows that each has.
+        weights: shares, in any unit.
+        limit: rows to take at most.
+    """
+    if weights is None:
+        return [min(limit or sum(counts), sum(counts))]
+    most = min(count / weight for count, weight in zip(counts, weights, strict=True))
+    if limit is not None:
+        most = min(most, limit / sum(weights))
+    return [max(1, int(most * weight + 1e-9)) for weight in weights]
+
+
+def _draw(rows: int, number: int, seed: int) -> list[int]:
+    if number == rows:
+        return list(range(rows))
+    numbers = Dataset.from_dict({"number": list(range(rows))})
+    return numbers.shuffle(seed=seed)["number"][:number]
+
+
+def _numbered(rows: Iterator[tuple[str, Any]], numbers: Sequence[int]) -> Iterator[tuple[str, Any]]:
+    """The rows of these numbers, in the order of the numbers."""
+    if numbers == list(range(len(numbers))):
+        yield from itertools.islice(rows, len(numbers))
+        return
+    wanted = set(numbers)
+    kept = {number: row for number, row in enumerate(rows) if number in wanted}
+    yield from (kept[number] for number in numbers)
+
+
+def _on_disk(rows: Iterator[dict[str, Any]]) -> Dataset:
+    path = Path(tempfile.mkdtemp(dir=_folder())) / "rows.arrow"
+    writer = ArrowWriter(path=str(path))
+    try:
         for row in rows:
-            _check_template(row, tokenizer)
-    return Dataset.from_list(rows)
+            writer.write(row)
+        writer.finalize()
+    finally:
+        writer.close()
+    return Dataset.from_file(str(path))
+
+
+@cache
+def _folder() -> str:
+    """Where rows are while this process lives."""
+    folder = tempfile.mkdtemp(prefix="guilomo-rows-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def encode_all_turns(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]
+) -> tuple[list[int], list[int]]:
+    """Token ids of a row and its labels, which are -100 outside of the assistant's turns.
+
+    A turn is what the template renders after what it renders before the turn, opened for an
+    answer.
+
+    Raises:
+        DataError: the template renders a turn otherwise when others follow.
+    """
+    messages = row["prompt"] + row["completion"]
+
+    def ids_of(part: list[Any], opened: bool) -> list[int]:
+        encoded = tokenizer.apply_chat_template(
+            part, add_generation_prompt=opened, return_dict=True
+        )
+        return encoded["input_ids"]
+
+    ids = ids_of(messages, False)
+    labels = [-100] * len(ids)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start = _common(ids_of(messages[:turn], True), ids) if turn else 0
+        upto = ids_of(messages[: turn + 1], False)
+        if ids[: len(upto)] != upto:
+            raise DataError(
+                f"{row['where']}: the base's chat template renders message {turn + 1} otherwise "
+                "when others follow, so the loss cannot be on it: give --loss_on last"
+            )
+        labels[start : len(upto)] = ids[start : len(upto)]
+    return ids, labels
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def search_rows(

@@ -127,7 +127,7 @@ def _head(run: Finished) -> str:
     return (
         f"# {run.name}\n\n"
         f"`guilomo-train {run.record['command']}` on {Path(common['base']).name}: "
-        f"{common['train']}, {run.record['train_rows']:,} rows, seed {common['seed']}. "
+        f"{', '.join(common['train'])}, {run.record['train_rows']:,} rows, seed {common['seed']}. "
         f"All settings and versions are in [{RUN_FILE}]({RUN_FILE})."
     )
 

@@ -102,8 +102,9 @@ class Run:
         self.history: dict[str, Any] = read_json(self.output / HISTORY_FILE) if self.before else {}
         self.base = self._load_base(self.sharded)
         self.train: Dataset = load_rows(
-            common.train, self.base.tokenizer, common.train_rows, common.seed
-        )
+            common.train, self.base.tokenizer, common.train_rows, common.seed,
+            common.train_weights, common.loss_on,
+        )  # fmt: skip
         if unusual := self.base.ending():
             say(unusual)
         self.base_parameters = self.base.model.num_parameters()
@@ -137,7 +138,7 @@ class Run:
                 self.history["search"],
             )
         validation = (
-            load_rows(self.common.validation, self.base.tokenizer)
+            load_rows(self.common.validation, self.base.tokenizer, loss_on=self.common.loss_on)
             if self.common.validation is not None
             else None
         )
@@ -332,7 +333,7 @@ class Run:
             return
         spec = adapter.spec
         parameters = sum(tensor.numel() for tensor in adapter.tensors().values())
-        data = f"{self.common.train} ({len(self.train)} rows)"
+        data = f"{', '.join(self.common.train)} ({len(self.train)} rows)"
         card = model_card(spec, data, parameters, scores.to_json() if scores else None)
         write_adapter(adapter, self.output / folder, card)
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow
 from datasets import load_dataset, load_dataset_builder
@@ -28,35 +27,40 @@ from pyarrow import parquet
 from guilomo_train.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-RawRows = list[tuple[str, Any]]  # where a row stands, and the row
-
 # What `datasets` raises for a name that it cannot load.
 _NOT_LOADED = (DatasetsError, FileNotFoundError, ValueError, ConnectionError)
 
 
-def read(source: str) -> RawRows:
-    """Reads all rows of a source.
+def read(source: str) -> Iterator[tuple[str, Any]]:
+    """Reads the rows of a source one after another, so that it may be larger than memory (but for
+    a JSON array, which is read whole).
 
     Args:
         source: a file; or NAME, NAME:SPLIT or NAME:CONFIG:SPLIT of a folder or of a data set that
             the `datasets` library can load. The split is "train" if it isn't given.
+
+    Yields:
+        Where a row stands, and the row.
 
     Raises:
         DataError: the source, or a row of it, cannot be read.
     """
     path = Path(source)
     if path.is_file() or _kind(path) is not None:
-        return list(_read_file(path))
+        yield from _read_file(path)
+        return
     name, *rest = source.split(":")
     split = rest[-1] if rest else "train"
     config = rest[0] if len(rest) == 2 else None
     if Path(name).is_dir():
-        return [row for file in _files(Path(name), config, split) for row in _read_file(file)]
+        for file in _files(Path(name), config, split):
+            yield from _read_file(file)
+        return
     try:
         dataset = load_dataset(name, config, split=split)
     except _NOT_LOADED as e:
         raise DataError(f"{source}: not a file, and not a data set to load: {_why(e)}") from None
-    return [(f"{source}, row {i}", row) for i, row in enumerate(dataset)]
+    yield from ((f"{source}, row {i}", row) for i, row in enumerate(dataset))
 
 
 def _kind(path: Path) -> str | None:
@@ -85,36 +89,50 @@ def _why(error: Exception) -> str:
 def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
     kind = _kind(path)
     if kind == ".parquet":
-        try:
-            rows = parquet.read_table(path).to_pylist()
-        except (OSError, pyarrow.ArrowException) as e:
-            raise DataError(f"{path}: cannot be read as Parquet ({_why(e)})") from None
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
+        yield from _of_parquet(path)
         return
-    text = _text(path)
-    if kind in (".csv", ".tsv"):
-        yield from _of_table(path, text, "\t" if kind == ".tsv" else ",")
-    elif kind == ".json" and text.lstrip().startswith("["):
-        rows = _parsed(text, str(path))
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
-    else:
-        # Not splitlines: JSON strings may have line separators of Unicode in them.
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                yield where, _parsed(line, where)
-
-
-def _text(path: Path) -> str:
     try:
-        content = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            content = gzip.decompress(content)
-        return content.decode("utf-8-sig")
+        with _open(path) as text:
+            if kind in (".csv", ".tsv"):
+                yield from _of_table(path, text, "\t" if kind == ".tsv" else ",")
+            elif kind == ".json" and _is_array(text):
+                rows = _parsed(text.read(), str(path))
+                yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
+            else:
+                for number, line in enumerate(text, start=1):
+                    if line.strip():
+                        where = f"{path}, line {number}"
+                        yield where, _parsed(line, where)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
         raise DataError(f"{path}: cannot be read as text ({e})") from None
+
+
+def _open(path: Path) -> TextIO:
+    # Lines end in \n alone: JSON strings may have line separators of Unicode in them.
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
+    return path.open(encoding="utf-8-sig", newline="\n")
+
+
+def _is_array(text: TextIO) -> bool:
+    """Whether a text begins with `[`; it is left at its beginning."""
+    first = next((line.lstrip() for line in text if line.strip()), "")
+    text.seek(0)
+    return first.startswith("[")
+
+
+def _of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    yield f"{path}, row {number}", row
+                    number += 1
+    except (OSError, pyarrow.ArrowException) as e:
+        raise DataError(f"{path}: cannot be read as Parquet ({_why(e)})") from None
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -124,8 +142,8 @@ def _parsed(text: str, where: str) -> Any:
         raise DataError(f"{where}: not JSON ({e})") from None
 
 
-def _of_table(path: Path, text: str, separator: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+def _of_table(path: Path, text: TextIO, separator: str) -> Iterator[tuple[str, Any]]:
+    reader = csv.DictReader(text, delimiter=separator, strict=True)
     try:
         for row in reader:
             where = f"{path}, line {reader.line_num}"

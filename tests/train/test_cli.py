@@ -277,3 +277,20 @@ def test_a_wrong_file_of_settings_is_one_line(
     command = ["run", "--config", config, "--base", "b", "--train", "t", "--output", tmp_path / "o"]
     assert call(*command) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_learns_every_turn_of_several_files(
+    tiny_base: Path, data: Path, tmp_path: Path
+) -> None:
+    turns = [("user", "1?"), ("assistant", "odd"), ("user", "2?"), ("assistant", "even")]
+    chats = tmp_path / "chats.jsonl"
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    chats.write_text("\n".join([json.dumps(row)] * 12))
+    output = tmp_path / "out"
+    command = ["run", *settings(tiny_base, data, output), "--train", data, chats]
+    command += ["--train_weights", 2, 1, "--loss_on", "all", "--epochs", 1]
+    assert call(*command) == 0
+    run = json.loads((output / "run.json").read_text())
+    assert run["train_rows"] == 36
+    assert run["config"]["common"]["train"] == [str(data), str(chats)]
+    assert f"{data}, {chats} (36 rows)" in (output / "adapter" / "README.md").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
+import tracemalloc
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from guilomo_train.cli import main
 from guilomo_train.config import CommonConfig
 from guilomo_train.data import load_rows, search_rows
 from guilomo_train.errors import DataError
@@ -316,3 +318,104 @@ def test_validation_rows_are_split_off_and_too_few_are_refused() -> None:
             search_rows(rows.select(range(few)), common, None, held_out)
     assert search_rows(rows, common, upper, held_out=True) == (rows, upper)
     assert search_rows(rows, common, None, held_out=False) == (rows, None)
+
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "four"},
+    {"role": "user", "content": "3 + 3?"},
+    {"role": "assistant", "content": "six"},
+]
+
+
+def learned(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> str:
+    return tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+def test_the_loss_can_be_on_every_turn_of_the_assistant(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"messages": TURNS}])
+    (row,) = load_rows(source, tokenizer, loss_on="all")
+    assert learned(tokenizer, row) == "four<|im_end|>\nsix<|im_end|>\n"
+    assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(
+        TURNS, tokenize=False
+    )
+    # A template that drops earlier turns' text when others follow leaves nothing to learn from.
+    other = tiny_tokenizer()
+    other.chat_template = (
+        "{% for m in messages %}[{{ m.content if loop.last or m.role != 'assistant' else '' }}]"
+        "{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"line 1: .* renders message 3 otherwise when others"):
+        load_rows(source, other, loss_on="all")
+
+
+def test_sources_are_mixed_by_their_weights_without_a_row_twice(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    sources = [
+        write(
+            tmp_path / f"{name}.jsonl", [{"prompt": name, "completion": str(i)} for i in range(n)]
+        )
+        for name, n in (("a", 30), ("b", 10))
+    ]
+
+    def counts(**how: Any) -> tuple[int, int]:
+        rows = load_rows(sources, tokenizer, **how)
+        assert len(set(rows["where"])) == len(rows)
+        names = [row["prompt"][0]["content"] for row in rows]
+        return names.count("a"), names.count("b")
+
+    assert counts() == (30, 10)
+    assert counts(weights=[1, 1]) == (10, 10)
+    assert counts(weights=[3, 1]) == (30, 10)
+    assert counts(weights=[0.9, 0.1]) == (30, 3)
+    assert counts(weights=[1, 4], limit=10) == (2, 8)
+    assert sum(counts(limit=7)) == 7
+
+
+def test_rows_are_read_one_after_another(tmp_path: Path) -> None:
+    rows = [{"prompt": "p" * 2000, "completion": "b"}] * 8000
+    source = write(tmp_path / "rows.jsonl", rows)
+    size = Path(source).stat().st_size
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tracemalloc.start()
+    loaded = load_rows(source, tokenizer)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(loaded) == 8000
+    assert loaded.cache_files, "the rows are on disk"
+    assert most < size / 3, (most, size)
+
+
+def test_the_data_command_shows_what_is_learned_and_what_is_left_out(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"messages": TURNS},
+        {"prompt": "word " * 90, "completion": "lost"},
+        {"prompt": "p", "completion": "word " * 90},
+        {"prompt": "p", "completion": "fine"},
+    ]
+    source = write(tmp_path / "rows.jsonl", rows)
+    command = ["data", "--base", str(tiny_base), "--train", source, "--max_length", "64"]
+    assert main([*command, "--loss_on", "all", "--show", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "[[four<|im_end|>\n]]<|im_start|>user\n3 + 3?" in out
+    assert "[[six<|im_end|>\n]]" in out
+    assert out.count("what is learned stands in") == 1
+    assert "4 rows of " in out
+    assert "left out: 1 have no token to learn within --max_length 64, first " in out
+    assert f"cut: 1 go on after --max_length 64 and teach no end, first {source}, line 3" in out
+    # The same rows are what a training gets.
+    command[-1] = "1024"
+    assert main([*command, "--show", "4"]) == 0
+    assert "four<|im_end|>\n<|im_start|>user\n3 + 3?" in capsys.readouterr().out
+
+    with open(source, "a") as file:
+        file.write(json.dumps({"prompt": "p"}))
+    assert main(command) == 2
+    assert f"1 of 5 rows are refused, first {source}, line 5" in capsys.readouterr().err
