@@ -104,4 +104,6 @@ def with_blank(rows: Dataset) -> Dataset:
     first: dict[str, Any] = rows[0]
     token = first["input_ids"][0]
     blank = {"input_ids": [token, token], "labels": [-100, -100]}
+    if "seq_lengths" in rows.column_names:  # of packed rows
+        blank["seq_lengths"] = [2]
     return concatenate_datasets([rows, Dataset.from_list([blank], features=rows.features)])

@@ -241,6 +241,11 @@ class FinetuneConfig:
     gradient_accumulation_steps: int = option(
         1, "Batches whose gradients are added up to one step."
     )
+    packing: bool = option(
+        False,
+        "Put whole rows one after another, up to --max_length tokens, that do not see one another: "
+        "no padding. --batch_size then counts packed rows.",
+    )
     learning_rate: float = option(1e-3, "Of the adapter's weights, at its highest.")
     lr_scheduler_type: Literal[
         "linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"

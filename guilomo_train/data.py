@@ -20,6 +20,7 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +33,10 @@ from transformers import PreTrainedTokenizerBase
 from guilomo_train import sources
 from guilomo_train.config import VALIDATION_SHARE, CommonConfig
 from guilomo_train.errors import DataError
+from guilomo_train.limits import writing
 
 FORMS = "prompt and completion, or messages, or conversations, or instruction and output"
+_IN_MEMORY = 1000  # rows; more are in a file
 _FEWEST_ROWS = 8  # that a search can judge by
 # What a key that other rows need has in one that does not.
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -57,8 +60,8 @@ def load_rows(
     weights: Sequence[float] | None = None,
     loss_on: Literal["last", "all"] = "last",
 ) -> Dataset:
-    """Loads a data set in one form. Its rows are on disk, below the folder for temporary files, so
-    that it may be larger than memory.
+    """Loads a data set in one form. Many rows are kept in a file, below the folder for temporary
+    ones (TMPDIR), so that they may be more than memory holds.
 
     Args:
         source: a file, a folder or a data set's name, as `sources.read` takes it; or several.
@@ -76,6 +79,7 @@ def load_rows(
     Raises:
         DataError: the source cannot be read, or a row has none of the known forms or is one that
             the base's chat template rejects.
+        OutputError: that file cannot be written.
     """
     chat = tokenizer.chat_template is not None
     if loss_on == "all" and not chat:
@@ -86,7 +90,7 @@ def load_rows(
         for where, row in chosen(sources_, limit, seed, weights):
             yield in_form(where, row, tokenizer, loss_on)
 
-    return _on_disk(rows())
+    return _as_dataset(rows())
 
 
 def in_form(
@@ -169,15 +173,16 @@ def _numbered(rows: Iterator[tuple[str, Any]], numbers: Sequence[int]) -> Iterat
     yield from (kept[number] for number in numbers)
 
 
-def _on_disk(rows: Iterator[dict[str, Any]]) -> Dataset:
+def _as_dataset(rows: Iterator[dict[str, Any]]) -> Dataset:
+    """Few rows in memory, more in a file."""
+    first = list(itertools.islice(rows, _IN_MEMORY))
+    if len(first) < _IN_MEMORY:
+        return Dataset.from_list(first)
     path = Path(tempfile.mkdtemp(dir=_folder())) / "rows.arrow"
-    writer = ArrowWriter(path=str(path))
-    try:
-        for row in rows:
+    with writing(path), closing(ArrowWriter(path=str(path))) as writer:
+        for row in itertools.chain(first, rows):
             writer.write(row)
         writer.finalize()
-    finally:
-        writer.close()
     return Dataset.from_file(str(path))
 
 

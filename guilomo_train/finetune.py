@@ -118,6 +118,7 @@ def finetune(
             warmup_steps=config.warmup_steps,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
+            packing=config.packing,
             save_steps=looks.pop("save_steps", checkpointing.save_steps if checkpointing else 0),
             **looks,
         ),

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, TrainOutput
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from guilomo_train.balance import balance_loss
 from guilomo_train.batches import Batches, BatchLoader, with_blank
@@ -44,7 +44,7 @@ _logger = logging.getLogger(__name__)
 
 # TRL's options for the loss, and for batches that its own loss knows, with what leaves them off.
 _OF_OTHER_LOSSES: dict[str, tuple[Any, ...]] = {
-    "packing": (False,),
+    "packing_strategy": ("bfd",),
     "eval_packing": (None, False),
     "padding_free": (False,),
     "label_smoothing_factor": (0.0,),
@@ -66,13 +66,15 @@ class LoraMoeTrainer(SFTTrainer):
 
     Raises:
         ConfigError: DeepSpeed is asked for, gradient checkpointing in its reentrant form, an option
-            of TRL's own losses, several GPUs in one process, or float16 without loss scaling.
+            of TRL's own losses, several GPUs in one process, float16 without loss scaling, or
+            packing on a base that does not keep packed rows apart.
         DataError: no row of a data set has a token to learn from.
         BaseError: a row has a token that the base has no embedding of.
     """
 
     learning_rate_option = "--learning_rate"
     control: Any  # TrainerControl, which callbacks write into
+    train_dataset: Dataset
 
     def __init__(
         self,
@@ -102,11 +104,13 @@ class LoraMoeTrainer(SFTTrainer):
                     f"{option} is {getattr(args, option)!r}, expected {only[0]!r}: the loss of a "
                     "LoRA-MoE is computed by its own trainer, which has no such option"
                 )
+        # TRL's own packing computes with FlashAttention alone.
+        packing, args.packing = args.packing, False
         # On a base that is sharded as it is loaded transformers refuses checkpoints, for it cannot
         # write sharded optimiser states; what is trained here is whole in each process.
         strategy, args.save_strategy = args.save_strategy, SaveStrategy.NO
         super().__init__(model, args, **kwargs)
-        self.args.save_strategy = strategy
+        self.args.save_strategy, self.args.packing = strategy, packing
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get(
             "use_reentrant"
         ):
@@ -117,6 +121,8 @@ class LoraMoeTrainer(SFTTrainer):
         for rows in (self.train_dataset, self.eval_dataset):
             if rows is not None:
                 check_tokens(self.model, self.processing_class, rows["input_ids"])
+        if packing:
+            self._pack()
         self.balance_coefficient = balance_coefficient
         self.checkpointing = checkpointing or Checkpointing(0, {}, None)
         self.layers = [m for m in self.model.modules() if isinstance(m, LoraMoeLayer)]
@@ -167,6 +173,18 @@ class LoraMoeTrainer(SFTTrainer):
             _warn(args, f"{_counted(prepared, ends, what)}: they teach no end")
         return cut.select(learned)
 
+    def _pack(self) -> None:
+        """Puts whole rows one after another, up to `max_length` tokens. Each has positions from 0,
+        which is how transformers knows to keep their attention apart."""
+        rows = self.train_dataset.select_columns(["input_ids", "labels"])
+        if self.args.max_length is None:
+            raise ConfigError("packing needs max_length, the tokens of a packed row")
+        check_packing(self.model, list(rows[:2]["input_ids"]))
+        # A row's first token is predicted from nothing, and not from the row before it.
+        rows = rows.map(lambda row: {"labels": [-100, *row["labels"][1:]]})
+        self.train_dataset = pack_dataset(rows, self.args.max_length, "bfd")
+        self.data_collator.return_position_ids = True
+
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         resume = resume_from_checkpoint or self.checkpointing.resume
         self.window_began = time.monotonic()
@@ -186,7 +204,8 @@ class LoraMoeTrainer(SFTTrainer):
         return TrainOutput(state.global_step, self.mean_loss(), {})
 
     def get_train_dataloader(self) -> DataLoader:
-        rows = self.train_dataset.select_columns(["input_ids", "labels"])
+        columns = ["input_ids", "labels", *(["seq_lengths"] if self.args.packing else [])]
+        rows = self.train_dataset.select_columns(columns)
         batches = Batches(
             len(rows),
             self._train_batch_size,
@@ -425,9 +444,14 @@ def completion_nll(
     targets = inputs["labels"][:, 1:]
     scored = targets != -100
     columns = scored.any(dim=0).nonzero().squeeze(-1)
+    positions = inputs.get("position_ids")
+    if positions is None:
+        seen = {"attention_mask": inputs["attention_mask"]}
+    else:  # of packed rows: without a mask transformers keeps apart what begins at 0
+        seen = {"position_ids": positions}
     logits = model(
         input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        **seen,
         logits_to_keep=columns,
         use_cache=False,
     ).logits
@@ -435,3 +459,33 @@ def completion_nll(
     wide = logits[kept].to(torch.promote_types(logits.dtype, torch.float32))
     nll = F.cross_entropy(wide, targets[:, columns][kept], reduction="sum")
     return nll / (scored.sum() if num_items is None else num_items)
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module, rows: list[list[int]]) -> None:
+    """Checks on two rows that a model keeps packed rows apart.
+
+    Raises:
+        ConfigError: the second row's logits are those of one that sees the first.
+    """
+    first, second = (torch.tensor(ids[:16]) for ids in (rows[0], rows[-1]))
+    positions = torch.cat([torch.arange(len(ids)) for ids in (first, second)])[None]
+    device = next(model.parameters()).device
+    both = torch.cat([first, second])[None].to(device)
+    was_training = model.training
+    model.eval()
+    try:
+        alone = model(input_ids=both[:, len(first) :], use_cache=False).logits
+        joined = model(input_ids=both, use_cache=False).logits[:, len(first) :]
+        packed = model(input_ids=both, position_ids=positions.to(device), use_cache=False).logits
+        error = (packed[:, len(first) :] - alone).abs().mean()
+        apart = bool(error < 0.25 * (joined - alone).abs().mean())
+    except TypeError:  # a model that takes no positions
+        apart = False
+    model.train(was_training)
+    if not apart:
+        kind = getattr(model, "config", None)
+        raise ConfigError(
+            f"packing: in a base of type {getattr(kind, 'model_type', '?')} rows that are packed "
+            "together see one another, with this version of transformers: leave it out"
+        )

@@ -126,7 +126,7 @@ def test_completions_that_are_cut_are_counted(
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("packing", True), ("padding_free", True), ("label_smoothing_factor", 0.1),
+    [("packing_strategy", "wrapped"), ("padding_free", True), ("label_smoothing_factor", 0.1),
      ("loss_type", "dft")],
 )  # fmt: skip
 def test_an_option_of_other_losses_is_refused_by_name(
