@@ -1,8 +1,7 @@
-"""The routed product of a layer on a GPU: adapters' rows in pools, two kernels for a batch."""
+"""The routed product of a layer on a GPU: adapters in memory that layers share, two kernels."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from guilomo_serve.ops import kernels as _registers_the_ops  # noqa: F401
 from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
 from guilomo_serve.ops.load import RouterLoad
-from guilomo_serve.ops.pool import RowPool
+from guilomo_serve.ops.memory import AdapterMemory, Range
 from guilomo_serve.ops.tuning import TOKEN_CLASSES, tuning_for
 from guilomo_serve.ops.two_steps import LOAD_WIDTH, MAX_EXPERTS, check_size, table_width
 
@@ -19,10 +18,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class TritonSlots:
-    """The slots of one layer as the kernels read them: rows in pools, and a table of where.
+    """The slots of one layer as the kernels read them: in ranges of memory, and a table of where.
 
-    The weights given to `set` are copied and not kept. The pools' memory is what the adapters
-    in the slots weigh, see `pool.py`.
+    The weights given to `set` are copied and not kept. They take what they weigh, see `memory.py`.
 
     Attributes:
         table: [slots, ...] int64 on the device, see `two_steps.py`.
@@ -51,13 +49,8 @@ class TritonSlots:
             features; None where one process has them all.
         """
         self.widths = tuple(widths)
-        # B's rows are as wide as their slice, so they are kept in pieces that divide all widths.
-        self._piece = math.gcd(*self.widths)
-        self._lora_a = RowPool(in_features, dtype, device)
-        self._lora_b = RowPool(self._piece, dtype, device)
-        self._router = RowPool(in_features, torch.float32, device)
-        self._gate_rows = RowPool(2, torch.float32, device)
-        self._pools = (self._lora_a, self._lora_b, self._router, self._gate_rows)
+        self._in_features, self._dtype = in_features, dtype
+        self._memory = AdapterMemory(None, device)
         self._in_slot: list[_Placed | None] = [None] * count
         self.table = torch.zeros(
             count, table_width(len(self.widths)), dtype=torch.int64, device=device
@@ -70,7 +63,17 @@ class TritonSlots:
     @property
     def nbytes(self) -> int:
         """Memory of all adapters in the slots."""
-        return sum(pool.rows.numel() * pool.rows.element_size() for pool in self._pools)
+        return sum(len(placed.range.data) for placed in self._in_slot if placed is not None)
+
+    def keep_in(self, memory: AdapterMemory) -> None:
+        """Has weights kept in memory that layers share. All slots are empty."""
+        assert not any(self._in_slot)
+        self._memory = memory
+        memory.tell(self)
+
+    def moved(self) -> None:
+        """Writes the table anew: weights have other addresses."""
+        self.table.copy_(torch.tensor([self._table_row(s) for s in range(len(self._in_slot))]))
 
     def set(self, slot: int, weights: LayerWeights | None) -> None:
         """Puts a copy of an adapter's weights into a slot, or empties it.
@@ -79,24 +82,18 @@ class TritonSlots:
 
         Raises:
             UnsupportedAdapterError: more rows or experts in a slice than the kernels take.
-            torch.OutOfMemoryError: the device is full. The slot is empty after either.
+            torch.OutOfMemoryError: the memory is full. The slot is empty after either.
         """
-        self._in_slot[slot] = None
+        placed, self._in_slot[slot] = self._in_slot[slot], None
         self.load[slot] = 0
-        for pool in self._pools:
-            pool.free(slot)
+        if placed is not None:
+            self._memory.free(placed.range)
         try:
             if weights is not None:
                 check_size(weights)
-                self._put(slot, weights)
-                self._in_slot[slot] = _Placed(weights, self.widths)
-        except BaseException:
-            for pool in self._pools:
-                pool.free(slot)
-            raise
+                self._in_slot[slot] = _Placed(weights, self.widths, self._put(weights))
         finally:
-            # Rows of other slots may have moved.
-            self.table.copy_(torch.tensor([self._table_row(s) for s in range(len(self._in_slot))]))
+            self.moved()
 
     def apply_(self, y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
         """As `Slots.apply_`; y, x and the weights have one dtype, the rows of y and x may be apart.
@@ -128,7 +125,14 @@ class TritonSlots:
 
     def router(self, slot: int) -> torch.Tensor:
         """As `Slots.router`; a view, until the next `set`."""
-        return self._router.rows[slice(*self._router.range_of(slot))]
+        placed = self._in_slot[slot]
+        if placed is None:
+            return torch.empty(0, self._in_features, device=self.table.device)
+        return (
+            _parts(placed.range.data, placed.sizes)[1]
+            .view(torch.float32)
+            .view(-1, self._in_features)
+        )
 
     def load_of(self, slot: int) -> RouterLoad | None:
         """What the routers of the adapter in a slot chose in sampled steps since it was put there.
@@ -147,43 +151,58 @@ class TritonSlots:
 
     def warm_up(self, max_tokens: int) -> None:
         """Compiles the kernels for batches of up to so many tokens, which takes seconds."""
-        x = self._lora_a.rows.new_zeros(max_tokens, self._lora_a.rows.shape[1])
+        x = torch.zeros(max_tokens, self._in_features, dtype=self._dtype, device=self.table.device)
         y = x.new_zeros(max_tokens, sum(self.widths))
         for tokens in {min(most, max_tokens) for most in (*TOKEN_CLASSES, max_tokens)}:
             nothing = Batch(np.full(tokens, -1))
             TokenBlocks(tokens, slots=1, device=x.device).update(nothing)
             self.apply_(y[:tokens], x[:tokens], nothing)
 
-    def _put(self, slot: int, weights: LayerWeights) -> None:
-        self._lora_a.put(slot, weights.lora_a)
-        self._lora_b.put(slot, torch.cat([b.reshape(-1, self._piece) for b in weights.lora_b]))
-        self._router.put(slot, weights.router)
-        self._gate_rows.put(
-            slot, torch.stack([weights.row_scale, weights.expert_of_row.float()], dim=1)
+    def _put(self, weights: LayerWeights) -> Range:
+        dtype = self._dtype
+        tensors = (
+            weights.lora_a.to(dtype),
+            weights.router,
+            torch.stack([weights.row_scale, weights.expert_of_row.float()], dim=1),
+            torch.cat([b.to(dtype).flatten() for b in weights.lora_b]),
         )
+        parts = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors]
+        taken = self._memory.take(sum(_padded(len(part)) for part in parts))
+        places = _parts(taken.data, tuple(len(part) for part in parts))
+        for place, part in zip(places, parts, strict=True):
+            place.copy_(part)
+        return taken
 
     def _table_row(self, slot: int) -> list[int]:
         """See `two_steps.LAYER_FIELDS` and `SLICE_FIELDS`."""
         placed = self._in_slot[slot]
         if placed is None:
             return [0] * self.table.shape[1]
-        row = [
-            self._lora_a.address(slot),
-            self._router.address(slot),
-            self._gate_rows.address(slot),
-            *placed.counts,
-        ]
-        address = self._lora_b.address(slot)
+        *first, lora_b = (part.data_ptr() for part in _parts(placed.range.data, placed.sizes))
+        row = [*first, *placed.counts]
         for values, elements in zip(placed.slices, placed.lora_b_elements, strict=True):
-            row += [address if elements else 0, *values]
-            address += elements * self._lora_b.rows.element_size()
+            row += [lora_b if elements else 0, *values]
+            lora_b += elements * self._dtype.itemsize
         return row
 
 
 class _Placed:
-    """What a table's row says of an adapter besides addresses."""
+    """What a table's row says of an adapter, and where its weights are.
 
-    def __init__(self, weights: LayerWeights, widths: Sequence[int]) -> None:
+    Attributes:
+        range: A, routers, gate rows and B, one after another, see `_parts`.
+        sizes: of these, in bytes.
+    """
+
+    def __init__(self, weights: LayerWeights, widths: Sequence[int], range_: Range) -> None:
+        self.range = range_
+        item = weights.lora_a.element_size()
+        self.sizes = (
+            weights.lora_a.numel() * item,
+            weights.router.numel() * 4,
+            len(weights.lora_a) * 2 * 4,
+            sum(b.numel() for b in weights.lora_b) * item,
+        )
         self.counts = (len(weights.lora_a), len(weights.router), weights.top_k)
         self.slices: list[tuple[int, ...]] = []
         self.routed: list[int] = []  # slices with a router
@@ -199,3 +218,16 @@ class _Placed:
             if experts[1] > experts[0]:
                 self.routed.append(len(self.slices) - 1)
             column += width
+
+
+def _padded(size: int) -> int:
+    """Kernels load 16 bytes at a time."""
+    return -(-size // 16) * 16
+
+
+def _parts(data: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """The bytes of each part of a range."""
+    begins = [0]
+    for size in sizes:
+        begins.append(begins[-1] + _padded(size))
+    return [data[b : b + size] for b, size in zip(begins, sizes, strict=False)]

@@ -22,6 +22,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from guilomo_serve.adapter import CONFIG_FILE, AdapterError, BaseFingerprint, is_guilomo_adapter
 from guilomo_serve.catalogue import Settings
 from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
+from guilomo_serve.ops.memory import ROUNDED, AdapterMemory
 from guilomo_serve.ops.selfcheck import PRODUCT_TOLERANCE, slot_error
 from guilomo_serve.runtime.experts import left_alone
 from guilomo_serve.runtime.layers import LAYER_CLASSES, ClassificationHead, RoutedLayer
@@ -139,6 +140,7 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
             module for module in self.supported_lora_modules if module not in self._left_alone
         ]
         super()._create_lora_modules()
+        self._reserve_memory()
         # Layers of one shape share their kernels; the first requests should not wait for them.
         shapes = {
             (layer.input_size, layer.output_slices, layer.splits_inputs): layer
@@ -152,6 +154,24 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         if module_name.rpartition(".")[2] in self._left_alone:
             return False
         return super()._match_target_modules(module_name)
+
+    def _reserve_memory(self) -> None:
+        """Takes a GPU's memory for adapters now, before vLLM measures what is left for its cache.
+
+        The front end loads no more than this (server/residency.py), so no step finds it full.
+        """
+        settings = Settings.from_environment()
+        if self.device.type != "cuda" or settings is None or settings.memory is None:
+            return
+        from guilomo_serve.ops.triton_slots import TritonSlots  # needs Triton
+
+        layers = [layer.slots for layer in self._routed.values()]
+        # Ranges and their parts begin at multiples of some bytes.
+        slack = len(layers) * self.lora_config.max_loras * ROUNDED
+        memory = AdapterMemory(settings.memory + slack, self.device)
+        for slots in layers:
+            if isinstance(slots, TritonSlots):
+                slots.keep_in(memory)
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         """Nothing to do: weights are stacked by layer when they are read."""

@@ -21,6 +21,7 @@ from guilomo_serve.ops import kernels, reference, two_steps
 from guilomo_serve.ops import tuning as tuning_module
 from guilomo_serve.ops.layer import Batch, LayerWeights, SliceWeights, Slots, TokenBlocks
 from guilomo_serve.ops.load import router_load
+from guilomo_serve.ops.memory import AdapterMemory, AdapterMemoryError
 from guilomo_serve.ops.triton_slots import TritonSlots
 from guilomo_serve.ops.tuning import DEFAULTS, ExpandTuning, ShrinkTuning
 from guilomo_serve.runtime.loading import check_fits
@@ -256,6 +257,31 @@ def test_memory_is_what_the_adapters_weigh() -> None:
     assert slots.nbytes <= 2.1 * bytes_of(weights[2])
 
 
+def test_layers_share_memory_that_is_reserved_and_kernels_follow_when_it_is_moved() -> None:
+    one, other = random_layer(0, ADAPTERS[0]), random_layer(1, ADAPTERS[1])
+    enough = bytes_of(one) + bytes_of(other) + 4 * 512
+    memory = AdapterMemory(enough, DEVICE)
+    layers = [filled([None, None]) for _ in range(2)]
+    for slots in layers:
+        slots.keep_in(memory)
+    layers[0].set(0, one)
+    layers[1].set(1, other)
+    with pytest.raises(AdapterMemoryError, match="bytes for adapters are free"):
+        layers[0].set(1, other)
+    assert layers[0].table[1].eq(0).all()
+    layers[0].set(0, None)
+    layers[1].set(0, one)  # behind the other, or in the gap
+    layers[1].set(1, None)
+    layers[0].set(1, other)
+    layers[1].set(1, None)
+    x, y = tensors(4)
+    batch = Batch(np.array([0, 1, 0, -1]))
+    for slots, weights in zip(layers, ([None, other], [one, None]), strict=True):
+        got = y.clone().to(DEVICE)
+        slots.apply_(got, x.to(DEVICE), batch)
+        assert_near(got, in_torch(y, x, weights, batch), 1e-5)
+
+
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
@@ -460,7 +486,7 @@ def _in_float32(weights):
 
 @needs_gpu
 def test_a_cuda_graph_follows_batches_and_swaps() -> None:
-    """Captured once; replayed for other tokens, after a load that makes the pools anew."""
+    """Captured once; replayed for other tokens, after a load."""
     weights = [random_layer(0, ADAPTERS[0]), None]
     slots = filled(weights)
     blocks = TokenBlocks(max_tokens=32, slots=2, device=DEVICE)

@@ -1,0 +1,137 @@
+"""Memory of a GPU for the weights of all resident adapters, reserved once or taken as needed.
+
+An adapter's part of a layer is one range of bytes, of exactly its size. In reserved memory the gaps
+between ranges are what is free; neighbouring gaps are one gap, as they are not recorded but follow
+from what is taken. A range goes into the smallest gap that holds it; where none does, though there
+is room, the ranges move together. So fragmentation never costs memory, nothing is allocated after
+the start, and what vLLM leaves to its KV cache is what is left beside the adapters.
+
+When ranges move: only inside `take`, which runs between steps on the thread that also starts the
+steps. A move is a copy queued behind the steps that were started before it, and so are the tables
+of the new places (`moved`): no step reads a range that is half moved.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Protocol
+
+import torch
+
+_ALIGNED = 256  # bytes; where a range begins
+# The most bytes that an adapter's part of a layer takes beside its weights.
+ROUNDED = 2 * _ALIGNED
+_PIECE = 2**20  # bytes that are moved at a time
+
+
+class AdapterMemoryError(torch.OutOfMemoryError):
+    """The memory that is reserved for adapters is taken; the message has the figures."""
+
+
+class Range:
+    """Bytes that somebody has taken.
+
+    Attributes:
+        data: [its bytes] uint8, where they are now: another tensor once they have moved.
+    """
+
+    def __init__(self, data: torch.Tensor, begin: int) -> None:
+        self.data = data
+        self.begin = begin
+
+
+class Moved(Protocol):
+    """Whoever keeps addresses of ranges."""
+
+    def moved(self) -> None:
+        """Some ranges have other addresses now."""
+
+
+class AdapterMemory:
+    """Ranges of bytes on one device."""
+
+    def __init__(self, nbytes: int | None, device: torch.device | str) -> None:
+        """Args:
+        nbytes: to reserve now; None takes each range from the device when it is needed.
+        device: where.
+
+        Raises:
+            torch.OutOfMemoryError: the device has not so much.
+        """
+        self._device = torch.device(device)
+        self._reserved: torch.Tensor | None = None
+        if nbytes is not None:
+            nbytes = -(-nbytes // _ALIGNED) * _ALIGNED
+            self._reserved = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            self._between = torch.empty(_PIECE, dtype=torch.uint8, device=device)
+        self._ranges: list[Range] = []  # by begin
+        self._told: weakref.WeakSet[Moved] = weakref.WeakSet()
+
+    @property
+    def used(self) -> int:
+        """Bytes that are taken."""
+        return sum(_size(taken) for taken in self._ranges)
+
+    def tell(self, whom: Moved) -> None:
+        """Has somebody told when ranges move, for as long as it lives."""
+        self._told.add(whom)
+
+    def take(self, nbytes: int) -> Range:
+        """A range of so many bytes, with old values, that begins at a multiple of 256.
+
+        Raises:
+            AdapterMemoryError: there are not so many free in the reserved memory.
+            torch.OutOfMemoryError: nothing is reserved, and the device is full.
+        """
+        if self._reserved is None:
+            data = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            self._ranges.append(Range(data, len(self._ranges)))
+            return self._ranges[-1]
+        size = -(-nbytes // _ALIGNED) * _ALIGNED
+        free = len(self._reserved) - self.used
+        if size > free:
+            raise AdapterMemoryError(
+                f"an adapter's part of a layer takes {size} bytes, and {free} of the "
+                f"{len(self._reserved)} bytes for adapters are free (--adapter-memory)"
+            )
+        begin = self._gap(size)
+        if begin is None:
+            self._move_together()
+            begin = self.used
+        taken = Range(self._reserved[begin : begin + nbytes], begin)
+        self._ranges.append(taken)
+        self._ranges.sort(key=lambda r: r.begin)
+        return taken
+
+    def free(self, taken: Range) -> None:
+        """Gives a range back."""
+        self._ranges.remove(taken)
+
+    def _gap(self, size: int) -> int | None:
+        """Where the smallest gap of at least `size` bytes begins."""
+        assert self._reserved is not None
+        begins = [0, *(taken.begin + _size(taken) for taken in self._ranges)]
+        ends = [*(taken.begin for taken in self._ranges), len(self._reserved)]
+        gaps = [(e - b, b) for b, e in zip(begins, ends, strict=True) if e - b >= size]
+        return min(gaps)[1] if gaps else None
+
+    def _move_together(self) -> None:
+        assert self._reserved is not None
+        position = 0
+        for taken in self._ranges:
+            if taken.begin != position:
+                data = self._reserved[position : position + len(taken.data)]
+                # By way of other memory, as both places may overlap.
+                for source, target in zip(
+                    taken.data.split(_PIECE), data.split(_PIECE), strict=True
+                ):
+                    between = self._between[: len(source)].copy_(source)
+                    target.copy_(between)
+                taken.data, taken.begin = data, position
+            position += _size(taken)
+        for whom in self._told:
+            whom.moved()
+
+
+def _size(taken: Range) -> int:
+    return -(-len(taken.data) // _ALIGNED) * _ALIGNED

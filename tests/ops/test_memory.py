@@ -1,0 +1,80 @@
+"""The memory of adapters under random loads and unloads: nothing lost, overlapping or wasted."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from guilomo_serve.ops.memory import AdapterMemory, AdapterMemoryError
+
+CAPACITY = 40 * 256
+# A number of bytes loads a new owner, None unloads one of those there are.
+steps = st.lists(
+    st.tuples(st.one_of(st.none(), st.integers(1, 10 * 256)), st.integers(0, 2**16)),
+    min_size=1,
+    max_size=120,
+)
+
+
+class Told:
+    times = 0
+
+    def moved(self) -> None:
+        self.times += 1
+
+
+@pytest.mark.parametrize("reserved", [CAPACITY, None])
+@given(steps)
+@settings(max_examples=120, deadline=None, derandomize=True)
+def test_every_owner_keeps_its_bytes_and_no_memory_is_lost(reserved, sequence) -> None:
+    memory, told = AdapterMemory(reserved, "cpu"), Told()
+    memory.tell(told)
+    ranges = {}
+    for number, (size, choice) in enumerate(sequence):
+        if size is not None:
+            padded = -(-size // 256) * 256
+            if reserved is not None and memory.used + padded > CAPACITY:
+                with pytest.raises(AdapterMemoryError, match=f"takes {padded} bytes"):
+                    memory.take(size)
+                continue
+            before = {owner: of.data.data_ptr() for owner, of in ranges.items()}
+            moves = told.times
+            ranges[number] = memory.take(size)  # whatever the gaps are
+            ranges[number].data.fill_(number % 251)
+            moved = any(ranges[owner].data.data_ptr() != at for owner, at in before.items())
+            assert moved <= (told.times > moves)
+        elif ranges:
+            memory.free(ranges.pop(sorted(ranges)[choice % len(ranges)]))
+        for owner, taken in ranges.items():
+            assert taken.data.eq(owner % 251).all()
+        if reserved is not None:
+            places = sorted((r.data.data_ptr(), len(r.data)) for r in ranges.values())
+            assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(places))
+
+
+def test_a_gap_between_ranges_is_reused_in_place() -> None:
+    memory = AdapterMemory(15 * 256, "cpu")
+    a, b, c, d = (memory.take(count * 256) for count in (4, 3, 2, 6))
+    at, last = b.data.data_ptr(), d.data.data_ptr()
+    memory.free(b)
+    memory.free(c)
+    assert memory.take(5 * 256).data.data_ptr() == at  # both gaps, which are one
+    assert d.data.data_ptr() == last
+    assert memory.used == 15 * 256
+    memory.free(a)
+    assert memory.take(4 * 256).data.data_ptr() == at - 4 * 256
+
+
+def test_a_range_larger_than_a_piece_moves_over_itself(monkeypatch) -> None:
+    monkeypatch.setattr("guilomo_serve.ops.memory._PIECE", 256)
+    memory = AdapterMemory(20 * 256, "cpu")
+    first, second = memory.take(256), memory.take(17 * 256)
+    values = torch.randint(0, 256, (17 * 256,), dtype=torch.uint8)
+    second.data.copy_(values)
+    memory.free(first)
+    memory.take(3 * 256)
+    assert torch.equal(second.data, values)
