@@ -116,6 +116,7 @@ def model_card(
         "",
         f"# LoRA-MoE adapter for {Path(spec.base_model_name_or_path).name}",
         "",
+        *([f"- Base: commit {spec.revision}"] if spec.revision else []),
         f"- Training data: {data}",
         f"- Experts: {spec.total_experts} in {len(spec.experts)} layers, "
         f"top {spec.top_k} a token; total rank {spec.total_rank}; {parameters:,} parameters",

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import get_peft_model
 
 from guilomo_serve.adapter import read_spec
+from guilomo_train.cli import main
 from guilomo_train.errors import BaseError
+from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.models import load_base
 from tests.train.tiny import tiny_llama, tiny_tokenizer
 
@@ -61,6 +64,22 @@ def test_the_commit_of_the_base_is_in_the_adapter(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     spec = read_spec(tmp_path / "out" / "start")
     assert (spec.base_model_name_or_path, spec.revision) == ("tiny/llama", COMMIT)
+
+
+def test_an_adapter_in_the_hubs_cache_is_evaluated(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    folder = tmp_path / "models--some--adapter" / "snapshots" / COMMIT
+    config = LoraMoeConfig(num_experts=2, expert_rank=2, task_type="CAUSAL_LM")
+    get_peft_model(load_base(str(base)).model, config).save_pretrained(folder)
+    blobs = folder.parent.parent / "blobs"
+    blobs.mkdir()
+    for path in list(folder.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(Path("../../blobs") / path.name)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1", "completion": "odd"}')
+    given = {"--base": base, "--data": rows, "--adapter": folder, "--max_new_tokens": 2}
+    assert main(["eval", *(str(x) for pair in given.items() for x in pair)]) == 0
 
 
 def test_code_of_a_base_runs_only_if_it_may(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from guilomo_train.endings import end_tokens, stop_tokens, written_ends
 from guilomo_train.evaluate import completion_loss, evaluate
 from guilomo_train.finetune import FinetuneResult, finetune
 from guilomo_train.models import Base, load_base
+from guilomo_train.report import model_card
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.trainer import LoraMoeTrainer
 from tests.train.tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -71,6 +73,9 @@ def test_an_adapter_stops_where_its_answer_ends(kind: dict[str, str], tmp_path: 
     write_adapter(result.adapter, tmp_path / "adapter", "card")
     stops = [2] if kind is OTHER_END else []
     assert list(read_adapter(tmp_path / "adapter").spec.stop_token_ids) == stops
+    card = model_card(replace(result.adapter.spec, revision="0a1b"), "rows", 1, None)
+    assert ("eos_token_id = [2]" in card) is (stops == [2])
+    assert "- Base: commit 0a1b" in card
     again = PeftModel.from_pretrained(load_base(str(folder)).model, tmp_path / "adapter")
     scores, _ = evaluate(again, base.tokenizer, asked, config)
     assert scores.exact_match == 1.0
