@@ -17,6 +17,7 @@ health.py   load, entropy and dead experts of the routers
 baseline.py an allocation without a search, to compare a searched one with
 compare.py  two allocations side by side
 export.py   an adapter as a plain LoRA
+push.py     an adapter to the Hugging Face Hub
 report.py   tables, heat map, model card
 page.py     the report page of a run, from the files it leaves
 pictures.py what all pictures share, and those of the page

@@ -3,6 +3,7 @@
 search     data -> allocation.json and its picture
 finetune   data and an allocation -> adapter folder, and an evaluation
 run        both
+push       an adapter to the Hugging Face Hub
 data       how training reads rows: some as the model sees them, counts, what is left out
 eval       scores of an adapter, or of the base alone, by its answers
 baseline   an allocation made without a search, to compare a searched one with
@@ -39,6 +40,7 @@ from guilomo_train.config import (
     ExportConfig,
     FinetuneConfig,
     PreviewConfig,
+    PushConfig,
     SearchConfig,
     option,
 )
@@ -211,6 +213,12 @@ def _export(config: ExportConfig) -> None:
     print(f"{config.output}: {export(config)}")
 
 
+def _push(config: PushConfig) -> None:
+    from guilomo_train.push import push
+
+    print(push(config))
+
+
 def _data(config: PreviewConfig) -> None:
     from guilomo_train.preview import preview
 
@@ -276,6 +284,7 @@ COMMANDS = {
         (CommonConfig, SearchConfig, FreshOption, FinetuneConfig, HeldOutOption, EvalConfig),
         _run,
     ),
+    "push": Command("upload an adapter to the Hugging Face Hub", (PushConfig,), _push),
     "data": Command("show how training reads rows", (PreviewConfig,), _data),
     "eval": Command("score an adapter by its answers", (EvalOptions, EvalConfig), _eval),
     "baseline": Command("an allocation without a search", (BaselineConfig,), _baseline),

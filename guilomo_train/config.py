@@ -309,6 +309,22 @@ class EvalConfig:
 
 
 @dataclass
+class PushConfig:
+    """An adapter for the Hugging Face Hub."""
+
+    adapter: str = field(metadata={"help": "Adapter folder."})
+    repo: str = field(metadata={"help": "OWNER/NAME on the Hub; made where there is none."})
+    base: str | None = option(
+        None, "The base's name on the Hub, where the adapter was trained on a local folder."
+    )
+    private: bool = option(False, "Make a new repository private.")
+
+    def __post_init__(self) -> None:
+        if len(self.repo.split("/")) != 2 or not all(self.repo.split("/")):
+            raise ConfigError(f"repo is {self.repo!r}, expected OWNER/NAME")
+
+
+@dataclass
 class ExportConfig:
     """A LoRA-MoE adapter as a plain LoRA."""
 

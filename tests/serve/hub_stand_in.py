@@ -5,6 +5,7 @@ Repositories have commits; the newest is `main`. Paths and headers are those of 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -125,6 +126,36 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, commits[sha][file], {"X-Repo-Commit": sha, "ETag": '"e"'}, file)
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        """An upload: a repository is made, files are announced and come in one commit."""
+        hub, path = self.stand_in, urlsplit(self.path).path
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        hub.requests.append((self.command, path, self.headers.get("Authorization")))
+        answer: dict[str, Any] = {}
+        if path == "/api/repos/create":
+            made = json.loads(body)
+            repository = f"{made['organization']}/{made['name']}"
+            if repository in hub.denied:
+                self._answer(403, b"")
+                return
+            hub.repositories.setdefault(repository, {"0" * 40: {}})
+            answer = {"url": f"{hub.url}/{repository}"}
+        elif "/preupload/" in path:
+            files = [file["path"] for file in json.loads(body)["files"]]
+            kind = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": file, **kind} for file in files]}
+        elif "/commit/" in path:
+            repository = path.removeprefix("/api/models/").partition("/commit/")[0]
+            commits = hub.repositories[repository]
+            files = dict(list(commits.values())[-1])
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            sha = hashlib.sha1(f"{repository} {len(commits)}".encode()).hexdigest()
+            commits[sha] = files
+            answer = {"commitUrl": f"{hub.url}/{repository}/commit/{sha}", "commitOid": sha}
+        self._answer(200, json.dumps(answer).encode())
 
     def _answer(
         self, status: int, body: bytes, headers: dict[str, str] | None = None, file: str = ""
