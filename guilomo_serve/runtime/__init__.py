@@ -46,6 +46,10 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
   `discard_request_mask` and `input_batch.generators`, which the sampler reads, and
   `apply_sampling_constraints` and `expand_batch_to_tokens` of `vllm.v1.sample.rejection_sampler`:
   see cpu_sampling.py.
+- `static_forward_context` of vLLM's `CompilationConfig` and `no_compile_layers` of its forward
+  context, which is the same dict, and `LayerNameType`, `_encode_layer_name`, `_resolve_layer_name`
+  of `vllm.utils.torch_utils`: how the op of a compiled model finds its layer, as vLLM's own ops do.
+  If they move, the plugin cannot be imported, or a compiled model ends at its first step.
 - `vllm.entrypoints.openai.models.serving.OpenAIServingModels`: see guilomo_serve/server.
 """
 

@@ -10,6 +10,10 @@ and nothing is to be put back.
 repeated for each of its drafts. vLLM's kernel for CPUs writes them into a copy that it drops, and
 goes on with whatever was in that memory; and in a step that has no drafts, a top_k ends the engine.
 Here torch repeats them, and without drafts there is nothing to do.
+
+Both are of vLLM's first model runner (vllm/v1/worker/gpu_model_runner.py, 0.32), the one that CPUs
+have. Its second one (vllm/v1/worker/gpu), the one of GPUs, samples by other code, which needs
+nothing of this on a CPU either.
 """
 
 from __future__ import annotations
@@ -22,12 +26,13 @@ import torch
 
 def install() -> None:
     """Replaces `load_lora_model` of vLLM's model runners, which every one of them calls once."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as FirstModelRunner
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     load = LoRAModelRunnerMixin.load_lora_model
 
     def load_and_mend(runner: Any, model: Any, vllm_config: Any, device: torch.device) -> Any:
-        if torch.device(device).type == "cpu":
+        if torch.device(device).type == "cpu" and isinstance(runner, FirstModelRunner):
             _set_generators_aside(runner)
             _mend_drafts()
         return load(runner, model, vllm_config, device)

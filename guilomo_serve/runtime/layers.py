@@ -14,13 +14,12 @@ linear in them.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.forward_context import get_forward_context
 from vllm.lora.layers import (
     ColumnParallelLinearWithLoRA,
     MergedColumnParallelLinearWithLoRA,
@@ -32,14 +31,16 @@ from vllm.lora.layers import (
 from vllm.lora.layers.classifier import ClassificationHeadWithLoRA
 from vllm.lora.layers.utils import _get_lora_device
 from vllm.model_executor.layers.linear import QKVParallelLinear
-from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+    direct_register_custom_op,
+)
 
 from guilomo_serve.ops.layer import LayerWeights, SplitSlots
 from guilomo_serve.ops.slots import make_slots
 from guilomo_serve.runtime.loading import ModulePart
-
-_layers: WeakValueDictionary[int, RoutedLayer] = WeakValueDictionary()
-_indices = itertools.count()
 
 
 def device_of(base_layer: torch.nn.Module) -> torch.device:
@@ -53,10 +54,9 @@ class RoutedLayer:
     """What is ours in a LoRA layer; the other base class is one of vLLM's.
 
     Attributes:
-        layer_index: names the layer in the custom op.
         output_slices: the output columns of each module that the layer packs.
         filled: the slots whose adapter has something in this layer.
-        served_name: vLLM's name of the layer; the manager sets it.
+        served_name: vLLM's name of the layer; see `place`.
     """
 
     # vLLM's half of the class sets these.
@@ -78,8 +78,6 @@ class RoutedLayer:
         if self.n_slices == 1:
             self.output_slices = (self.output_size,)
         self.filled: set[int] = set()
-        self.layer_index = next(_indices)
-        _layers[self.layer_index] = self
         self.slots = make_slots(
             max_loras,
             self.input_size,
@@ -88,6 +86,16 @@ class RoutedLayer:
             self.device,
             tensor_model_parallel_all_reduce if self.splits_inputs else None,
         )
+
+    def place(self, name: str, static_forward_context: dict[str, Any]) -> None:
+        """Names the layer where the custom op of a compiled model finds it: in its own engine.
+
+        Args:
+            name: vLLM's, of the layer in the model.
+            static_forward_context: of the engine's compilation config.
+        """
+        self.served_name = name
+        static_forward_context[_op_name(name)] = self
 
     @property
     def splits_inputs(self) -> bool:
@@ -135,35 +143,46 @@ class RoutedLayer:
         # The transformers backend has a batch dimension of one in front.
         flat_x, flat_output = x.view(-1, x.shape[-1]), output.view(-1, output.shape[-1])
         if torch.compiler.is_compiling():
-            torch.ops.vllm.guilomo_routed_linear(flat_output, flat_x, self.layer_index)
+            name = _encode_layer_name(_op_name(self.served_name))
+            torch.ops.vllm.guilomo_routed_linear(flat_output, flat_x, name)
         else:
-            _routed_linear(flat_output, flat_x, self.layer_index)
+            self.add_routed_(flat_output, flat_x)
         return output
 
-
-def _routed_linear(y: torch.Tensor, x: torch.Tensor, layer_index: int) -> None:
-    layer = _layers[layer_index]
-    batch = layer.punica_wrapper.batch
-    if layer.filled.isdisjoint(batch.slots):
-        return  # base requests alone, or adapters that leave this layer as it is
-    if batch.size > x.shape[0]:
-        raise RuntimeError(
-            f"the batch has {batch.size} tokens, its layer was given {x.shape[0]}: "
-            "vLLM ran a layer on other tokens than it announced"
-        )
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    sample = layer.punica_wrapper.sample
-    if sample is None:
-        layer.slots.apply_(y, x, batch)
-    elif isinstance(layer.slots, SplitSlots):
-        sample.keep_summed(layer.served_name, layer.slots.apply_with_logits_(y, x, batch))
-    else:
-        if not layer.splits_inputs:  # whose logits kernels sum and keep to themselves
-            sample.keep(layer.served_name, x, layer.slots)
-        layer.slots.apply_(y, x, batch)
+    def add_routed_(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Adds what the step's adapters have for this layer. Args: y: [T, out]; x: [T, in]."""
+        batch = self.punica_wrapper.batch
+        if self.filled.isdisjoint(batch.slots):
+            return  # base requests alone, or adapters that leave this layer as it is
+        if batch.size > x.shape[0]:
+            raise RuntimeError(
+                f"the batch has {batch.size} tokens, its layer was given {x.shape[0]}: "
+                "vLLM ran a layer on other tokens than it announced"
+            )
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        sample = self.punica_wrapper.sample
+        if sample is None:
+            self.slots.apply_(y, x, batch)
+        elif isinstance(self.slots, SplitSlots):
+            sample.keep_summed(self.served_name, self.slots.apply_with_logits_(y, x, batch))
+        else:
+            sample.keep(self.served_name, x, self.slots)
+            self.slots.apply_(y, x, batch)
 
 
-def _no_result(y: torch.Tensor, x: torch.Tensor, layer_index: int) -> None:
+def _op_name(layer: str) -> str:
+    """The base's layers have the plain names, as vLLM gives its own LoRA layers a suffix."""
+    return f"{layer}.guilomo"
+
+
+def _routed_linear(y: torch.Tensor, x: torch.Tensor, layer_name: LayerNameType) -> None:
+    # Which layer is an argument of the compiled code, not a constant in it, so that layers of one
+    # shape share it, and another engine with this code in its cache has its own layers.
+    layers = get_forward_context().no_compile_layers
+    layers[_resolve_layer_name(layer_name)].add_routed_(y, x)
+
+
+def _no_result(y: torch.Tensor, x: torch.Tensor, layer_name: LayerNameType) -> None:
     """What torch.compile is to know of the op: it changes `y` and returns nothing."""
 
 

@@ -99,7 +99,7 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
             rename=lambda name: name if mapper is None else mapper._map_name(name) or name,
         )
         for name, layer in self._routed.items():
-            layer.served_name = name
+            layer.place(name, vllm_config.compilation_config.static_forward_context)
         self.expert_load = ExpertLoad()
 
     @property

@@ -1,0 +1,49 @@
+"""vLLM's second model runner, the one of GPUs, on a CPU: adapters answer as in transformers.
+
+Here the runner's own kernels are interpreted; the adapters' product is the one of CPUs.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.serve import hf_reference
+from tests.serve.expert_load import check_load, expected_load, first_sampled
+from tests.serve.helpers import ask, guilomo_serve, serving
+from tests.serve.triton_for_cpu import installed
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = ("A card has not arrived.", "hello")
+TOKENS = 6
+UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+
+def test_a_server_of_two_processes_answers(
+    tiny_model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    flags = (
+        *("-tp", "2", "--enforce-eager", "--dtype", "float32", "--served-model-name", "base"),
+        *("--kv-cache-memory-bytes", str(8 << 20), "--check-adapters"),
+    )
+    environment = {**UNBOUND, **installed(tmp_path)}
+    log = tmp_path / "log"
+    jobs = [(name, prompt) for prompt in PROMPTS for name in ("base", *adapters)]
+    with serving(guilomo_serve(tiny_model, adapters, *flags), log, environment) as server:
+        alone = [ask(server, *job, TOKENS) for job in jobs[: len(adapters) + 1]]
+        with ThreadPoolExecutor(len(jobs)) as pool:  # mixed
+            answers = list(pool.map(lambda job: ask(server, *job, TOKENS, logprobs=1), jobs))
+        assert server.load("sampled", adapters["first"]).ok
+        prompt, load = first_sampled(server, "sampled", PROMPTS[0])
+        check_load(load, expected_load(tiny_model, adapters["first"], prompt), len(prompt))
+    assert "V2 Model Runner" in log.read_text()
+    assert [a.token_ids for a in alone] == [a.token_ids for a in answers[: len(alone)]]
+    for name, folder in {"base": None, **adapters}.items():
+        model = hf_reference.model_with(tiny_model, folder)
+        for job, answer in zip(jobs, answers, strict=True):
+            if job[0] == name:
+                expected = hf_reference.greedy(model, answer.prompt_token_ids, TOKENS)
+                assert answer.token_ids == expected, job
