@@ -12,7 +12,9 @@ from guilomo_serve.precision import half_precision_is_slow
 
 
 def start(model: str, requests: int, prompt_tokens: int, **settings: Any) -> Any:
-    """vLLM's `LLM`, in eager mode, without prefix cache, in the precision of `guilomo-serve`.
+    """vLLM's `LLM`, without prefix cache, in the precision of `guilomo-serve`.
+
+    In eager mode unless the settings say otherwise. Prompts are given as tokens.
 
     Args:
         model: the base model.
@@ -23,17 +25,16 @@ def start(model: str, requests: int, prompt_tokens: int, **settings: Any) -> Any
     os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
     from vllm import LLM
 
-    return LLM(
-        model,
-        dtype="float32" if half_precision_is_slow() else "auto",
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        max_model_len=512,
-        max_num_seqs=requests,
-        max_num_batched_tokens=max(2048, requests * prompt_tokens),
-        disable_log_stats=True,
-        **settings,
-    )
+    ours = {
+        "dtype": "float32" if half_precision_is_slow() else "auto",
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "max_model_len": 512,
+        "max_num_seqs": requests,
+        "max_num_batched_tokens": max(2048, requests * prompt_tokens),
+        "disable_log_stats": True,
+    }
+    return LLM(model, **{**ours, **settings})
 
 
 def generate(
@@ -43,9 +44,9 @@ def generate(
     from vllm import SamplingParams
 
     generator = random.Random(0)
+    vocabulary = range(100, min(20_000, llm.model_config.get_vocab_size()))
     tokens = [
-        {"prompt_token_ids": generator.choices(range(100, 20_000), k=prompt_tokens)}
-        for _ in range(prompts)
+        {"prompt_token_ids": generator.choices(vocabulary, k=prompt_tokens)} for _ in range(prompts)
     ]
     parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     chosen = [loras[i % len(loras)] for i in range(prompts)] if loras else None

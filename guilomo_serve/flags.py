@@ -17,8 +17,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from guilomo_serve.adapter import BaseModel, is_guilomo_adapter, read_adapter
 from guilomo_serve.catalogue import check_name
 from guilomo_serve.precision import half_precision_is_slow
@@ -116,8 +114,6 @@ def complete(args: argparse.Namespace, adapters: Sequence[str]) -> None:
     quantized = args.quantization or getattr(base, "quantization_config", None) is not None
     if args.dtype == "auto" and half_precision_is_slow() and not quantized:
         args.dtype = "float32"
-    if torch.cuda.is_available():
-        args.enforce_eager = True
     config = _engine_config(args)
     described = _described(config.model_config.hf_config)
     for folder in folders.values():

@@ -55,7 +55,8 @@ class RoutedLayer:
 
     Attributes:
         output_slices: the output columns of each module that the layer packs.
-        filled: the slots whose adapter has something in this layer.
+        filled: the slots whose adapter has something in this layer, or may have when a CUDA graph
+            that is captured now is replayed.
         served_name: vLLM's name of the layer; see `place`.
     """
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.lora import model_manager, utils
 from vllm.lora.lora_model import LoRAModel
@@ -22,6 +23,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from guilomo_serve.adapter import CONFIG_FILE, AdapterError, BaseFingerprint, is_guilomo_adapter
 from guilomo_serve.catalogue import Settings
 from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
+from guilomo_serve.ops.load import RouterLoad
 from guilomo_serve.ops.memory import ROUNDED, AdapterMemory
 from guilomo_serve.ops.selfcheck import PRODUCT_TOLERANCE, slot_error
 from guilomo_serve.runtime.experts import left_alone
@@ -38,6 +40,7 @@ from guilomo_serve.runtime.loading import (
 from guilomo_serve.runtime.reading import Reader
 from guilomo_serve.runtime.report import ExpertLoad, Routers, SampledStep, nbytes
 from guilomo_serve.runtime.stages import shapes_elsewhere
+from guilomo_serve.runtime.unsupported import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
             device=torch.device("cpu"),  # slots on a GPU are the only copy there
             rename=lambda name: name if mapper is None else mapper._map_name(name) or name,
         )
+        self._check_graphs(vllm_config)
         for name, layer in self._routed.items():
             layer.place(name, vllm_config.compilation_config.static_forward_context)
         self.expert_load = ExpertLoad()
@@ -110,9 +114,22 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
     def begin_step(self) -> None:
         """To be called once a step, when `TokenSlots` has its batch."""
         for slots in self.punica_wrapper_mapping.values():
-            slots.sample = self.expert_load.begin_step(
-                slots.batch, self.lora_index_to_id, self.device
-            )
+            if slots.blocks is None:
+                slots.sample = self.expert_load.begin_step(slots.batch, self.lora_index_to_id)
+            else:
+                self.expert_load.begin_counted_step(
+                    slots.batch, slots.blocks, self.lora_index_to_id
+                )
+
+    def load_of(self, version: int) -> RouterLoad | None:
+        """What kernels have counted of a version since it is in a slot; None where none count."""
+        counts = any(slots.blocks is not None for slots in self.punica_wrapper_mapping.values())
+        if not counts or version not in self.lora_index_to_id:
+            return None
+        slot = self.lora_index_to_id.index(version)
+        return self.expert_load.of_slot(
+            version, {name: layer.slots for name, layer in self._routed.items()}, slot
+        )
 
     def _places(self) -> tuple[dict[str, LayerPlan], dict[str, tuple[str, int]]]:
         layers, module_at = {}, {}
@@ -154,6 +171,32 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         if module_name.rpartition(".")[2] in self._left_alone:
             return False
         return super()._match_target_modules(module_name)
+
+    def _check_graphs(self, vllm_config: Any) -> None:
+        """Refuses CUDA graphs where a layer's op is not in them: adapters would do nothing.
+
+        Raises:
+            UnsupportedError: names the layer.
+        """
+        if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
+            return
+        for name, layer in self._routed.items():
+            if not layer.slots.capturable:
+                raise UnsupportedError(
+                    f"CUDA graphs: adapters are not computed by kernels in {name} "
+                    f"({self.lora_config.lora_dtype} on {self.device.type}); add --enforce-eager"
+                )
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        activated = super().activate_adapter(lora_id)
+        if activated and not self.get_adapter(lora_id).loras:
+            # vLLM captures graphs with adapters that have no weights. What is to be replayed for
+            # those that come has to run for these too, in every layer.
+            slot = self.lora_index_to_id.index(lora_id)
+            for layer in self._routed.values():
+                if layer.slots.capturable:
+                    layer.filled.add(slot)
+        return activated
 
     def _reserve_memory(self) -> None:
         """Takes a GPU's memory for adapters now, before vLLM measures what is left for its cache.
@@ -206,6 +249,7 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
 
     def _deactivate_adapter(self, lora_id: int) -> None:
         if lora_id in self.lora_index_to_id:
+            self.expert_load.keep(lora_id, self.load_of(lora_id))
             slot = self.lora_index_to_id.index(lora_id)
             for layer in self.modules.values():  # frees the weights of one that was unloaded
                 layer.reset_lora(slot)
@@ -335,7 +379,10 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
     def report(self, versions: Sequence[int], modules: bool) -> list[dict[str, Any]]:
         """The load of those versions that have any; see `ExpertLoad.report`."""
         load = self._adapter_manager.expert_load
-        found = [{"version": v, **load.report(v, modules)} for v in versions]
+        found = [
+            {"version": v, **load.report(v, modules, self._adapter_manager.load_of(v))}
+            for v in versions
+        ]
         return [of_version for of_version in found if of_version["tokens"]]
 
 

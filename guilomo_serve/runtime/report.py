@@ -5,7 +5,11 @@ The load of the routers is sampled. In a sampled step each layer keeps the route
 the next step they are counted for all layers at once. Between two sampled steps lies at least
 `_INTERVAL_S`, and so much more that sampling takes at most `_SHARE` of the time, however slow it
 is: what it costs does not depend on the load, the number of adapters or the size of the model.
-Time is what the host spends; no device is waited for until the front end asks.
+Time is what the host spends.
+
+On a GPU the kernels count themselves, all tokens of a sampled step (`TokenBlocks.sampled`), as
+layers run no Python where CUDA graphs are replayed. The host only says which steps, and reads what
+was counted when the front end asks and when an adapter leaves its slot: no step waits.
 
 A version begins from zero, and what was counted goes with its weights. Under tensor parallelism
 all processes compute the same logits (row-parallel layers sum them anyway, and the sum is what is
@@ -24,7 +28,7 @@ import numpy as np
 import torch
 
 from guilomo_serve.adapter import AdapterSpec
-from guilomo_serve.ops.layer import Batch, LayerWeights
+from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
 from guilomo_serve.ops.load import RouterLoad, router_load
 from guilomo_serve.runtime.loading import ModelPlan
 
@@ -182,6 +186,7 @@ class ExpertLoad:
         self._step: SampledStep | None = None
         self.clock: Callable[[], float] = time.monotonic
         self._not_before = 0.0
+        self._counting = False
 
     def add(self, version: int, routers: Routers) -> None:
         """Begins to sample a version."""
@@ -191,10 +196,10 @@ class ExpertLoad:
     def remove(self, version: int) -> None:
         self._versions.pop(version, None)
 
-    def begin_step(
-        self, batch: Batch, version_of_slot: Sequence[int | None], device: torch.device
-    ) -> SampledStep | None:
+    def begin_step(self, batch: Batch, version_of_slot: Sequence[int | None]) -> SampledStep | None:
         """Counts what the last step kept and decides about the next, before its layers run.
+
+        On a CPU; see `begin_counted_step`.
 
         Returns:
             What they are to fill, None in most steps.
@@ -215,21 +220,64 @@ class ExpertLoad:
             count = min(end - begin, max(STEP_TOKENS // len(present), 1))
             places = np.arange(count) * (end - begin) // count
             rows.append(batch.order[begin + places])
-            where = torch.from_numpy(places).to(device)
+            where = torch.from_numpy(places)
             parts.append(_Part(version, slot, slice(taken, taken + count), where))
             taken += count
         if not parts:
             return None
-        order = torch.from_numpy(np.concatenate(rows)).to(device, torch.int64)
+        order = torch.from_numpy(np.concatenate(rows)).to(torch.int64)
         self._step = SampledStep(order, parts, began)
         return self._step
 
-    def report(self, version: int, modules: bool) -> dict[str, Any]:
-        """`tokens` sampled of a version, and what `_Counted.report` says of them. Waits for the
-        device."""
-        self._count()
+    def begin_counted_step(
+        self, batch: Batch, blocks: TokenBlocks, version_of_slot: Sequence[int | None]
+    ) -> None:
+        """Decides whether the kernels are to count the next step, whose batch `blocks` has."""
+        now = self.clock()
+        sampled = now >= self._not_before and any(
+            version_of_slot[slot] in self._versions for slot in batch.slots
+        )
+        if sampled:
+            self._not_before = now + _INTERVAL_S
+        if sampled or self._counting:  # the word stays as it is where the batch does
+            blocks.sampled.fill_(sampled)
+        self._counting = sampled
+
+    def of_slot(self, version: int, slots: Mapping[str, Any], slot: int) -> RouterLoad | None:
+        """What the kernels have counted of a version since it is in a slot.
+
+        Args:
+            version: that is in it.
+            slots: `TritonSlots` of each layer, by its name.
+            slot: the version's.
+
+        Returns:
+            Its routers' load in the order of `Routers`; None if the version is not sampled.
+        """
         counted = self._versions.get(version)
-        return {"tokens": 0} if counted is None else counted.report(modules)
+        if counted is None:
+            return None
+        return RouterLoad.cat([slots[layer].load_of(slot) for layer in counted.routers.modules])
+
+    def keep(self, version: int, load: RouterLoad | None) -> None:
+        """Adds what kernels have counted of a version that leaves its slot."""
+        if load is not None and version in self._versions:
+            self._versions[version].add_load(load)
+
+    def report(
+        self, version: int, modules: bool, counted: RouterLoad | None = None
+    ) -> dict[str, Any]:
+        """`tokens` sampled of a version, and what `_Counted.report` says of them. Waits for the
+        device.
+
+        Args:
+            version: that is asked for.
+            modules: whether those of each module are.
+            counted: `of_slot`, where kernels count.
+        """
+        self._count()
+        of_version = self._versions.get(version)
+        return {"tokens": 0} if of_version is None else of_version.report(modules, counted)
 
     def _count(self) -> None:
         step, self._step = self._step, None
@@ -247,13 +295,13 @@ class _Counted:
     """What was sampled of one version."""
 
     def __init__(self, routers: Routers) -> None:
-        self._routers = routers
+        self.routers = routers
         self._tokens = 0
         self._load: RouterLoad | None = None
 
     def add(self, by_layer: Mapping[str, torch.Tensor]) -> None:
         """Counts one step. Args: by_layer: layer -> [tokens, experts of its modules]."""
-        modules = self._routers.modules
+        modules = self.routers.modules
         if by_layer.keys() != modules.keys():
             return  # a step that failed before its end
         logits = [
@@ -261,28 +309,34 @@ class _Counted:
             for layer, routed in modules.items()
             for _, columns in routed
         ]
-        load = router_load(logits, self._routers.top_k)
-        self._load = load if self._load is None else self._load + load
+        self.add_load(router_load(logits, self.routers.top_k))
         self._tokens += len(logits[0])
 
-    def report(self, modules: bool) -> dict[str, Any]:
+    def add_load(self, load: RouterLoad) -> None:
+        self._load = load if self._load is None else self._load + load
+
+    def report(self, modules: bool, counted: RouterLoad | None) -> dict[str, Any]:
         """Plain values.
 
         `tokens`; `routers`, how many had any; means over these, `entropy` (of one router its mean
         over tokens, 0..1) and `imbalance` (of one router its most chosen expert's share times its
         experts); and if they are wanted `modules`: module -> `tokens`, `share` (of the choices,
         each expert's) and `entropy`. A router whose logits were never finite is left out.
+        `counted` is added to what is here.
         """
-        if self._load is None:
+        load = self._load
+        if counted is not None:
+            load = counted if load is None else load + counted
+        if load is None:
             return {"tokens": 0}
         names = [
             (module, columns.stop - columns.start)
-            for routed in self._routers.modules.values()
+            for routed in self.routers.modules.values()
             for module, columns in routed
         ]
-        chosen, tokens = self._load.chosen.double(), self._load.tokens
+        chosen, tokens = load.chosen.double(), load.tokens
         shares = chosen / chosen.sum(1, keepdim=True)
-        entropies = (self._load.entropy / tokens).clamp(0, 1)
+        entropies = (load.entropy / tokens).clamp(0, 1)
         experts = torch.tensor([count for _, count in names], device=chosen.device)
         seen = tokens > 0
         means = [(entropies * seen), (shares.amax(1) * experts * seen)]
@@ -290,7 +344,7 @@ class _Counted:
             (value.nan_to_num().sum() / seen.sum().clamp(min=1)).item() for value in means
         )
         found: dict[str, Any] = {
-            "tokens": self._tokens,
+            "tokens": self._tokens or int(tokens.max()),
             "routers": int(seen.sum()),
             "entropy": entropy,
             "imbalance": imbalance,

@@ -49,10 +49,8 @@ def refuse_unsupported(config: Any) -> None:
         UnsupportedError: names the setting and what to set it to.
     """
     from vllm import envs
-    from vllm.config import CUDAGraphMode
 
     parallel, lora, model = config.parallel_config, config.lora_config, config.model_config
-    graphs = config.compilation_config.cudagraph_mode
     for setting, is_set in (
         (f"--data-parallel-size: {ONE_PROCESS}", parallel.data_parallel_size > 1),
         (f"--api-server-count: {ONE_PROCESS}", parallel._api_process_count > 1),
@@ -73,8 +71,9 @@ def refuse_unsupported(config: Any) -> None:
             lora.lora_dtype != model.dtype,
         ),
         (
-            "adapters and CUDA graphs do not go together: add --enforce-eager",
-            graphs != CUDAGraphMode.NONE,
+            "--specialize-active-lora: our kernels launch the same for any number of adapters, so "
+            "it would capture the same graphs many times; leave it out",
+            lora.specialize_active_lora,
         ),
         (
             "VLLM_LORA_ENABLE_DUAL_STREAM: guilomo has kernels of its own; unset it",

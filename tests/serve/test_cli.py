@@ -61,6 +61,7 @@ REFUSED = (
     (("-dp=2",), "--data-parallel-size: ", ONE_PROCESS),
     (("--fully-sharded-loras",), "--fully-sharded-loras: ", "leave it out"),
     (("--enable_tower_connector_lora",), "--enable-tower-connector-lora: ", "leave it out"),
+    (("--specialize-active-lora",), "--specialize-active-lora: ", "leave it out"),
     (("--lora-dtype", "float16", "--dtype", "float32"), "--lora-dtype: ", "torch.float32"),
 )
 

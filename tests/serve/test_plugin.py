@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,3 +43,20 @@ def test_the_command_for_a_running_server_needs_no_vllm():
     """Whose import takes longer than all that the command does."""
     program = "import sys, guilomo_serve.cli; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+
+
+def test_a_compiled_model_finds_the_layers_of_its_engine(tmp_path: Path):
+    """Also where another engine's compiled code is in the cache, and layers have another order."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serve.compiled", str(tmp_path)],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    *errors, hits = (float(value) for value in done.stdout.splitlines()[-1].split())
+    assert len(errors) == 2
+    assert max(errors) < 1e-4
+    assert hits == 1  # no layer is a constant in it

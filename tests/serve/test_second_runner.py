@@ -1,10 +1,15 @@
 """vLLM's second model runner, the one of GPUs, on a CPU: adapters answer as in transformers.
 
-Here the runner's own kernels are interpreted; the adapters' product is the one of CPUs.
+The runner's own kernels are interpreted. In the server the adapters' product is the one of CPUs; in
+the program of graphs.py it is that of GPUs, interpreted too.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,3 +52,49 @@ def test_a_server_of_two_processes_answers(
             if job[0] == name:
                 expected = hf_reference.greedy(model, answer.prompt_token_ids, TOKENS)
                 assert answer.token_ids == expected, job
+
+
+def test_kernels_answer_eager_and_replayed_as_cuda_graphs_are(
+    tiny_model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """Mixed batches, a swap between them; and what the kernels count of the routers."""
+    environment = {
+        **{**os.environ, **UNBOUND, **installed(tmp_path)},
+        **{"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"},
+    }
+    folders = json.dumps({name: str(folder) for name, folder in adapters.items()})
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serve.graphs", str(tiny_model), folders],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["runner"] == "vllm.v1.worker.gpu.model_runner"
+    assert found["replays"] > 0
+    models = {
+        name: hf_reference.model_with(tiny_model, folder)
+        for name, folder in {"base": None, **adapters}.items()
+    }
+    expected = [
+        [
+            hf_reference.greedy(models[name], prompt, len(answer))
+            for name, prompt, answer in zip(job, found["prompts"], answers, strict=False)
+        ]
+        for job, answers in zip(found["jobs"], found["eager"], strict=True)
+    ]
+    assert found["eager"] == expected
+    assert found["replayed"] == expected
+    # Of each request its prompt and all that it got but the last token, which nobody computed on.
+    seen = sum(
+        len(prompt) + len(answer) - 1
+        for job, answers in zip(found["jobs"], found["eager"], strict=True)
+        for name, prompt, answer in zip(job, found["prompts"], answers, strict=False)
+        if name == "first"
+    )
+    (load,) = found["report"]
+    assert load["tokens"] == seen
+    assert {module["tokens"] for module in load["modules"].values()} == {seen}

@@ -1,0 +1,153 @@
+"""A program: vLLM's second model runner and our kernels on a CPU, replayed as CUDA graphs are.
+
+    python -m tests.serve.graphs MODEL '{"first": FOLDER, ...}'
+
+prints as its last line, as JSON, the greedy tokens of each job eager and replayed, and what the
+report says of experts. `Graphs` stands for CUDA graphs as far as our op goes: of each layer, padded
+size and case that vLLM would capture it records the operations that run then, with vLLM's own
+adapters without weights, and later runs these on the same tensors, without any of our Python.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PROMPTS = ("ab", "hello", "x")
+TOKENS = 2
+SIZES = (2, 8)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a GPU would be waited for while a graph is captured")
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+
+def _replay(calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]]) -> None:
+    for func, args, kwargs, result in calls:
+        returns = func._schema.returns
+        if any(value.alias_info for value in returns):
+            if any(value.alias_info.is_write for value in returns if value.alias_info):
+                func(*args, **kwargs)
+            continue  # a view of a tensor that keeps its place
+        new = func(*args, **kwargs)
+        if not returns:
+            continue
+        pairs = [(result, new)] if len(returns) == 1 else zip(result, new, strict=True)
+        for old, value in pairs:
+            old.copy_(value)
+
+
+class Graphs:
+    """The op of all layers of a model runner, captured, and replayed in their place."""
+
+    def __init__(self, runner: Any) -> None:
+        from vllm.v1.worker.gpu.lora_utils import create_lora_capture_hook
+
+        self.replays = 0
+        self.runner, self.graphs = runner, {}
+        hook = create_lora_capture_hook(runner.lora_config, runner)
+        assert hook is not None
+        self.layers = runner.lora_manager._adapter_manager._routed
+        with torch.inference_mode(), runner.maybe_setup_dummy_loras(runner.lora_config):
+            for size in SIZES:
+                for case in runner.lora_capture_cases:
+                    hook(case, min(size, runner.max_num_reqs), size)
+                    for name, layer in self.layers.items():
+                        x = torch.zeros(size, layer.input_size)
+                        y = torch.zeros(size, sum(layer.output_slices))
+                        with _Recorder() as recorder:
+                            layer.add_routed_(y, x)
+                        self.graphs[name, size, case] = (x, y, recorder.calls)
+        for name, layer in self.layers.items():
+            layer.add_routed_ = lambda y, x, name=name: self._run(name, y, x)
+
+    def _run(self, name: str, y: torch.Tensor, x: torch.Tensor) -> None:
+        tokens = len(x)
+        size = next(size for size in SIZES if size >= tokens)
+        active = len(set(self.layers[name].punica_wrapper.batch.slots))
+        case = next(case for case in self.runner.lora_capture_cases if case >= active)
+        static_x, static_y, calls = self.graphs[name, size, case]
+        static_x.fill_(torch.nan)
+        static_y.fill_(7)
+        static_x[:tokens], static_y[:tokens] = x, y
+        _replay(calls)
+        assert (static_y[tokens:] == 7).all(), "padded rows were written"
+        y.copy_(static_y[:tokens])
+        self.replays += 1
+
+
+def _with_kernels() -> None:
+    """Slots and batches as on a GPU."""
+    from guilomo_serve.ops.layer import TokenBlocks
+    from guilomo_serve.ops.triton_slots import TritonSlots
+    from guilomo_serve.runtime import layers, manager
+
+    layers.make_slots = TritonSlots
+    init = manager.RoutedModelManager._init_punica_wrapper
+
+    def with_blocks(self: Any, tokens: int, vllm_config: Any) -> None:
+        init(self, tokens, vllm_config)
+        blocks = TokenBlocks(tokens, self.lora_config.max_loras, self.device)
+        self.punica_wrapper_mapping = {
+            key: manager.TokenSlots(blocks) for key in self.punica_wrapper_mapping
+        }
+
+    manager.RoutedModelManager._init_punica_wrapper = with_blocks
+
+
+def main() -> None:
+    model, adapters = sys.argv[1], json.loads(sys.argv[2])
+    _with_kernels()
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    llm = LLM(
+        model,
+        **{"dtype": "float32", "enforce_eager": True, "seed": 0, "enable_prefix_caching": False},
+        **{"enable_lora": True, "max_loras": 2, "max_lora_rank": 64, "max_model_len": 32},
+        **{"max_num_seqs": 4, "max_num_batched_tokens": 8, "kv_cache_memory_bytes": 4 << 20},
+    )
+    loras = {n: LoRARequest(n, i, path) for i, (n, path) in enumerate(adapters.items(), start=1)}
+    greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+
+    def tokens(*names: str) -> list[list[int]]:
+        requests = [loras.get(name) for name in names]
+        prompts = list(PROMPTS[: len(names)])
+        answers = llm.generate(prompts, greedy, use_tqdm=False, lora_request=requests)
+        return [list(answer.outputs[0].token_ids) for answer in answers]
+
+    # Two slots for three adapters: the last job swaps.
+    jobs = [("first", "base", "plain"), ("second", "first")]
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    runner.lora_manager._samples = True  # as guilomo-serve has it
+    load = runner.lora_manager._adapter_manager.expert_load
+    load.clock = lambda: -math.inf  # no step is sampled
+    eager = [tokens(*names) for names in jobs]
+    graphs = Graphs(runner)
+    load.clock = lambda: math.inf  # each is
+    replayed = [tokens(*names) for names in jobs]
+    report = runner.lora_manager.report([loras["first"].lora_int_id], modules=True)
+    result = {
+        **{"runner": type(runner).__mro__[1].__module__, "replays": graphs.replays},
+        **{"prompts": [llm.get_tokenizer()(p)["input_ids"] for p in PROMPTS]},
+        **{"jobs": jobs, "eager": eager, "replayed": replayed, "report": report},
+    }
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
