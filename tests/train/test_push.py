@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter") / "support"
     config = LoraMoeConfig(num_experts=3, expert_rank=2, task_type="CAUSAL_LM")
     made = adapter_of(with_adapter(tiny_llama(64), config))
-    made.spec.__dict__["base_model_name_or_path"] = str(folder.parent)
+    made = replace(made, spec=replace(made.spec, base_model_name_or_path=str(folder.parent)))
     write_adapter(made, folder, model_card(made.spec, "rows.jsonl (48 rows)", 10, None))
     return folder
 
