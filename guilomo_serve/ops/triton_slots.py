@@ -93,7 +93,10 @@ class TritonSlots:
                 check_size(weights)
                 self._in_slot[slot] = _Placed(weights, self.widths, self._put(weights))
         finally:
-            self.moved()
+            row = torch.tensor(self._table_row(slot))
+            if self.table.is_cuda:
+                row = row.pin_memory()  # kept by torch until the copy is done
+            self.table[slot].copy_(row, non_blocking=True)
 
     def apply_(self, y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
         """As `Slots.apply_`; y, x and the weights have one dtype, the rows of y and x may be apart.
@@ -159,18 +162,22 @@ class TritonSlots:
             self.apply_(y[:tokens], x[:tokens], nothing)
 
     def _put(self, weights: LayerWeights) -> Range:
-        dtype = self._dtype
-        tensors = (
-            weights.lora_a.to(dtype),
-            weights.router,
-            torch.stack([weights.row_scale, weights.expert_of_row.float()], dim=1),
-            torch.cat([b.to(dtype).flatten() for b in weights.lora_b]),
-        )
-        parts = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors]
-        taken = self._memory.take(sum(_padded(len(part)) for part in parts))
-        places = _parts(taken.data, tuple(len(part) for part in parts))
-        for place, part in zip(places, parts, strict=True):
-            place.copy_(part)
+        gate_rows = torch.stack([weights.row_scale, weights.expert_of_row.float()], dim=1)
+        lora_b = [_bytes(b.to(self._dtype)) for b in weights.lora_b]
+        parts = [
+            [_bytes(weights.lora_a.to(self._dtype))],
+            [_bytes(weights.router)],
+            [_bytes(gate_rows)],
+            lora_b,
+        ]
+        sizes = tuple(sum(map(len, part)) for part in parts)
+        taken = self._memory.take(sum(map(_padded, sizes)))
+        # Together first, so that they travel in one copy, which nobody waits for.
+        together = _gathering(len(taken.data), weights.lora_a.device, taken.data.device)
+        for place, part in zip(_parts(together, sizes), parts, strict=True):
+            for target, source in zip(place.split([len(p) for p in part]), part, strict=True):
+                target.copy_(source)
+        taken.data.copy_(together, non_blocking=True)
         return taken
 
     def _table_row(self, slot: int) -> list[int]:
@@ -218,6 +225,16 @@ class _Placed:
             if experts[1] > experts[0]:
                 self.routed.append(len(self.slices) - 1)
             column += width
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _gathering(size: int, device: torch.device, target: torch.device) -> torch.Tensor:
+    """Bytes on `device` that go to `target`: pinned if they leave the host."""
+    pinned = device.type == "cpu" and target.type == "cuda"
+    return torch.empty(size, dtype=torch.uint8, device=device, pin_memory=pinned)
 
 
 def _padded(size: int) -> int:
