@@ -16,6 +16,7 @@ import copy
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ class LoraMoeTrainer(SFTTrainer):
     learning_rate_option = "--learning_rate"
     control: Any  # TrainerControl, which callbacks write into
     train_dataset: Dataset
+    data_collator: Any
 
     def __init__(
         self,
@@ -183,7 +185,7 @@ class LoraMoeTrainer(SFTTrainer):
         # A row's first token is predicted from nothing, and not from the row before it.
         rows = rows.map(lambda row: {"labels": [-100, *row["labels"][1:]]})
         self.train_dataset = pack_dataset(rows, self.args.max_length, "bfd")
-        self.data_collator.return_position_ids = True
+        self.data_collator = PackedCollator(self.data_collator)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         resume = resume_from_checkpoint or self.checkpointing.resume
@@ -416,6 +418,22 @@ class LoraMoeTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: a checkpoint is no model to pass on, and `report.py` writes the adapter's card."""
+
+
+class PackedCollator:
+    """Adds `position_ids` to what a collator makes: from 0 in each of the rows that are packed into
+    one, and 0 for padding. (TRL's own does so in some versions alone.)"""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(rows)
+        positions = torch.zeros_like(batch["input_ids"])
+        for place, row in zip(positions, rows, strict=True):
+            lengths = row.get("seq_lengths", [len(row["input_ids"])])
+            place[: sum(lengths)] = torch.cat([torch.arange(length) for length in lengths])
+        return {**batch, "position_ids": positions}
 
 
 def _warn(args: SFTConfig, message: str) -> None:
