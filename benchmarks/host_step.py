@@ -1,0 +1,104 @@
+"""What a step costs in Python: guilomo's op of each layer, and what is done once a step.
+
+Kernels are not launched, so this is the host's time alone, and needs no GPU. Under CUDA graphs the
+layers' part is 0: their Python runs while a graph is captured. Median of several rounds.
+
+    layer_us    the op of one layer, eager, with adapters in the batch
+    idle_us     the op of one layer that no adapter of the batch has
+    batch_us    once a step whose tokens use other slots than the last one's
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # so that the ops of kernels are there on a CPU
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import torch
+from common import report
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.lora import LoRAConfig
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.layers.linear import ReplicatedLinear
+
+from guilomo_serve.ops import kernels
+from guilomo_serve.ops.layer import LayerWeights, SliceWeights, TokenBlocks
+from guilomo_serve.ops.triton_slots import TritonSlots
+from guilomo_serve.runtime import layers
+from guilomo_serve.runtime.manager import TokenSlots
+
+WIDTH, RANKS, SLOTS = 256, (4, 8), 8
+
+
+class NoLaunch:
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=32, help="of the batch, one a request")
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--out", type=Path, help="write the result with machine and versions here")
+    args = parser.parse_args()
+
+    kernels._shrink = kernels._expand = NoLaunch()
+    layers.make_slots = TritonSlots
+    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        slots = TokenSlots(TokenBlocks(2048, SLOTS, "cpu"))
+        used, idle = layer(slots), layer(slots)
+    weights = SliceWeights(
+        *(torch.randn(sum(RANKS), WIDTH), torch.randn(WIDTH, sum(RANKS))),
+        *(torch.randn(len(RANKS), WIDTH), RANKS, (1.0, 1.0)),
+    )
+    for slot in range(SLOTS):
+        used.set_lora(slot, LayerWeights.stack([weights], [WIDTH], 2, torch.float32), None)
+    ids = tuple(1 + i % SLOTS for i in range(args.tokens))
+    mapping = SimpleNamespace(index_mapping=ids)
+    of_slot = list(range(1, SLOTS + 1))
+    x, y = torch.randn(args.tokens, WIDTH), torch.zeros(args.tokens, WIDTH)
+    with torch.inference_mode():
+        result = {
+            "batch_us": median_us(
+                lambda: slots.update_metadata(mapping, of_slot, SLOTS, 0), args.rounds
+            ),
+            "layer_us": median_us(lambda: used.add_routed_(y, x), args.rounds),
+            "idle_us": median_us(lambda: idle.add_routed_(y, x), args.rounds),
+        }
+    for name, value in result.items():
+        print(f"{name:>10} {value:8.1f}")
+    report(result, args, args.out)
+
+
+def layer(slots: TokenSlots) -> Any:
+    (made,) = (c for c in layers.LAYER_CLASSES if c.__name__.startswith("RoutedReplicated"))
+    base = ReplicatedLinear(WIDTH, WIDTH, bias=False, params_dtype=torch.float32)
+    found = made(base)
+    found.create_lora_weights(SLOTS, LoRAConfig(max_lora_rank=8, lora_dtype=torch.float32))
+    found.punica_wrapper = slots
+    return found
+
+
+def median_us(call: Callable[[], None], rounds: int) -> float:
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return round(statistics.median(times) * 1e6, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
