@@ -133,7 +133,8 @@ class RoutedLayer:
     def set_lora(self, index: int, lora_a: LayerWeights, lora_b: None) -> None:
         """Puts an adapter into a slot; `lora_b` is vLLM's, `lora_a` holds both factors."""
         self.filled.discard(index)  # until all of it is there
-        self.slots.set(index, lora_a.to(self.device))
+        # Kernels' slots copy what they are given: from the host in one piece.
+        self.slots.set(index, lora_a if self.slots.capturable else lora_a.to(self.device))
         self.filled.add(index)
 
     def reset_lora(self, index: int) -> None:
