@@ -7,6 +7,9 @@ the other of two versions under the same name; then the next request's first tok
     mixed    answers that are no version's: each is greedy, and must be that of one of the two as
              given alone; after a swap has been answered, that of the new one
     p50_ms, p99_ms         from sending PUT to the first token of the new version
+    parts_ms               the medians of what that is made of: what the server says in
+                           `Server-Timing` (guilomo_serve/timing.py), the rest of PUT, and the
+                           first token after it
     others_p99_over_idle   99th percentile of the other adapter's latency while swapping, over that
                            under the same load without swaps
 """
@@ -66,7 +69,7 @@ def main() -> None:
     report(result, args, args.out)
 
 
-def measure(url: str, versions: list[Path], swaps: int, idle_s: float) -> dict[str, float]:
+def measure(url: str, versions: list[Path], swaps: int, idle_s: float) -> dict[str, object]:
     """Runs the load alone, then with swaps; `versions` are the two folders."""
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
     alone = [complete(client, name) for name in ("swapped", "second")]
@@ -77,6 +80,7 @@ def measure(url: str, versions: list[Path], swaps: int, idle_s: float) -> dict[s
     under_load(client, idle, lambda: time.sleep(idle_s))
     print(f"{len(idle.seconds['other'])} requests to the other adapter without swaps", flush=True)
     first_token_ms: list[float] = []
+    parts_ms: dict[str, list[float]] = {}
     stale = 0
 
     def swap() -> None:
@@ -84,12 +88,17 @@ def measure(url: str, versions: list[Path], swaps: int, idle_s: float) -> dict[s
         for n in range(1, swaps + 1):
             start = time.perf_counter()
             try:
-                put(url, "swapped", versions[n % 2])
+                parts = put(url, "swapped", versions[n % 2])
+                answered = time.perf_counter()
                 answer, first = first_token(client, "swapped")
             except (openai.OpenAIError, OSError) as e:
                 swapping.failed.append(str(e))
                 continue
             first_token_ms.append(1000 * (first - start))
+            parts["put"] = 1000 * (answered - start)
+            parts["first_token"] = 1000 * (first - answered)
+            for name, ms in parts.items():
+                parts_ms.setdefault(name, []).append(ms)
             stale += answer != alone[n % 2]
             if n % max(swaps // 10, 1) == 0:
                 print(f"swap {n}/{swaps}: {first_token_ms[-1]:.0f} ms", flush=True)
@@ -100,6 +109,13 @@ def measure(url: str, versions: list[Path], swaps: int, idle_s: float) -> dict[s
         print(f"failed: {error}", flush=True)
     if not first_token_ms:
         raise SystemExit("no swap succeeded")
+    parts_ms["rest"] = [
+        put - sum(parts_ms[name][i] for name in parts_ms if name not in ("put", "first_token"))
+        for i, put in enumerate(parts_ms["put"])
+    ]
+    print("milliseconds        median      p99")
+    for name, ms in parts_ms.items():
+        print(f"{name:<16} {statistics.median(ms):9.1f} {percentile(ms, 0.99):8.1f}")
     return {
         "failed": len(idle.failed) + len(swapping.failed),
         "mixed": mixed,
@@ -108,6 +124,7 @@ def measure(url: str, versions: list[Path], swaps: int, idle_s: float) -> dict[s
         "others_p99_over_idle": round(
             percentile(swapping.seconds["other"], 0.99) / percentile(idle.seconds["other"], 0.99), 3
         ),
+        "parts_ms": {n: round(statistics.median(ms), 1) for n, ms in parts_ms.items()},
         "requests": sum(map(len, swapping.answers.values())),
     }
 
@@ -154,8 +171,15 @@ def _asked(name: str) -> dict:
     return {"model": name, "prompt": PROMPT, **settings}
 
 
-def put(url: str, name: str, folder: Path) -> None:
-    """PUT /v1/adapters/{name}; raises OSError if it is refused."""
+def put(url: str, name: str, folder: Path) -> dict[str, float]:
+    """PUT /v1/adapters/{name}.
+
+    Returns:
+        What the server spent its time on, in milliseconds.
+
+    Raises:
+        OSError: it is refused.
+    """
     request = urllib.request.Request(
         f"{url}/adapters/{name}",
         data=json.dumps({"source": str(folder)}).encode(),
@@ -164,6 +188,8 @@ def put(url: str, name: str, folder: Path) -> None:
     )
     with urllib.request.urlopen(request, timeout=300) as answer:
         answer.read()
+        timings = [entry.split(";dur=") for entry in answer.headers["Server-Timing"].split(", ")]
+    return {name: float(ms) for name, ms in timings}
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -21,7 +21,7 @@ from guilomo_serve.catalogue.database import hold
 from guilomo_serve.catalogue.remote import Address, is_address
 from guilomo_serve.catalogue.settings import ADMIN_KEY
 from guilomo_serve.catalogue.sources import storage_class
-from guilomo_serve.ending import end_on_signals, end_within
+from guilomo_serve.ending import end_within, ended_by_signals
 from guilomo_serve.flags import UsageError
 
 _ENDING_S = 5.0  # for threads that still wait for a storage, once nobody waits for them
@@ -41,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from guilomo_serve.check import command as check
 
         return check.main(arguments[1:])
-    end_on_signals()
+    with ended_by_signals():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """See `main`."""
     try:
         args = flags.parse("guilomo-serve", arguments, _add_flags)
         settings = _settings(args)

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -21,10 +22,18 @@ import psutil
 _STARTING_S = 5.0  # nothing is served yet, so nothing is lost
 
 
-def end_on_signals() -> None:
-    """Has SIGTERM and SIGINT end the process with status 0, until a server handles them."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Has SIGTERM and SIGINT end the process with status 0, until a server handles them.
+
+    After the block they do what they did before.
+    """
+    theirs = {n: signal.signal(n, _end) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in theirs.items():
+            signal.signal(number, handler)
 
 
 def end_within(seconds: float, status: int) -> None:

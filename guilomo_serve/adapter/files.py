@@ -20,6 +20,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,13 +99,19 @@ def read_config(path: Path) -> Any:
     """The JSON value of an `adapter_config.json`, of whichever kind of adapter.
 
     Raises:
-        AdapterError: it is larger than `MAX_CONFIG_BYTES`, or no JSON.
+        AdapterError: it is no plain file, larger than `MAX_CONFIG_BYTES`, or no JSON.
     """
-    size = path.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        raise AdapterError(f"{path}: has {size} bytes, expected at most {MAX_CONFIG_BYTES}")
+    # Non-blocking, or a pipe of that name would be waited for.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise AdapterError(f"{path}: is no plain file")
+        size = status.st_size
+        if size > MAX_CONFIG_BYTES:
+            raise AdapterError(f"{path}: has {size} bytes, expected at most {MAX_CONFIG_BYTES}")
+        text = file.read(MAX_CONFIG_BYTES)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as e:  # the latter: nested thousands of levels deep
         raise AdapterError(f"{path}: not a JSON file ({e})") from None
 

@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterError, check_start
 from guilomo_serve.adapter.files import MAX_CONFIG_BYTES, home_of
+from guilomo_serve.timing import part
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 # Hundreds of times what a searched adapter weighs, and less than what would fill a disk.
@@ -138,11 +139,13 @@ class Store:
                     _check_beginning(file, source / name)
                     sums[name] = _copy(file, partial / name, source / name)
             try:
-                checked = check(partial)
+                with part("check"):
+                    checked = check(partial)
             except AdapterError as e:
                 raise AdapterError(str(e).replace(str(partial), str(source))) from None
             stored = Stored(_combined(sums), (partial / WEIGHTS_FILE).stat().st_size)
-            self._keep(partial, stored.digest)
+            with part("copy"):
+                self._keep(partial, stored.digest)
         return stored, checked
 
     @contextmanager
@@ -284,8 +287,11 @@ def _copy(file: BufferedReader, target: Path, where: Path) -> str:
             left -= len(chunk)
             if left < 0:
                 raise AdapterError(f"{where}: grew while it was read; put it when it is complete")
-            digest.update(chunk)
-            copy.write(chunk)
-        copy.flush()
-        os.fsync(copy.fileno())
+            with part("digest"):
+                digest.update(chunk)
+            with part("copy"):
+                copy.write(chunk)
+        with part("copy"):
+            copy.flush()
+            os.fsync(copy.fileno())
     return digest.hexdigest()

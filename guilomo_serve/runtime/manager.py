@@ -327,7 +327,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
             self._reader.begin(number, partial(self._read_adapter, request))
 
     def outcome_of_reading(self, number: int) -> dict[str, Any] | None:
-        """What became of it: None while it is read, then `bytes` or `refused`, the reason."""
+        """What became of it: None while it is read, then nothing or `refused`, the reason."""
         if self._reader.is_reading(number):
             return None
         try:
@@ -336,6 +336,14 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
             return {"refused": str(e)}
         if read is not None:
             self._keep(number, *read)
+        return {}
+
+    def outcome_of_adding(self, name: str, number: int, path: str) -> dict[str, Any]:
+        """Puts an adapter into the layers; `bytes` that it takes, or `refused`, the reason."""
+        try:
+            self.add_adapter(LoRARequest(lora_name=name, lora_int_id=number, lora_path=path))
+        except Exception as e:
+            return {"refused": str(e)}
         return {"bytes": _nbytes_of(self._read[number])}
 
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
@@ -359,7 +367,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
             # A stage of a pipeline may have none of its layers.
             rank = max((len(weights.lora_a) for weights in layers.values()), default=1)
         else:
-            if (Path(folder) / CONFIG_FILE).is_file():  # or vLLM says that there is none
+            if (Path(folder) / CONFIG_FILE).exists():  # or vLLM says that there is none
                 check_plain(Path(folder), self.lora_config, self._tasks)
             theirs = super()._load_adapter(lora_request)
             layers, rank = convert_plain(theirs.loras, plan, folder), theirs.rank

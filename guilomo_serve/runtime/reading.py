@@ -1,9 +1,11 @@
-"""An adapter is read beside the steps of the engine, not between two of them.
+"""A large adapter is read beside the steps of the engine, not between two of them.
 
 vLLM reads an adapter's files in `add_lora`, while no request gets a token. Here the front end first
 has each worker read them in a thread of its own (`guilomo_read`), asks until that is done
-(`guilomo_has_read`), and calls `add_lora` for what is in memory by then: only its place in the
-layers is left to do. The thread is of low priority, on one core, and on whichever is free.
+(`guilomo_has_read`), and calls `guilomo_add` for what is in memory by then: only its place in the
+layers is left to do. The thread is of low priority, on one core, and on whichever is free. A small
+one is read by `guilomo_add` itself, which says of each worker what became of it, so that a refusal
+leaves several workers in step (see refusal.py) and its size needs no further question.
 
 The seam, for vLLM 0.32: `collective_rpc` calls a method of `WorkerBase` (v1/worker/worker_base.py)
 by its name, and passes plain values alone. Without it no adapter is loaded.
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
@@ -31,6 +34,7 @@ def install() -> None:
 
     setattr(WorkerBase, "guilomo_read", _begin)  # noqa: B010
     setattr(WorkerBase, "guilomo_has_read", _outcome)  # noqa: B010
+    setattr(WorkerBase, "guilomo_add", _add)  # noqa: B010
 
 
 def _begin(worker: Any, name: str, number: int, path: str) -> None:
@@ -41,6 +45,13 @@ def _begin(worker: Any, name: str, number: int, path: str) -> None:
 def _outcome(worker: Any, number: int) -> dict[str, Any] | None:
     outcome: dict[str, Any] | None = worker.model_runner.lora_manager.outcome_of_reading(number)
     return outcome
+
+
+def _add(worker: Any, name: str, number: int, path: str) -> dict[str, Any]:
+    worker.model_runner._ensure_lora_enabled()
+    began = time.perf_counter()
+    outcome: dict[str, Any] = worker.model_runner.lora_manager.outcome_of_adding(name, number, path)
+    return {**outcome, "seconds": time.perf_counter() - began}
 
 
 class Reader(Generic[T]):

@@ -90,6 +90,8 @@ _OPEN: dict[str, frozenset[str]] = {
     "WEBSOCKET": frozenset({"/v1/realtime"}),
 }
 
+_ROUTE = "guilomo.route"  # in a request's scope, once it is known
+
 # What changes adapters asks this again: a path that this guard did not recognise gives no rights.
 administrating: ContextVar[bool] = ContextVar("administrating", default=False)
 
@@ -149,10 +151,16 @@ def is_administrative(scope: Scope) -> bool:
 
 
 def _route_of(scope: Scope) -> str | None:
-    """The path, as it was declared, of the route that Starlette takes for a request."""
-    matching = (route for route in scope["app"].routes if route.matches(scope)[0] is Match.FULL)
-    route = next(matching, None)
-    return None if route is None else getattr(route, "path", "")
+    """The path, as it was declared, of the route that Starlette takes for a request.
+
+    Matching takes a look at each route, so what was found stays in the scope.
+    """
+    if _ROUTE not in scope:
+        routes = scope["app"].routes
+        route = next((r for r in routes if r.matches(scope)[0] is Match.FULL), None)
+        scope[_ROUTE] = None if route is None else getattr(route, "path", "")
+    path: str | None = scope[_ROUTE]
+    return path
 
 
 def _open_paths(scope: Scope) -> frozenset[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import OrderedDict
 from contextvars import Context
 from functools import cached_property
 from http import HTTPStatus
@@ -46,8 +47,10 @@ from guilomo_serve.server.versions import Versions
 
 logger = init_logger("vllm.guilomo")
 
-# A member of a root that was refused is not read again at each request for it.
+# A member of a root that was refused is not read again at each request for it; of how many that is
+# remembered: clients choose the names.
 _REFUSED_FOR_S = 10.0
+_MOST_REFUSED = 1000
 
 
 class _Coming(NamedTuple):
@@ -57,14 +60,38 @@ class _Coming(NamedTuple):
     loaded: asyncio.Task[None]
 
 
+class Refused:
+    """Names that could not be loaded a moment ago, and why."""
+
+    def __init__(self) -> None:
+        self._until: OrderedDict[str, tuple[float, Exception]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._until)
+
+    def check(self, name: str) -> None:
+        """Raises why a name could not be loaded, if that was a moment ago."""
+        until, error = self._until.get(name, (0.0, None))
+        if error is not None and time.monotonic() < until:
+            raise error
+
+    def note(self, name: str, error: Exception) -> None:
+        self._until[name] = (time.monotonic() + _REFUSED_FOR_S, error)
+        self._until.move_to_end(name)
+        if len(self._until) > _MOST_REFUSED:
+            self._until.popitem(last=False)
+
+    def forget(self, name: str) -> None:
+        self._until.pop(name, None)
+
+
 class ManagedServingModels(VersionedServingModels):
     """vLLM's list of models, over a catalogue: `versions`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._coming: dict[str, _Coming] = {}
-        # Name -> until when, and why.
-        self._refused: dict[str, tuple[float, Exception]] = {}
+        self._refused = Refused()
 
     def _make_residency(self) -> Residency:
         settings = Settings.from_environment()
@@ -161,9 +188,7 @@ class ManagedServingModels(VersionedServingModels):
         lease = current_lease()
         try:
             self.versions.check_name(lora_name)
-            until, refused = self._refused.get(lora_name, (0.0, None))
-            if refused is not None and time.monotonic() < until:
-                raise refused
+            self._refused.check(lora_name)
             coming = self._coming.get(lora_name) or self._bring_in(lora_name)
             await asyncio.shield(coming.found)
             if lease is not None:
@@ -212,8 +237,8 @@ class ManagedServingModels(VersionedServingModels):
         del self._coming[name]
         error = None if loaded.cancelled() else loaded.exception()
         if error is None:
-            self._refused.pop(name, None)
+            self._refused.forget(name)
         elif found.exception() is None and not isinstance(error, (NoRoom, Unknown)):
             logger.warning("The adapter '%s' cannot be loaded: %s", name, error)
             if isinstance(error, REFUSALS):
-                self._refused[name] = (time.monotonic() + _REFUSED_FOR_S, error)
+                self._refused.note(name, error)

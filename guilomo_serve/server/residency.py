@@ -23,10 +23,14 @@ from guilomo_serve.adapter import AdapterError
 from guilomo_serve.runtime.identity import public_name
 from guilomo_serve.server.errors import NoRoom
 from guilomo_serve.server.leases import Lease, Leases, current_lease
+from guilomo_serve.timing import spent
 
 logger = init_logger("vllm.guilomo")  # below vLLM's root logger, or nobody would see it
 
 _POLL_S = 0.005  # for the workers, which answer between two steps
+# Bytes of weights that the workers read between two steps, in some 60 ms for half as many. Beside
+# the steps a thread of theirs took ten times as long, as steps leave it little of two cores.
+_READ_AT_ONCE = 64 * 2**20
 # How vLLM wraps an error on its way from a worker to the front end.
 _WRAPPING = re.compile(
     r"^Call to \w+ method failed: (?:Worker failed with error ['\"](.*)['\"], please check|(.*)$)",
@@ -120,6 +124,8 @@ class Residency:
     async def load(self, name: str, version: LoRARequest, size: int = 0) -> None:
         """Loads weights that take `size` bytes; names that were not used for longest go for them.
 
+        0 stands for a size that is not known.
+
         Requests do not get the version before `switch`.
 
         Raises:
@@ -142,7 +148,7 @@ class Residency:
         try:
             if number in self._removing:
                 await asyncio.shield(self._removing[number])
-            resident.bytes = await self._add_to_engine(version)
+            resident.bytes = await self._add_to_engine(version, size)
         except BaseException:
             self._drop(version)
             raise
@@ -179,33 +185,41 @@ class Residency:
                 if idle > after_s:
                     self._evict(name, f"was not used for {idle:.0f} s")
 
-    async def _add_to_engine(self, version: LoRARequest) -> int:
-        """Has the workers read it beside the engine's steps, then puts it into the layers.
+    async def _add_to_engine(self, version: LoRARequest, size: int) -> int:
+        """Has the workers read it and put it into the layers.
+
+        A small one in a single call, as each call waits for a step of the engine; its files were
+        just written or read here, so no disk is waited for. Others are read beside the steps.
 
         Returns:
             The bytes that its weights take.
         """
-        number = version.lora_int_id
+        about = (version.lora_name, version.lora_int_id, version.lora_path)
+        began = time.perf_counter()
         try:
-            about = (version.lora_name, number, version.lora_path)
-            await self._engine.collective_rpc("guilomo_read", args=about)
-            while None in (outcomes := await self._outcomes(number)):
-                await asyncio.sleep(_POLL_S)
-            refused = [outcome["refused"] for outcome in outcomes if "refused" in outcome]
-            if not refused:
-                await self._engine.add_lora(version)
+            outcomes = []
+            if not 0 < size <= _READ_AT_ONCE:
+                await self._ask("guilomo_read", *about)
+                while None in (outcomes := await self._ask("guilomo_has_read", about[1])):
+                    await asyncio.sleep(_POLL_S)
+            if not _refused(outcomes):
+                outcomes = await self._ask("guilomo_add", *about)
         except EngineDeadError:
             raise
         except Exception as e:
-            refused = [_reason(e)]
-        if refused:
+            outcomes = [{"refused": _reason(e)}]
+        if refused := _refused(outcomes):
             missing = LoRAAdapterNotFoundError(version.lora_name, version.lora_path)
             raise missing if str(missing) in refused[0] else AdapterError(refused[0])
+        reading = max(outcome["seconds"] for outcome in outcomes)
+        spent("read", reading)
+        spent("wait", time.perf_counter() - began - reading)
         return sum(outcome["bytes"] for outcome in outcomes)
 
-    async def _outcomes(self, number: int) -> list[Any]:
-        outcomes: list[Any] = await self._engine.collective_rpc("guilomo_has_read", args=(number,))
-        return outcomes
+    async def _ask(self, method: str, *args: Any) -> list[Any]:
+        """Each worker's answer."""
+        answers: list[Any] = await self._engine.collective_rpc(method, args=args)
+        return answers
 
     def _make_room(self, size: int) -> None:
         if self._bound is not None and size > self._bound:
@@ -276,6 +290,11 @@ class Residency:
         except EngineDeadError:
             return
         self._freed(version)
+
+
+def _refused(outcomes: list[Any]) -> list[str]:
+    """Why workers refuse an adapter; nothing where none does."""
+    return [outcome["refused"] for outcome in outcomes if "refused" in outcome]
 
 
 def _reason(error: Exception) -> str:

@@ -15,7 +15,7 @@ from argparse import Namespace
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -37,6 +37,7 @@ from guilomo_serve.server.schemas import (
     errors,
 )
 from guilomo_serve.server.versions import Versions
+from guilomo_serve.timing import Parts
 
 
 class PutBody(BaseModel):
@@ -120,11 +121,16 @@ async def get_adapter(name: Name, versions: Served) -> Any:
     response_model=AdapterPut | AdapterChecked,
     responses=errors(400, 404, 502, 507),
 )
-async def put_adapter(name: Name, body: PutBody, versions: Served) -> Any:
-    """Adds or replaces an adapter; answers once new requests get it."""
+async def put_adapter(name: Name, body: PutBody, versions: Served, response: Response) -> Any:
+    """Adds or replaces an adapter; answers once new requests get it.
+
+    `Server-Timing` says what took the time.
+    """
     try:
         source = versions.find(body.source)
+        parts = Parts.begin()
         version = await versions.put(name, source, body.dry_run, body.digest)
+        response.headers["Server-Timing"] = parts.header()
         if body.dry_run:
             return {**_described(version), "dry_run": True}
         return {**_detailed(versions, name), "dry_run": False}

@@ -42,6 +42,7 @@ from guilomo_serve.server.inspection import memory_of
 from guilomo_serve.server.leases import leases
 from guilomo_serve.server.report import EngineReport
 from guilomo_serve.server.residency import Residency
+from guilomo_serve.timing import part
 
 logger = init_logger("vllm.guilomo")
 
@@ -340,7 +341,8 @@ class Versions:
         except AdapterError as e:  # it names the copy
             raise AdapterError(str(e).replace(loaded.lora_path, version.source)) from None
         try:
-            self._unwanted.update(self.catalogue.put(version))
+            with part("catalogue"):
+                self._unwanted.update(self.catalogue.put(version))
         except BaseException:
             self.residency.unload(loaded)
             raise

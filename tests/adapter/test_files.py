@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from guilomo_serve.adapter import (
+    CONFIG_FILE,
     Adapter,
     AdapterError,
     AdapterSpec,
@@ -25,6 +26,7 @@ from guilomo_serve.adapter import (
     files,
     is_guilomo_adapter,
     read_adapter,
+    read_config,
     read_spec,
     write_adapter,
 )
@@ -579,3 +581,10 @@ def test_the_base_is_described_from_its_config_alone(small_model: Path) -> None:
     assert base.linears["model.layers.29.mlp.down_proj"] == (576, 1536)
     assert len(base.linears) == 7 * 30 + 1
     assert BaseFingerprint.from_json(base.fingerprint.to_json()) == base.fingerprint
+
+
+def test_a_config_that_is_no_file_is_not_waited_for(tmp_path):
+    path = tmp_path / CONFIG_FILE
+    os.mkfifo(path)
+    with pytest.raises(AdapterError, match="no plain file"):
+        read_config(path)

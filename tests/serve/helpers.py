@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -293,3 +295,16 @@ def random_lora(base: Path, folder: Path, seed: int, **settings: object) -> Path
             torch.nn.init.normal_(parameter, std=0.05)
     peft_model.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def leased(path: Path) -> Iterator[threading.Event]:
+    """Whoever opens the file waits until the block ends; the event says that somebody does."""
+    wanted = threading.Event()
+    before = signal.signal(signal.SIGIO, lambda *_: wanted.set())
+    try:
+        with path.open("r+b") as file:  # which gives the lease up when it is closed
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            yield wanted
+    finally:
+        signal.signal(signal.SIGIO, before)

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import requests
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 from guilomo_serve.catalogue import keys
+from guilomo_serve.server.access import is_administrative
 from tests.serve.helpers import Server, eventually
 
 slow = pytest.mark.slow
@@ -180,3 +183,18 @@ def test_a_key_is_found_while_its_server_lives(tmp_path, monkeypatch):
     path.parent.chmod(0o755)
     with pytest.raises(keys.KeyFileError, match="others could read"):
         keys.leave("the key of another one", 8126)
+
+
+def test_a_request_is_matched_with_the_routes_once():
+    asked = []
+
+    class Counted(Route):
+        def matches(self, scope):
+            asked.append(scope["path"])
+            return super().matches(scope)
+
+    app = Starlette(routes=[Counted("/v1/adapters", lambda request: None)])
+    scope = {"type": "http", "method": "GET", "path": "/v1/adapters", "app": app}
+    assert is_administrative(scope)
+    assert is_administrative(scope)
+    assert len(asked) == 1

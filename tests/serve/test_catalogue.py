@@ -38,6 +38,8 @@ def listed(server) -> dict[str, dict]:
 def test_an_adapter_is_put_listed_and_described(opened, root):
     answer = opened.put("support", root / "first")
     assert answer.status_code == 200, answer.text
+    parts = {part.partition(";")[0] for part in answer.headers["Server-Timing"].split(", ")}
+    assert parts == {"digest", "copy", "check", "read", "wait", "catalogue"}
     spec = read_spec(root / "first")
     found = listed(opened)["support"]
     assert (found["experts"], found["rank"]) == (spec.total_experts, spec.total_rank)

@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,12 @@ def test_names_and_folders_are_checked(tiny_model, adapters, capsys, tmp_path):
     served = ("--served-model-name", "other", "base")
     assert "name of the base" in refused(capsys, base, *served, "--adapter", f"base={folder}")
     assert "--adapter NAME=FOLDER" in refused(capsys, base, "--lora-modules", first)
+
+
+def test_who_calls_main_keeps_its_signals(capsys):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    refused(capsys, "/no/such/model")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_adapters_are_checked_against_the_base(tiny_model, adapters, capsys, tmp_path):

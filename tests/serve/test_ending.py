@@ -19,8 +19,9 @@ pytestmark = pytest.mark.slow
 
 _HURRIED = """
 import os, sys, threading, time
-from guilomo_serve.ending import end_on_signals
-end_on_signals()
+from guilomo_serve.ending import ended_by_signals
+ending = ended_by_signals()
+ending.__enter__()
 stop = threading.Event()
 threading.Thread(target=time.sleep, args=(600,)).start()  # which Python would wait for
 said = "ready"

@@ -13,6 +13,7 @@ import requests
 
 from guilomo_serve.adapter import AdapterError
 from guilomo_serve.catalogue import check_name, command
+from guilomo_serve.server.managed import Refused
 from tests.serve.helpers import Server, text_of
 
 slow = pytest.mark.slow
@@ -165,3 +166,13 @@ def test_names_are_checked():
     for name in ("a/load", "a/b/pin"):
         with pytest.raises(AdapterError, match="its last part is a route's"):
             check_name(name)
+
+
+def test_names_that_were_refused_are_few_in_memory():
+    refused = Refused()
+    for n in range(3000):
+        refused.note(f"name-{n}", AdapterError(str(n)))
+    assert len(refused) <= 1000
+    refused.check("name-0")
+    with pytest.raises(AdapterError, match="2999"):
+        refused.check("name-2999")

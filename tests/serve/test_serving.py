@@ -23,6 +23,7 @@ from tests.serve.helpers import (
     ask,
     eventually,
     guilomo_serve,
+    leased,
     paused,
     random_adapter,
     random_lora,
@@ -329,17 +330,26 @@ def test_plain_vllm_serve_in_compiled_mode(tiny_model, adapters, tmp_path):
             shutil.copytree(adapters["second"], folder, dirs_exist_ok=True)
         assert text_of_stream(chunks) == old
 
-        # What is slow to read holds up nobody: a pipe, from which nothing comes for a while.
+        # What is slow to read holds up nobody: a file that nobody gets open for a while.
+        slow = shutil.copytree(adapters["second"], tmp_path / "slow")
+        with ThreadPoolExecutor(1) as pool:
+            with leased(slow / WEIGHTS_FILE) as wanted:
+                loading = pool.submit(server.load, "slow", slow)
+                eventually(wanted.is_set, "the adapter is read")
+                assert text_of(server, "first", PROMPTS[0])
+                assert not loading.done()
+            assert loading.result().ok
+        assert text_of(server, "slow", PROMPTS[0], length) == text_of(
+            server, "second", PROMPTS[0], length
+        )
+
+        # What is no file is refused, not waited for.
         pipe = tmp_path / "piped" / CONFIG_FILE
         pipe.parent.mkdir()
         os.mkfifo(pipe)
-        with ThreadPoolExecutor(1) as pool:
-            loading = pool.submit(server.load, "piped", pipe.parent)
-            with pipe.open("w") as config:  # once it is being read
-                assert text_of(server, "first", PROMPTS[0])
-                assert not loading.done()
-                config.write('{"peft_type": "GUILOMO"}')
-        assert loading.result().status_code == 400
+        refusal = server.load("piped", pipe.parent)
+        assert refusal.status_code == 400
+        assert "no plain file" in refusal.text
 
 
 def test_bfloat16_model_is_as_close_to_transformers_as_its_base(small_model, tmp_path):
