@@ -332,12 +332,11 @@ def test_plain_vllm_serve_in_compiled_mode(tiny_model, adapters, tmp_path):
 
         # What is slow to read holds up nobody: a file that nobody gets open for a while.
         slow = shutil.copytree(adapters["second"], tmp_path / "slow")
-        with ThreadPoolExecutor(1) as pool:
-            with leased(slow / WEIGHTS_FILE) as wanted:
-                loading = pool.submit(server.load, "slow", slow)
-                eventually(wanted.is_set, "the adapter is read")
-                assert text_of(server, "first", PROMPTS[0])
-                assert not loading.done()
+        with ThreadPoolExecutor(1) as pool, leased(slow / WEIGHTS_FILE) as wanted:
+            loading = pool.submit(server.load, "slow", slow)
+            eventually(wanted.is_set, "the adapter is read")
+            assert text_of(server, "first", PROMPTS[0])
+            assert not loading.done()
         # It had no digest before it was read, and has one now.
         assert "written while they were read" in loading.result().text
 
