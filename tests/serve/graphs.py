@@ -121,7 +121,7 @@ def main() -> None:
         **{"enable_lora": True, "max_loras": 2, "max_lora_rank": 64, "max_model_len": 32},
         **{"max_num_seqs": 4, "max_num_batched_tokens": 8, "kv_cache_memory_bytes": 4 << 20},
     )
-    # Other numbers than vLLM's adapters without weights have, which are those that it captures with.
+    # Not the numbers of the adapters without weights with which vLLM captures.
     loras = {n: LoRARequest(n, i, path) for i, (n, path) in enumerate(adapters.items(), start=100)}
     greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
 
