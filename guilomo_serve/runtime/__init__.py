@@ -5,6 +5,7 @@ the LRU of adapters, requests and HTTP stay vLLM's; reading an adapter, keeping 
 the layers are ours.
 
     cpu_sampling.py  what vLLM's CPU build samples wrongly: seeds, drafts
+    engines.py       several engines behind one server
     experts.py       bases that are mixtures of experts
     identity.py      what versions are called inside vLLM, and outside
     layers.py        vLLM's LoRA layers with our product in place of theirs
@@ -42,6 +43,7 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 - `process_inputs` of `vllm.v1.engine.input_processor.InputProcessor`: see stops.py.
 - `add_lora` of `vllm.v1.executor.Executor` and of `LoRAModelRunnerMixin`: see refusal.py.
 - `intermediate_tensors` of the model runner: see stages.py.
+- `collective_rpc_async` of `DPLBAsyncMPClient`: see engines.py.
 - `_gen_lora_extra_hash_keys` and `LoRARequest.name`: see identity.py.
 - `load_lora_model` of `LoRAModelRunnerMixin`, and of the model runner `sample_tokens`,
   `discard_request_mask` and `input_batch.generators`, which the sampler reads, and
@@ -79,6 +81,7 @@ def register() -> None:
     from guilomo_serve import server
     from guilomo_serve.runtime import (
         cpu_sampling,
+        engines,
         experts,
         identity,
         reading,
@@ -95,6 +98,7 @@ def register() -> None:
     vllm.lora.layers.base_linear._get_lora_device = device_of
     mixin.LRUCacheWorkerLoRAManager = RoutedWorkerManager
     unsupported.install()
+    engines.install()
     experts.install()
     identity.install()
     stages.install()

@@ -300,6 +300,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         self._read: dict[int, LoRAModel] = {}
         self._reader: Reader[tuple[LoRAModel, Routers | None]] = Reader()
         self._tasks = tasks_of(vllm_config.model_config)
+        self._engine = vllm_config.parallel_config.data_parallel_index
         settings = Settings.from_environment()
         self._checks = settings is not None and settings.check_adapters
         wanted = settings is not None and settings.expert_load != "off"
@@ -384,11 +385,24 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         self._adapter_manager.expert_load.remove(adapter_id)
         return super().remove_adapter(adapter_id)
 
+    def remove_all_adapters(self) -> None:
+        """vLLM's, after each run of a batch that is none: what was read stays.
+
+        Engines that wait for one another (a mixture of experts under data parallelism) have such
+        a batch whenever another one has a real one.
+        """
+        for adapter_id in self.list_adapters() - self._read.keys():
+            self._adapter_manager.remove_adapter(adapter_id)
+
     def report(self, versions: Sequence[int], modules: bool) -> list[dict[str, Any]]:
         """The load of those versions that have any; see `ExpertLoad.report`."""
         load = self._adapter_manager.expert_load
         found = [
-            {"version": v, **load.report(v, modules, self._adapter_manager.load_of(v))}
+            {
+                "version": v,
+                "engine": self._engine,
+                **load.report(v, modules, self._adapter_manager.load_of(v)),
+            }
             for v in versions
         ]
         return [of_version for of_version in found if of_version["tokens"]]

@@ -13,7 +13,8 @@ was counted when the front end asks and when an adapter leaves its slot: no step
 
 A version begins from zero, and what was counted goes with its weights. Under tensor parallelism
 all processes compute the same logits (row-parallel layers sum them anyway, and the sum is what is
-kept), so the first one alone samples. Under pipeline parallelism each stage samples its own layers.
+kept), so the first one alone samples. Under pipeline parallelism each stage samples its own layers,
+under data parallelism each engine its own tokens.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def _report_of_worker(
 
 
 def merge(replies: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """What all workers say of the versions, each of which may have some of the layers."""
+    """What all workers say of the versions: those of an engine may each have some of the layers,
+    and engines have each some of the tokens."""
     of_version: dict[int, list[Mapping[str, Any]]] = {}
     for part in itertools.chain.from_iterable(replies):
         of_version.setdefault(part["version"], []).append(part)
@@ -60,19 +62,40 @@ def merge(replies: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]
 
 
 def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    routers = sum(part["routers"] for part in parts)
+    of_engine: dict[int, int] = {}
+    for part in parts:
+        of_engine[part["engine"]] = max(part["tokens"], of_engine.get(part["engine"], 0))
+    weights = [part["tokens"] * part["routers"] for part in parts]
     found = {
         "version": parts[0]["version"],
-        "tokens": max(part["tokens"] for part in parts),
-        "routers": routers,
+        "tokens": sum(of_engine.values()),
         **{
-            mean: sum(part[mean] * part["routers"] for part in parts) / max(routers, 1)
+            mean: sum(part[mean] * weight for part, weight in zip(parts, weights, strict=True))
+            / max(sum(weights), 1)
             for mean in ("entropy", "imbalance")
         },
     }
     if "modules" in parts[0]:
-        found["modules"] = {name: of for part in parts for name, of in part["modules"].items()}
+        of_module: dict[str, list[Mapping[str, Any]]] = {}
+        for part in parts:
+            for name, of in part["modules"].items():
+                of_module.setdefault(name, []).append(of)
+        found["modules"] = {name: _mean(of) for name, of in of_module.items()}
     return found
+
+
+def _mean(of: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of one module, as several engines have sampled it."""
+    tokens = sum(each["tokens"] for each in of)
+    shares = zip(*(each["share"] for each in of), strict=True)
+    weights = [each["tokens"] / tokens for each in of]
+    return {
+        "tokens": tokens,
+        "share": [
+            sum(s * w for s, w in zip(of_expert, weights, strict=True)) for of_expert in shares
+        ],
+        "entropy": sum(each["entropy"] * w for each, w in zip(of, weights, strict=True)),
+    }
 
 
 def nbytes(layers: Mapping[str, LayerWeights]) -> int:

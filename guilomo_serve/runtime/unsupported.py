@@ -11,8 +11,8 @@ import sys
 from typing import Any
 
 ONE_PROCESS = (
-    "the names and versions of adapters are kept by one server process with one engine; start "
-    "several servers and spread the requests over them"
+    "the names and versions of adapters are kept by one server process; start several servers and "
+    "spread the requests over them"
 )
 BYPASS = "this front end goes around what refuses, counts and administers adapters"
 
@@ -52,7 +52,15 @@ def refuse_unsupported(config: Any) -> None:
 
     parallel, lora, model = config.parallel_config, config.lora_config, config.model_config
     for setting, is_set in (
-        (f"--data-parallel-size: {ONE_PROCESS}", parallel.data_parallel_size > 1),
+        (
+            f"--data-parallel-external-lb, --data-parallel-hybrid-lb: {ONE_PROCESS}",
+            parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb,
+        ),
+        (
+            "--data-parallel-size-local: the engines of a server read adapters from its folders "
+            "and run on its machine; leave it out",
+            parallel.data_parallel_size_local < parallel.data_parallel_size,
+        ),
         (f"--api-server-count: {ONE_PROCESS}", parallel._api_process_count > 1),
         # Its module is imported by that flag alone.
         (f"--grpc: {BYPASS}", "vllm.entrypoints.launchers.grpc_server" in sys.modules),

@@ -63,9 +63,7 @@ def test_adapters_are_checked_against_the_base(tiny_model, adapters, capsys, tmp
 
 ONE_PROCESS = "the names and versions of adapters are kept by one server process"
 REFUSED = (
-    (("--data-parallel-size", "2"), "--data-parallel-size: ", ONE_PROCESS),
     (("--fully-sharded-lo",), "--fully-sharded-loras: ", "leave it out"),
-    (("-dp=2",), "--data-parallel-size: ", ONE_PROCESS),
     (("--fully-sharded-loras",), "--fully-sharded-loras: ", "leave it out"),
     (("--enable_tower_connector_lora",), "--enable-tower-connector-lora: ", "leave it out"),
     (("--specialize-active-lora",), "--specialize-active-lora: ", "leave it out"),
@@ -106,6 +104,10 @@ def test_front_ends_that_go_around_ours_are_refused(tiny_model, capsys, monkeypa
     assert ONE_PROCESS in refused(capsys, base, "--api-server-count=4")
     assert ONE_PROCESS in refused(capsys, base, "-asc", "4")
     assert "--headless: " in refused(capsys, base, "--headless")
+    two = (base, "--data-parallel-size", "2")
+    assert "on its machine" in refused(capsys, *two, "--data-parallel-size-local", "1")
+    # vLLM's own words, for a base that is no mixture of experts.
+    assert "independent vLLM instances" in refused(capsys, *two, "--data-parallel-rank", "0")
     assert "--no-enable-lora: " in refused(capsys, base, "--no-enable-lora")
     assert "--grpc: this front end goes around" in refused(capsys, base, "--grpc")
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import requests
 import torch
+from safetensors.torch import load_file
 
+from guilomo_serve.adapter import WEIGHTS_FILE
+from guilomo_serve.runtime.report import merge
 from tests.serve import hf_reference
 from tests.serve.expert_load import check_load, expected_load, first_sampled
 from tests.serve.helpers import (
@@ -114,3 +120,51 @@ def test_a_model_split_by_layers_answers_as_the_whole_one(
         check_answers(server, tiny_model, {"base": None, **named})
         check_refusal(server, tiny_model, tmp_path / "bad")
         check_swaps(server, tiny_model, adapters["first"], adapters["second"])
+
+
+def test_two_engines_answer_as_one(
+    tiny_model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """Requests are spread over both; a load reaches both or none."""
+    command = guilomo_serve(tiny_model, adapters, "-dp", "2", "--check-adapters", *FLAGS)
+    with serving(command, tmp_path / "log", UNBOUND) as server:
+        check_answers(server, tiny_model, {"base": None, **adapters})
+        metrics = requests.get(f"{server.url}/metrics", timeout=30).text
+        answered = re.findall(
+            r'^vllm:request_success_total{engine="(\d)",finished_reason="length".*} ([1-9]\S*)$',
+            metrics,
+            re.MULTILINE,
+        )
+        assert {engine for engine, _ in answered} == {"0", "1"}
+        held = re.findall(r'^guilomo_resident_bytes{adapter="first"} (\S+)$', metrics, re.MULTILINE)
+        of_file = sum(t.numel() * 4 for t in load_file(adapters["first"] / WEIGHTS_FILE).values())
+        assert 2 * of_file < float(held[0]) < 4 * of_file  # it is in both
+        check_refusal(server, tiny_model, tmp_path / "bad")
+        check_swaps(server, tiny_model, adapters["first"], adapters["second"])
+
+
+def test_the_load_of_routers_is_that_of_all_stages_and_engines():
+    """Two stages have a module each; the second engine has sampled the first one alone."""
+
+    def said(engine: int, tokens: int, entropy: float, module: str, share: float) -> dict[str, Any]:
+        about = {"tokens": tokens, "share": [share, 1 - share], "entropy": entropy}
+        means = {"entropy": entropy, "imbalance": 2 * share}
+        found = {"version": 7, "engine": engine, "tokens": tokens, "routers": 1, **means}
+        return {**found, "modules": {module: about}}
+
+    replies = [
+        [said(0, 10, 0.5, "a", 0.6)],
+        [said(0, 10, 1.0, "b", 0.5)],
+        [said(1, 30, 0.9, "a", 1.0)],
+        [],
+    ]
+    (found,) = merge(replies)
+    assert (found["version"], found["tokens"]) == (7, 40)
+    assert found["entropy"] == pytest.approx((10 * 0.5 + 10 * 1.0 + 30 * 0.9) / 50)
+    assert found["imbalance"] == pytest.approx((10 * 1.2 + 10 * 1.0 + 30 * 2.0) / 50)
+    assert list(found["modules"]) == ["a", "b"]
+    assert found["modules"]["a"]["tokens"] == 40
+    assert found["modules"]["a"]["share"] == pytest.approx([0.9, 0.1])
+    assert found["modules"]["a"]["entropy"] == pytest.approx((0.5 + 3 * 0.9) / 4)
+    assert found["modules"]["b"] == {"tokens": 10, "share": [0.5, 0.5], "entropy": 1.0}
+    assert merge([[], []]) == []
