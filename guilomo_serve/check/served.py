@@ -84,9 +84,15 @@ def engine_flags(command: Sequence[str], adapters: Sequence[Path]) -> argparse.N
         adapters: their folders.
 
     Raises:
-        UsageError, AdapterError: as `guilomo_serve.flags` does.
+        UsageError: several processes are asked for; or as `guilomo_serve.flags` does.
+        AdapterError: as there.
     """
     args = flags.parse("guilomo-serve check", command, lambda parser: None)
+    for over in ("tensor", "pipeline", "data"):
+        if getattr(args, f"{over}_parallel_size") > 1:
+            raise flags.UsageError(
+                f"--{over}-parallel-size: layers are compared whole, in one process; leave it out"
+            )
     flags.complete(args, [f"adapter{i}={folder}" for i, folder in enumerate(adapters)])
     return args
 
@@ -149,8 +155,6 @@ def _main(asked: str, answer: str) -> None:
     request = json.loads(Path(asked).read_text(encoding="utf-8"))
     args = engine_flags(request["command"], [Path(folder) for folder in request["adapters"]])
     arguments = EngineArgs.from_cli_args(args)
-    if arguments.tensor_parallel_size != 1:
-        sys.exit("--tensor-parallel-size: a layer is compared as a whole, in one process")
     llm = LLM.from_engine_args(arguments)
     (layers,) = llm.apply_model(_Layers)
     parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ import transformers
 from guilomo_serve.adapter import read_adapter
 from tests.serve import hf_reference
 from tests.serve.helpers import Server, text_of
+
+_ATTEMPTS = itertools.count()
 
 
 def load_of(server: Server, name: str) -> dict[str, Any]:
@@ -69,17 +72,16 @@ def check_load(found: dict[str, Any], expected: dict[str, dict[str, Any]], token
 def first_sampled(server: Server, name: str, text: str) -> tuple[str, dict[str, Any]]:
     """Asks until a prompt of a fresh adapter was sampled; that prompt and the load.
 
-    The prompts differ at their beginning, so that none is in the prefix cache, and the answers are
-    one token, which comes of the prompt's only step.
+    All prompts of a server differ at their beginning, so that none is in the prefix cache, where
+    adapters of the same weights share blocks. The answers are one token, which comes of the
+    prompt's only step.
     """
     deadline = time.monotonic() + 40
-    attempt = 0
     while time.monotonic() < deadline:
-        prompt = f"{attempt:02d} {text}"
+        prompt = f"{next(_ATTEMPTS) % 1000:03d}{text}"
         text_of(server, name, prompt, 1)
         found = load_of(server, name)
         if found["tokens"]:
             return prompt, found
-        attempt += 1
         time.sleep(0.2)
     pytest.fail("nothing was sampled")

@@ -204,7 +204,8 @@ def test_wrong_input_is_one_error(tiny_model, adapters, tmp_path, capsys):
     assert "at least 2" in refused(base, first, "--prompts", prompts)
     assert "nowhere" in refused(base, tmp_path / "nowhere")
     assert "no model" in refused(tmp_path / "nowhere", first)
-    assert "split by layers" in refused(base, first, "-pp", "2")
+    for flag in ("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size"):
+        assert f"{flag}: layers are compared whole" in refused(base, first, flag, "2")
 
     def other_base(adapter: Adapter) -> Adapter:
         fingerprint = dataclasses.replace(adapter.spec.base, vocab_size=9)
