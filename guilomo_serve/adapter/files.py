@@ -24,6 +24,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +96,31 @@ def is_guilomo_adapter(folder: str | Path) -> bool:
     return isinstance(value, dict) and value.get("peft_type") == PEFT_TYPE
 
 
+def open_plain(path: Path, limit: int) -> BufferedReader:
+    """Opens a file of at most `limit` bytes. What was opened is checked, not what the path names.
+
+    Raises:
+        AdapterError: it is no plain file, or larger.
+        OSError: it cannot be opened.
+    """
+    # Non-blocking, or a pipe of that name would be waited for.
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and status.st_size <= limit:
+        return file
+    file.close()
+    if not stat.S_ISREG(status.st_mode):
+        raise AdapterError(f"{path}: is no plain file")
+    raise AdapterError(f"{path}: has {status.st_size} bytes, expected at most {limit}")
+
+
 def read_config(path: Path) -> Any:
     """The JSON value of an `adapter_config.json`, of whichever kind of adapter.
 
     Raises:
         AdapterError: it is no plain file, larger than `MAX_CONFIG_BYTES`, or no JSON.
     """
-    # Non-blocking, or a pipe of that name would be waited for.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise AdapterError(f"{path}: is no plain file")
-        size = status.st_size
-        if size > MAX_CONFIG_BYTES:
-            raise AdapterError(f"{path}: has {size} bytes, expected at most {MAX_CONFIG_BYTES}")
+    with open_plain(path, MAX_CONFIG_BYTES) as file:
         text = file.read(MAX_CONFIG_BYTES)
     try:
         return json.loads(text.decode("utf-8"))

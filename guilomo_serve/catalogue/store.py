@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,7 +28,7 @@ from typing import TypeVar
 from safetensors import SafetensorError, safe_open
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterError, check_start
-from guilomo_serve.adapter.files import MAX_CONFIG_BYTES, home_of
+from guilomo_serve.adapter.files import MAX_CONFIG_BYTES, home_of, open_plain
 from guilomo_serve.timing import part
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -244,23 +243,15 @@ def _opened(folder: Path, name: str) -> Iterator[BufferedReader]:
     if not _resolved(path).is_relative_to(home):
         raise Forbidden(f"{path}: leads out of the adapter folder; copy the file into it")
     try:
-        # Non-blocking, or a pipe of that name would be waited for.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = open_plain(path, LIMITS[name])
     except FileNotFoundError:
         pickles = sorted(p.name for p in folder.glob("adapter_model.*") if p.name != WEIGHTS_FILE)
         found = f" (only {pickles[0]}, and no other format is read)" if pickles else ""
         raise AdapterError(f"{path}: the file is missing{found}") from None
-    with open(descriptor, "rb") as file:
-        real = Path(f"/proc/self/fd/{descriptor}").resolve()
+    with file:
+        real = Path(f"/proc/self/fd/{file.fileno()}").resolve()
         if not real.is_relative_to(home):
             raise Forbidden(f"{path}: leads out of the adapter folder; copy the file into it")
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise AdapterError(f"{path}: is no plain file")
-        if status.st_size > LIMITS[name]:
-            raise AdapterError(
-                f"{path}: has {status.st_size} bytes, expected at most {LIMITS[name]}"
-            )
         yield file
 
 

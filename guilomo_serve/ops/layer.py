@@ -203,7 +203,13 @@ class Batch:
 
     def cut(self, size: int) -> np.ndarray:
         """The segments in pieces of at most `size` tokens, rows (slot, begin, end)."""
-        return _cut(self.segments, size)
+        slots, begins, ends = self.segments.T
+        pieces = -(-(ends - begins) // size)
+        of_segment = np.repeat(np.arange(len(self.segments)), pieces)
+        number = np.arange(len(of_segment)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        begin = begins[of_segment] + number * size
+        end = np.minimum(begin + size, ends[of_segment])
+        return np.stack([slots[of_segment], begin, end], axis=1).astype(np.int32)
 
     def tokens(self, device: torch.device) -> list[torch.Tensor]:
         """The tokens of each segment as an index on `device`; made once a batch."""
@@ -282,17 +288,6 @@ class TokenBlocks:
             host = host.pin_memory()  # kept by torch until the copy is done
         self._all.copy_(host, non_blocking=True)
         batch._blocks[self._all.device] = self
-
-
-def _cut(segments: np.ndarray, size: int) -> np.ndarray:
-    """Segments (slot, begin, end) in pieces of at most `size`."""
-    slots, begins, ends = segments.T
-    pieces = -(-(ends - begins) // size)
-    of_segment = np.repeat(np.arange(len(segments)), pieces)
-    number = np.arange(len(of_segment)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    begin = begins[of_segment] + number * size
-    end = np.minimum(begin + size, ends[of_segment])
-    return np.stack([slots[of_segment], begin, end], axis=1).astype(np.int32)
 
 
 class Slots:

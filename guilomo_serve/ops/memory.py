@@ -61,7 +61,7 @@ class AdapterMemory:
         self._device = torch.device(device)
         self._reserved: torch.Tensor | None = None
         if nbytes is not None:
-            nbytes = -(-nbytes // _ALIGNED) * _ALIGNED
+            nbytes = _rounded(nbytes)
             self._reserved = torch.empty(nbytes, dtype=torch.uint8, device=device)
             self._between = torch.empty(_PIECE, dtype=torch.uint8, device=device)
         self._ranges: list[Range] = []  # by begin
@@ -87,7 +87,7 @@ class AdapterMemory:
             data = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
             self._ranges.append(Range(data, len(self._ranges)))
             return self._ranges[-1]
-        size = -(-nbytes // _ALIGNED) * _ALIGNED
+        size = _rounded(nbytes)
         free = len(self._reserved) - self.used
         if size > free:
             raise AdapterMemoryError(
@@ -134,4 +134,8 @@ class AdapterMemory:
 
 
 def _size(taken: Range) -> int:
-    return -(-len(taken.data) // _ALIGNED) * _ALIGNED
+    return _rounded(len(taken.data))
+
+
+def _rounded(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNED) * _ALIGNED

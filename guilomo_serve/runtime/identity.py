@@ -48,6 +48,12 @@ def public_name(inner: str) -> str:
     return found[1] if found else inner
 
 
+def digest_in(inner: str) -> str | None:
+    """The digest of an inner name; None for a name that is not ours."""
+    found = _INNER.fullmatch(inner)
+    return found[2] if found else None
+
+
 def install() -> None:
     """Has blocks hashed by digest, and events show public names; again, it changes nothing."""
     from vllm.v1.core import kv_cache_utils
@@ -56,8 +62,9 @@ def install() -> None:
     theirs = getattr(theirs, "theirs", theirs)
 
     def by_digest(request: Any) -> list[tuple[str, str, str]]:
-        found = request.lora_request and _INNER.fullmatch(request.lora_request.lora_name)
-        return [("lora", found[2], "")] if found else theirs(request)
+        adapter = request.lora_request
+        digest = None if adapter is None else digest_in(adapter.lora_name)
+        return theirs(request) if digest is None else [("lora", digest, "")]
 
     by_digest.theirs = theirs  # type: ignore[attr-defined]
     kv_cache_utils._gen_lora_extra_hash_keys = by_digest

@@ -19,7 +19,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from guilomo_serve.adapter import AdapterError
 from guilomo_serve.catalogue import digest_of
-from guilomo_serve.runtime.identity import public_name, request_of
+from guilomo_serve.runtime.identity import digest_in, public_name, request_of
 from guilomo_serve.server import model_names
 from guilomo_serve.server.leases import leases
 from guilomo_serve.server.residency import Residency
@@ -53,7 +53,7 @@ class VersionedServingModels(OpenAIServingModels):
         for card in models.data:
             version = self.residency.current.get(card.id)
             if version is not None:
-                card.digest = version.lora_name.rpartition("@")[2]
+                card.digest = digest_in(version.lora_name)
         return models
 
     async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> Any:
@@ -67,7 +67,7 @@ class VersionedServingModels(OpenAIServingModels):
         async with self.lora_resolver_lock[name]:
             digest = await asyncio.to_thread(_digest_of, request.lora_path)
             known = self.residency.current.get(name)
-            if known is not None and known.lora_name == f"{name}@{digest}":
+            if digest and known is not None and digest == digest_in(known.lora_name):
                 return f"Success: LoRA adapter '{name}' added successfully."
             error = await self._check_load_lora_adapter_request(request)
             if error is not None:
