@@ -28,8 +28,8 @@ def option(default: Any, text: str) -> Any:
 
 
 @dataclass
-class CommonConfig:
-    """What search and fine-tuning share: base, data, the shape of the adapter."""
+class RowsConfig:
+    """A base and the rows that are to train on it."""
 
     base: str = field(metadata={"help": "Base model: a folder or a hub name."})
     train: list[str] = field(
@@ -39,13 +39,6 @@ class CommonConfig:
             "prompt and completion, or messages, or conversations, or instruction, input and "
             "output."
         }
-    )
-    output: str = field(metadata={"help": "Folder for the results."})
-    validation: str | None = option(None, "Held-out rows for the search to validate on.")
-    validation_share: float | None = option(
-        None,
-        "Share of the training rows to hold out for the search to validate on; "
-        f"{VALIDATION_SHARE} where it needs some.",
     )
     train_rows: int | None = option(None, "Use this many training rows, drawn by the seed.")
     train_weights: list[float] | None = field(
@@ -59,6 +52,30 @@ class CommonConfig:
         "last", "Which of the assistant's turns in a row are learned: the last one, or all."
     )
     max_length: int = option(1024, "Tokens of a row; longer ones are cut at the end.")
+    seed: int = option(0, "Seeds data order, weights and choices: same seed, same result.")
+
+    def __post_init__(self) -> None:
+        given: Any = self.train
+        if isinstance(given, str):  # in Python one source needs no list
+            self.train = [given]
+        check_weights(self.train, self.train_weights)
+        at_least("max_length", self.max_length, 2)
+        if self.train_rows is not None:
+            at_least("train_rows", self.train_rows, 1)
+        check_seed(self.seed)
+
+
+@dataclass
+class CommonConfig(RowsConfig):
+    """What search and fine-tuning share: base, data, the shape of the adapter."""
+
+    output: str = field(kw_only=True, metadata={"help": "Folder for the results."})
+    validation: str | None = option(None, "Held-out rows for the search to validate on.")
+    validation_share: float | None = option(
+        None,
+        "Share of the training rows to hold out for the search to validate on; "
+        f"{VALIDATION_SHARE} where it needs some.",
+    )
     target_modules: str = option(
         "all-linear", "Linear layers to adapt, by name, with commas; 'all-linear' is all of them."
     )
@@ -82,7 +99,6 @@ class CommonConfig:
     gradient_checkpointing: bool = option(
         False, "Keep no activations: less memory, about a third more time."
     )
-    seed: int = option(0, "Seeds data order, weights and choices: same seed, same result.")
     save_steps: int = option(
         50,
         "Steps between two checkpoints under OUTPUT/checkpoints, of which two are kept; 0: none.",
@@ -100,19 +116,12 @@ class CommonConfig:
     )
 
     def __post_init__(self) -> None:
-        given: Any = self.train
-        if isinstance(given, str):  # in Python one source needs no list
-            self.train = [given]
-        check_weights(self.train, self.train_weights)
+        super().__post_init__()
         at_least("top_k", self.top_k, 1)
-        at_least("max_length", self.max_length, 2)
         at_least("save_steps", self.save_steps, 0)
-        if self.train_rows is not None:
-            at_least("train_rows", self.train_rows, 1)
         if self.validation_share is not None and not 0 < self.validation_share < 1:
             raise ConfigError(f"validation_share is {self.validation_share}, expected 0 < s < 1")
         positive("lora_alpha", self.lora_alpha)
-        check_seed(self.seed)
         if self.report_to != "none" and find_spec(self.report_to) is None:
             raise ConfigError(
                 f"report_to is {self.report_to!r}, but that package is not installed: "
@@ -125,27 +134,14 @@ class CommonConfig:
 
 
 @dataclass
-class PreviewConfig:
+class PreviewConfig(RowsConfig):
     """Rows to look at as training would read them."""
 
-    base: str = field(metadata={"help": "Base model, for its tokenizer: a folder or a hub name."})
-    train: list[str] = field(metadata={"help": "Rows, in any form that training takes."})
-    train_weights: list[float] | None = field(
-        default=None, metadata={"help": "Shares of the rows from each of --train."}
-    )
-    train_rows: int | None = option(None, "Of this many rows, drawn by the seed.")
-    loss_on: Literal["last", "all"] = option("last", "As in training.")
-    max_length: int = option(1024, "Tokens of a row; longer ones are cut at the end.")
-    seed: int = option(0, "Of the draw.")
     show: int = option(3, "Rows to show.")
 
     def __post_init__(self) -> None:
-        check_weights(self.train, self.train_weights)
-        check_seed(self.seed)
-        at_least("max_length", self.max_length, 2)
+        super().__post_init__()
         at_least("show", self.show, 0)
-        if self.train_rows is not None:
-            at_least("train_rows", self.train_rows, 1)
 
 
 @dataclass

@@ -218,7 +218,7 @@ def encode_all_turns(
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start = _common(ids_of(messages[:turn], True), ids) if turn else 0
+        start = common_length(ids_of(messages[:turn], True), ids) if turn else 0
         upto = ids_of(messages[: turn + 1], False)
         if ids[: len(upto)] != upto:
             raise DataError(
@@ -229,7 +229,7 @@ def encode_all_turns(
     return ids, labels
 
 
-def _common(first: list[int], second: list[int]) -> int:
+def common_length(first: list[int], second: list[int]) -> int:
     """How many tokens two texts begin with alike."""
     pairs = zip(first, second, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

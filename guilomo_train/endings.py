@@ -9,6 +9,7 @@ write no token there, as one of plain text with headings; then rows get the end 
 from __future__ import annotations
 
 from collections.abc import Set
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -18,10 +19,15 @@ _TURN = {"role": "user", "content": "a"}
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Where generation with a base stops, in vLLM too: by its generation config or tokenizer."""
-    config = getattr(model, "generation_config", None)
+    ends = configured_ends(getattr(model, "generation_config", None))
+    return ends if tokenizer.eos_token_id is None else ends | {tokenizer.eos_token_id}
+
+
+def configured_ends(config: Any) -> set[int]:
+    """The end tokens that a generation config has, as one or as a list."""
     configured = getattr(config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
-    return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
+    return {token for token in listed if token is not None}
 
 
 def written_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:

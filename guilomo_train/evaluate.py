@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from guilomo_train.config import EvalConfig
+from guilomo_train.data import common_length
 from guilomo_train.endings import end_tokens, written_ends
 from guilomo_train.models import check_tokens
 from guilomo_train.trainer import completion_nll
@@ -97,7 +97,8 @@ def completion_loss(
     model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int
 ) -> float:
     """Negative log-likelihood of the rows' completions per token, in nats."""
-    encoded = [encode(tokenizer, row) for row in rows]
+    written = written_ends(tokenizer)
+    encoded = [encode(tokenizer, row, written) for row in rows]
     encoded.sort(key=lambda ids_labels: len(ids_labels[0]))
     total, count = 0.0, 0
     for start in tqdm(range(0, len(encoded), batch_size), desc="loss"):
@@ -116,7 +117,9 @@ def completion_loss(
     return total / count
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], written: list[int]
+) -> tuple[list[int], list[int]]:
     """Token ids of a row and its labels: those from where the row differs from its prompt alone.
 
     That is where training begins to learn (TRL's rule): a template may end a prompt in what a whole
@@ -127,10 +130,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[lis
     else:
         messages = row["prompt"] + row["completion"]
         ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-        ids = ids if written_ends(tokenizer) else [*ids, tokenizer.eos_token_id]
-    prompt = prompt_ids(tokenizer, row["prompt"])
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False))
-    start = sum(1 for _ in same)
+        ids = ids if written else [*ids, tokenizer.eos_token_id]
+    start = common_length(prompt_ids(tokenizer, row["prompt"]), ids)
     return ids, [-100] * start + ids[start:]
 
 

@@ -40,6 +40,7 @@ from guilomo_serve.adapter import (
 from guilomo_serve.adapter.files import replace_folder
 from guilomo_train.config import ExportConfig
 from guilomo_train.data import load_rows
+from guilomo_train.endings import written_ends
 from guilomo_train.errors import ConfigError
 from guilomo_train.evaluate import completion_loss, encode
 from guilomo_train.lora_moe import LoraMoeLayer
@@ -158,7 +159,8 @@ def nearest(
         for name, layer in model.get_base_model().named_modules()
         if isinstance(layer, LoraMoeLayer)
     }
-    texts = [encode(tokenizer, row)[0] for row in rows]
+    written = written_ends(tokenizer)
+    texts = [encode(tokenizer, row, written)[0] for row in rows]
     check_tokens(model, tokenizer, texts)
     pairs, missing, whole = {}, 0.0, 0.0
     for group in _groups(layers):

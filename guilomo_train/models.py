@@ -188,15 +188,7 @@ def load_base(
                 model.to(device)
     except (OSError, ValueError, ImportError) as e:
         raise _not_a_base(name, e) from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as e:
-        raise BaseError(
-            f"--base {name}: has no tokenizer that can be loaded; put its tokenizer files "
-            f"beside the weights ({_first_line(e)})"
-        ) from None
+    tokenizer = load_tokenizer(name, revision, trust_remote_code)
     if tokenizer.eos_token is None:
         raise BaseError(
             f"--base {name}: its tokenizer has no eos_token, by which an answer ends; set it in "
@@ -206,6 +198,25 @@ def load_base(
         tokenizer.pad_token = tokenizer.eos_token
     config_file = cached_file(name, "config.json", revision=revision)
     return Base(name, model, tokenizer, extract_commit_hash(config_file, None))
+
+
+def load_tokenizer(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base; arguments as those of `load_base`.
+
+    Raises:
+        BaseError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as e:
+        raise BaseError(
+            f"--base {name}: has no tokenizer that can be loaded; put its tokenizer files "
+            f"beside the weights ({_first_line(e)})"
+        ) from None
 
 
 def check_tokens(

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from guilomo_train.config import PreviewConfig
 from guilomo_train.data import chosen, in_form
-from guilomo_train.errors import BaseError, DataError
+from guilomo_train.endings import written_ends
+from guilomo_train.errors import DataError
 from guilomo_train.evaluate import encode
+from guilomo_train.models import load_tokenizer
 
 
 @dataclass
@@ -32,12 +34,8 @@ def preview(config: PreviewConfig) -> Iterator[str]:
         BaseError: there is no such tokenizer.
         DataError: a source cannot be read, or rows of it are ones that training refuses.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.base)
-    except (OSError, ValueError, ImportError) as e:
-        raise BaseError(
-            f"--base {config.base}: has no tokenizer that can be loaded ({e})"
-        ) from None
+    tokenizer = load_tokenizer(config.base)
+    written = written_ends(tokenizer)
     found = _Found()
     for where, raw in chosen(config.train, config.train_rows, config.seed, config.train_weights):
         try:
@@ -48,7 +46,7 @@ def preview(config: PreviewConfig) -> Iterator[str]:
         if config.loss_on == "all":
             ids, labels = row["input_ids"], row["labels"]
         else:
-            ids, labels = encode(tokenizer, row)
+            ids, labels = encode(tokenizer, row, written)
         scored = [label != -100 for label in labels]
         if len(found.lengths) < config.show:
             yield f"{where} (what is learned stands in [[ ]]):\n"

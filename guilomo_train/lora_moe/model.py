@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from guilomo_serve.adapter import BaseFingerprint, is_linear, linear_sizes
+from guilomo_train.endings import configured_ends
 from guilomo_train.lora_moe.config import LoraMoeConfig
 from guilomo_train.lora_moe.layer import LoraMoeLayer, LoraMoeLinear
 
@@ -90,11 +91,8 @@ class LoraMoeModel(BaseTuner):
         active = [self.peft_config[name] for name in self.active_adapters]
         stops = {token for config in active for token in config.stop_token_ids or ()}
         if stops and kwargs.get("eos_token_id") is None:
-            configured = (
-                kwargs.get("generation_config") or self.model.generation_config
-            ).eos_token_id
-            ends = configured if isinstance(configured, list) else [configured]
-            kwargs["eos_token_id"] = sorted(stops.union(end for end in ends if end is not None))
+            config = kwargs.get("generation_config") or self.model.generation_config
+            kwargs["eos_token_id"] = sorted(stops | configured_ends(config))
         return self.model.generate(*args, **kwargs)
 
     @contextmanager

@@ -239,6 +239,12 @@ def test_the_output_layer_is_refused() -> None:
 
 
 SMALL: dict[str, Any] = {"d_model": 16, "vocab_size": 64}
+HALVES: dict[str, Any] = {
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+}
 # Layers of the body, with both halves where there are two.
 BODIES = {
     "T5": (
@@ -253,10 +259,7 @@ BODIES = {
                 **SMALL,
                 encoder_layers=2,
                 decoder_layers=2,
-                encoder_attention_heads=4,
-                decoder_attention_heads=4,
-                encoder_ffn_dim=32,
-                decoder_ffn_dim=32,
+                **HALVES,
             )
         ),
         2 * 6 + 2 * 10,
@@ -267,10 +270,7 @@ BODIES = {
                 **SMALL,
                 encoder_layers=1,
                 decoder_layers=1,
-                encoder_attention_heads=4,
-                decoder_attention_heads=4,
-                encoder_ffn_dim=32,
-                decoder_ffn_dim=32,
+                **HALVES,
                 num_mel_bins=8,
                 pad_token_id=0,
                 bos_token_id=0,

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from guilomo_train.config import EvalConfig
+from guilomo_train.endings import written_ends
 from guilomo_train.evaluate import (
     answers_given,
     completion_loss,
@@ -118,7 +119,10 @@ def test_the_loss_scores_what_training_learns(
             model, args, train_dataset=Dataset.from_list([row]), processing_class=tokenizer
         )
         (learned,) = trainer.train_dataset
-        assert encode(tokenizer, row) == (learned["input_ids"], learned["labels"])
+        assert encode(tokenizer, row, written_ends(tokenizer)) == (
+            learned["input_ids"],
+            learned["labels"],
+        )
 
 
 def test_batched_generation_is_what_each_prompt_gives_alone(small_model: Path) -> None:
