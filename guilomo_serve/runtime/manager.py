@@ -340,12 +340,13 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         return {}
 
     def outcome_of_adding(self, name: str, number: int, path: str) -> dict[str, Any]:
-        """Puts an adapter into the layers; `bytes` that it takes, or `refused`, the reason."""
+        """Puts an adapter into the layers; `bytes` and `rank` of it, or `refused`, the reason."""
         try:
             self.add_adapter(LoRARequest(lora_name=name, lora_int_id=number, lora_path=path))
         except Exception as e:
             return {"refused": str(e)}
-        return {"bytes": _nbytes_of(self._read[number])}
+        read = self._read[number]
+        return {"bytes": _nbytes_of(read), "rank": read.rank}
 
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
         number = lora_request.lora_int_id
@@ -365,8 +366,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         spec, heads = None, None
         if is_guilomo_adapter(folder):
             spec, layers = load_routed(folder, plan)
-            # A stage of a pipeline may have none of its layers.
-            rank = max((len(weights.lora_a) for weights in layers.values()), default=1)
+            rank = spec.max_total_rank
         else:
             if (Path(folder) / CONFIG_FILE).exists():  # or vLLM says that there is none
                 check_plain(Path(folder), self.lora_config, self._tasks)
@@ -393,6 +393,10 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         """
         for adapter_id in self.list_adapters() - self._read.keys():
             self._adapter_manager.remove_adapter(adapter_id)
+
+    def in_slots(self) -> list[int]:
+        """The versions whose weights are where layers compute with them."""
+        return [number for number in self._adapter_manager.lora_index_to_id if number is not None]
 
     def report(self, versions: Sequence[int], modules: bool) -> list[dict[str, Any]]:
         """The load of those versions that have any; see `ExpertLoad.report`."""

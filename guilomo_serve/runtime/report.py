@@ -39,10 +39,11 @@ _SHARE = 0.005
 
 
 def install() -> None:
-    """Gives vLLM's workers the method that the front end calls by its name."""
+    """Gives vLLM's workers the methods that the front end calls by their names."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, "guilomo_report", _report_of_worker)  # noqa: B010
+    setattr(WorkerBase, "guilomo_slots", _slots_of_worker)  # noqa: B010
 
 
 def _report_of_worker(
@@ -50,6 +51,12 @@ def _report_of_worker(
 ) -> list[dict[str, Any]]:
     manager = getattr(worker.model_runner, "lora_manager", None)
     return [] if manager is None else manager.report(versions, modules)
+
+
+def _slots_of_worker(worker: Any) -> list[int]:
+    """The versions that are in slots."""
+    manager = getattr(worker.model_runner, "lora_manager", None)
+    return [] if manager is None else manager.in_slots()
 
 
 def merge(replies: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:

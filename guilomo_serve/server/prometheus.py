@@ -13,6 +13,10 @@ It is one request however many prompts it has, answers (`n`) it asks for, or bea
 the engine gets for it are its engine requests, of which answers to one prompt share one. Clients'
 requests are counted by their leases, the engine's and tokens where its outputs arrive, since vLLM's
 stat loggers are not told which adapter a request used.
+
+`vllm:lora_adapter_loaded` is what vLLM is to have for routers that look for a replica with the
+adapter in memory, as vllm-project/vllm#54830 proposes it and llm-d/llm-d-router#2792 reads it. vLLM
+0.32 has none; one that does refuses ours when a server starts (two metrics of one name).
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import contextlib
 import time
 from bisect import bisect_left
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,11 +104,13 @@ class Series:
 
     Attributes:
         exists: whether a name is an adapter's that is in memory; others get no series.
+        pinned: the names that were pinned at the last scrape.
     """
 
     def __init__(self) -> None:
         self._of: OrderedDict[str, Totals] = OrderedDict()
         self.exists: Callable[[str], bool] = lambda name: False
+        self.pinned: Collection[str] = ()
 
     def of(self, adapter: str) -> Totals:
         """Those of an adapter, to be added to; of what is none they are thrown away."""
@@ -266,6 +272,7 @@ async def _refresh(scope: Scope) -> None:
     models = getattr(scope["app"].state, "openai_serving_models", None)
     if models is not None:
         with contextlib.suppress(Exception):
+            series.pinned = models.versions.catalogue.pinned()
             await models.versions.report.try_refresh(_FRESH_S, _WAIT_S)
 
 
@@ -364,8 +371,15 @@ class AdapterMetrics(Collector):
             "(--expert-load modules).",
             labels=["adapter", "module", "expert"],
         )
+        loaded = GaugeMetricFamily(
+            "vllm:lora_adapter_loaded",
+            'Adapters in memory; level: "gpu" in a slot of the engine (a CPU\'s has slots too), '
+            '"cpu" beside them; pinned: is not evicted; rank: of its largest module.',
+            labels=["adapter_name", "level", "pinned", "rank"],
+        )
         for name, count in held.items():
             memory.add_metric([name], count)
+            self._add_loaded(loaded, name)
             found = self._report.of(self._residency.current.get(name))
             if found is None or not found["tokens"]:
                 continue
@@ -374,7 +388,14 @@ class AdapterMetrics(Collector):
             for module, of_module in found.get("modules", {}).items():
                 for expert, share in enumerate(of_module["share"]):
                     load.add_metric([name, module, str(expert)], share)
-        yield from (memory, entropy, imbalance, load)
+        yield from (memory, entropy, imbalance, load, loaded)
+
+    def _add_loaded(self, loaded: GaugeMetricFamily, name: str) -> None:
+        resident = self._residency.of(name)
+        if resident is not None:
+            level = "gpu" if resident.version.lora_int_id in self._report.in_slots else "cpu"
+            pinned = str(name in series.pinned).lower()
+            loaded.add_metric([name, level, pinned, str(resident.rank)], 1)
 
 
 def install() -> None:

@@ -1,7 +1,7 @@
-"""What the engine says of the routers of the versions in its memory.
+"""What the engine says of the versions in its memory: their routers, and which are in slots.
 
 The seam, for vLLM 0.32: `collective_rpc` of the engine client, which calls a worker's method by its
-name; see guilomo_serve/runtime/report.py for the method.
+name; see guilomo_serve/runtime/report.py for the methods.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ class EngineReport:
         engine_client: vLLM's.
         wanted: the versions that are to be asked for.
         modules: whether to ask for each of their modules.
+
+    Attributes:
+        in_slots: the versions that a step need not move to be served, of any engine.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class EngineReport:
         self._asking: asyncio.Task[None] | None = None
         self._as_of = -float("inf")
         self._versions: dict[int, dict[str, Any]] = {}
+        self.in_slots: set[int] = set()
 
     def of(self, version: LoRARequest | None) -> dict[str, Any] | None:
         """What it said of one; see `ExpertLoad.report`. None if it had nothing to say."""
@@ -61,4 +65,6 @@ class EngineReport:
         wanted = (list(self._wanted()), self._modules)
         found = merge(await self._engine.collective_rpc("guilomo_report", args=wanted))
         self._versions = {of_version["version"]: of_version for of_version in found}
+        of_workers = await self._engine.collective_rpc("guilomo_slots")
+        self.in_slots = set().union(*of_workers)
         self._as_of = began

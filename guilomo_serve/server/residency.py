@@ -79,12 +79,14 @@ class Resident:
         name: its public name.
         room: bytes that are kept free for it.
         bytes: that its weights take once they are there, in all workers together.
+        rank: of its largest module, once it is there.
     """
 
     version: LoRARequest
     name: str
     room: int
     bytes: int = 0
+    rank: int = 0
 
 
 class Residency:
@@ -148,10 +150,12 @@ class Residency:
         try:
             if number in self._removing:
                 await asyncio.shield(self._removing[number])
-            resident.bytes = await self._add_to_engine(version, size)
+            outcomes = await self._add_to_engine(version, size)
         except BaseException:
             self._drop(version)
             raise
+        resident.bytes = sum(outcome["bytes"] for outcome in outcomes)
+        resident.rank = outcomes[0]["rank"]
 
     def unload(self, version: LoRARequest) -> None:
         """Takes out a version that was loaded, unless it is what a name stands for, or stood for
@@ -176,6 +180,11 @@ class Residency:
         """All versions in memory: those that names stand for, and those that retire."""
         return list(self._resident.values())
 
+    def of(self, name: str) -> Resident | None:
+        """The version that a name stands for; None where it is not in memory."""
+        version = self.current.get(name)
+        return None if version is None else self._resident.get(version.lora_int_id)
+
     async def evict_idle(self, after_s: float) -> None:
         """Frees, for ever, the weights of names that nobody asked for as long."""
         while True:
@@ -185,14 +194,14 @@ class Residency:
                 if idle > after_s:
                     self._evict(name, f"was not used for {idle:.0f} s")
 
-    async def _add_to_engine(self, version: LoRARequest, size: int) -> int:
+    async def _add_to_engine(self, version: LoRARequest, size: int) -> list[Any]:
         """Has the workers read it and put it into the layers.
 
         A small one in a single call, as each call waits for a step of the engine; its files were
         just written or read here, so no disk is waited for. Others are read beside the steps.
 
         Returns:
-            The bytes that its weights take.
+            Of each worker the bytes that its weights take, and its rank.
         """
         about = (version.lora_name, version.lora_int_id, version.lora_path)
         began = time.perf_counter()
@@ -214,7 +223,7 @@ class Residency:
         reading = max(outcome["seconds"] for outcome in outcomes)
         spent("read", reading)
         spent("wait", time.perf_counter() - began - reading)
-        return sum(outcome["bytes"] for outcome in outcomes)
+        return outcomes
 
     async def _ask(self, method: str, *args: Any) -> list[Any]:
         """Each worker's answer."""

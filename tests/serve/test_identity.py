@@ -52,7 +52,7 @@ def test_blocks_are_hashed_with_the_digest_alone():
 def test_two_versions_of_one_id_are_not_in_memory_together(monkeypatch):
     class Engine:
         async def collective_rpc(self, method: str, args: Any) -> list[Any]:
-            return [{"bytes": 1, "seconds": 0.0}]
+            return [{"bytes": 1, "rank": 1, "seconds": 0.0}]
 
     monkeypatch.setattr(identity, "id_of", lambda inner: 7)
 

@@ -233,6 +233,35 @@ def test_swaps_loads_and_resident_bytes(opened, adapter, root):
     )
 
 
+def loaded(server: Server, name: str) -> dict[str, str] | None:
+    """What routers read of an adapter; None if it is not in memory."""
+    found = [
+        s.labels
+        for s in Scrape(server).samples
+        if s.name == "vllm:lora_adapter_loaded" and s.labels["adapter_name"] == name
+    ]
+    assert len(found) < 2
+    return found[0] if found else None
+
+
+def test_routers_see_what_is_in_memory(opened, adapter, root):
+    """As llm-d's router reads it: also of an adapter that nobody has asked for yet."""
+    rank = max(map(sum, opened.admin("GET", f"/{adapter}").json()["allocation"].values()))
+    about = {"adapter_name": adapter, "level": "gpu", "pinned": "false", "rank": str(rank)}
+    eventually(lambda: loaded(opened, adapter) == about, "it is in a slot")
+    assert opened.admin("POST", f"/{adapter}/pin").status_code == 200
+    assert loaded(opened, adapter) == {**about, "pinned": "true"}
+    # Each that is loaded gets a slot; there are sixteen.
+    names = [f"{adapter}-{i}" for i in range(16)]
+    for name in names:
+        assert opened.put(name, root / "first").status_code == 200
+    about |= {"pinned": "true", "level": "cpu"}
+    eventually(lambda: loaded(opened, adapter) == about, "others have its slot")
+    for name in (*names, adapter):
+        assert opened.admin("DELETE", f"/{name}").status_code == 200
+    assert loaded(opened, adapter) is None
+
+
 def test_the_series_of_a_deleted_adapter_go_for_good(opened, adapter):
     text_of(opened, adapter, PROMPT)
     assert f'adapter="{adapter}"' in Scrape(opened).text
