@@ -10,6 +10,7 @@ baseline   an allocation made without a search, to compare a searched one with
 compare    two allocations of one base side by side
 report     the report page of a run, with a control beside it
 export     an adapter as a plain LoRA
+import     an adapter of MoLA, LoRAMoE or HydraLoRA as one of guilomo
 inspect    the table and picture of an adapter or allocation
 """
 
@@ -39,6 +40,7 @@ from guilomo_train.config import (
     EvalConfig,
     ExportConfig,
     FinetuneConfig,
+    ImportConfig,
     PreviewConfig,
     PushConfig,
     SearchConfig,
@@ -213,6 +215,12 @@ def _export(config: ExportConfig) -> None:
     print(f"{config.output}: {export(config)}")
 
 
+def _import(config: ImportConfig) -> None:
+    from guilomo_train.foreign import import_adapter
+
+    print(f"{config.output}: {import_adapter(config)}")
+
+
 def _push(config: PushConfig) -> None:
     from guilomo_train.push import push
 
@@ -301,6 +309,9 @@ COMMANDS = {
         {"run": "Output folder of search, finetune or run."},
     ),
     "export": Command("an adapter as a plain LoRA", (ExportConfig,), _export),
+    "import": Command(
+        "an adapter of MoLA, LoRAMoE or HydraLoRA as one of guilomo", (ImportConfig,), _import
+    ),
     "inspect": Command("show an adapter or allocation", (InspectOptions,), _inspect),
 }
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 from guilomo_train.errors import ConfigError
@@ -338,6 +340,32 @@ class ExportConfig:
         for name in ("rank", "rows"):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
+
+
+@dataclass
+class ImportConfig:
+    """An adapter that MoLA, LoRAMoE or HydraLoRA trained, as one of guilomo."""
+
+    adapter: str = field(metadata={"help": "Folder with adapter_config.json and the weights."})
+    base: str = field(
+        metadata={"help": "The base that it was trained on: a folder or a hub name; no weights."}
+    )
+    output: str = field(metadata={"help": "Folder for the adapter."})
+    top_k: str | None = option(
+        None,
+        "MoLA: experts that a token uses, a number or one a layer (2,2,2,...): its files do not "
+        "have it.",
+    )
+    revision: str | None = option(None, REVISION)
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*)*", self.top_k):
+            raise ConfigError(
+                f"top_k is {self.top_k!r}, expected a number >= 1, or such with commas between them"
+            )
+        if Path(self.output).resolve() == Path(self.adapter).resolve():
+            raise ConfigError(f"output is {self.output!r}, expected another folder than --adapter")
 
 
 @dataclass

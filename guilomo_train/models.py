@@ -96,13 +96,7 @@ def sizes_of(name: str, target_modules: str | list[str]) -> Sizes:
         BaseError: there is no such model.
         ConfigError: it has no such modules.
     """
-    _check_no_adapter(name)
-    try:
-        config = AutoConfig.from_pretrained(name)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, ImportError) as e:
-        raise _not_a_base(name, e) from None
+    model = without_weights(name)
     parameters = model.num_parameters()
     linears = BaseModel.from_module(model).linears
     # Wrapped as a search wraps it, so that both mean the same layers.
@@ -110,6 +104,29 @@ def sizes_of(name: str, target_modules: str | list[str]) -> Sizes:
     with torch.device("meta"):
         adapted = with_adapter(model, wrapped).peft_config["default"].experts
     return Sizes(parameters, linears, tuple(adapted))
+
+
+def without_weights(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A base on the meta device, from its config alone; arguments as those of `load_base`.
+
+    Raises:
+        BaseError: there is no such model.
+    """
+    _check_no_adapter(name)
+    code = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, **code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **code)
+    except (OSError, ValueError, ImportError) as e:
+        raise _not_a_base(name, e) from None
+
+
+def commit_of(name: str, revision: str | None = None) -> str | None:
+    """The commit of a base on the hub that was loaded; None for a folder."""
+    return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
 
 
 def _check_no_adapter(name: str) -> None:
@@ -196,8 +213,7 @@ def load_base(
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    config_file = cached_file(name, "config.json", revision=revision)
-    return Base(name, model, tokenizer, extract_commit_hash(config_file, None))
+    return Base(name, model, tokenizer, commit_of(name, revision))
 
 
 def load_tokenizer(

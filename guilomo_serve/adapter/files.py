@@ -161,7 +161,7 @@ def read_spec(folder: str | Path) -> AdapterSpec:
     Raises:
         AdapterError: the folder or its config is missing or wrong.
     """
-    path = _file_in(Path(folder), CONFIG_FILE)
+    path = file_in(Path(folder), CONFIG_FILE)
     return AdapterSpec.from_json(read_config(path), str(path))
 
 
@@ -178,7 +178,7 @@ def read_adapter(folder: str | Path, base: BaseModel | None = None) -> Adapter:
     """
     folder = Path(folder)
     spec = read_spec(folder)
-    path = _file_in(folder, WEIGHTS_FILE)
+    path = file_in(folder, WEIGHTS_FILE)
     if base is not None:
         _check_base(spec, base, str(folder / CONFIG_FILE))
     with path.open("rb") as file:
@@ -299,7 +299,12 @@ def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _file_in(folder: Path, name: str) -> Path:
+def file_in(folder: Path, name: str) -> Path:
+    """A file of an adapter folder.
+
+    Raises:
+        AdapterError: the folder or file is missing, or leads out of the folder.
+    """
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such adapter folder")
     path = folder / name
