@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from guilomo_serve.adapter import read_spec
 from guilomo_train.cli import COMMANDS, main
+from tests.train.test_foreign import saved
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 BASE = ".cache/smollm2-135m-instruct"
@@ -21,6 +23,12 @@ ROWS = [{"prompt": f"number {i}", "completion": "odd" if i % 2 else "even"} for 
 def blocks(page: str, language: str) -> list[str]:
     found = re.findall(rf"^( *)```{language}\n(.*?)```", (DOCS / page).read_text(), re.M | re.S)
     return [re.sub(f"^{indent}", "", text, flags=re.M) for indent, text in found]
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """The arguments of what a page says of `guilomo-train`."""
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("guilomo-train ")]
 
 
 def test_a_first_adapter(
@@ -36,8 +44,7 @@ def test_a_first_adapter(
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     Path(".cache").mkdir()
     Path(BASE).symlink_to(tiny_base)
-    commands = [line for block in blocks("first_adapter.md", "bash") for line in block.splitlines()]
-    ours = [shlex.split(line)[1:] for line in commands if line.startswith("guilomo-train ")]
+    ours = commands_of("first_adapter.md")
     assert [command[0] for command in ours] == ["data", "run", "inspect", "eval"]
     for command in ours:
         assert main(command) == 0, command
@@ -46,6 +53,27 @@ def test_a_first_adapter(
     assert out.count("4 rows: exact match") == 2
     for file in ("report.md", "run.json", "adapter/README.md"):
         assert (Path("runs/first") / file).is_file()
+
+
+def test_an_adapter_from_elsewhere(
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("MODEL").symlink_to(tiny_base)
+    Path("test.jsonl").write_text("\n".join(map(json.dumps, ROWS[:2])))
+    for folder, kind in (("mola", "MoLA"), ("loramoe", "LoRAMoE"), ("hydra", "HydraLoRA")):
+        saved(Path(folder), kind)
+    ours = commands_of("adapter_from_elsewhere.md")
+    assert [command[0] for command in ours] == [*["import"] * 3, "inspect", "eval"]
+    for command in ours:
+        assert main(command) == 0, command
+    out = capsys.readouterr().out
+    assert out.count("the same function") == 3
+    assert "2 rows: exact match" in out
+    assert {read_spec(path).top_k for path in Path("adapters").iterdir()} == {2, 3, 4}
 
 
 def test_settings_for_a_large_base_are_ones_that_exist() -> None:
