@@ -1,6 +1,6 @@
 # Every target sets up what it needs first (deploy/setup.sh); that costs minutes once.
 
-.PHONY: demo test test-peft test-kernels lint format setup
+.PHONY: demo test test-peft test-kernels test-fleet lint format setup
 
 demo: setup
 	.venv/bin/python -m demo
@@ -15,6 +15,11 @@ test-peft: setup
 # Every kernel at every setting for every GPU; `make test` has those that differ most.
 test-kernels: setup
 	GUILOMO_EVERY_KERNEL=1 .venv/bin/python -m pytest -n 2 tests/ops/test_compiled.py
+
+# What needs more than the locks have: Ray.
+test-fleet: setup
+	.venv/bin/python -m pip install --quiet ray==2.60.0
+	.venv/bin/python -m pytest -m fleet
 
 lint: setup
 	.venv/bin/ruff check .

@@ -14,6 +14,7 @@ from guilomo_serve.catalogue.remote import Address
 
 ADMIN_KEY = "GUILOMO_ADMIN_KEY"
 _SETTINGS = "GUILOMO_SERVE"
+_RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"  # vLLM's, of what its Ray workers get
 # In URLs, logs and folders as they are; "@" parts a name from its version. No part is hidden or
 # leads upwards.
 _PART = "[A-Za-z0-9][A-Za-z0-9._:-]*"
@@ -78,6 +79,7 @@ class Settings:
             }
         )
         environment[ADMIN_KEY] = self.admin_key
+        environment[_RAY_COPIES] = f"{environment.get(_RAY_COPIES, '')},GUILOMO_"
 
     @classmethod
     def from_environment(cls) -> Settings | None:

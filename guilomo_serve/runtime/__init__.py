@@ -18,6 +18,7 @@ the layers are ours.
     stages.py        a model split by layers
     report.py        what a worker says of its adapters: memory, and the load of their routers
     warm_up.py       what vLLM compiles late
+    workers.py       a worker that has no plugin ends the start
 
 The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 
@@ -40,6 +41,7 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
   `guilomo_warm_up` are methods that `vllm.v1.worker.worker_base.WorkerBase` gets: see report.py,
   reading.py and warm_up.py.
 - `create_engine_config` of `vllm.engine.arg_utils.EngineArgs`: see unsupported.py.
+- `worker_extension_cls` of vLLM's `ParallelConfig`: see workers.py.
 - `process_inputs` of `vllm.v1.engine.input_processor.InputProcessor`: see stops.py.
 - `add_lora` of `vllm.v1.executor.Executor` and of `LoRAModelRunnerMixin`: see refusal.py.
 - `intermediate_tensors` of the model runner: see stages.py.
@@ -59,6 +61,7 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 from __future__ import annotations
 
 SUPPORTED = "0.32."
+registered = False  # in this process
 
 
 def register() -> None:
@@ -109,3 +112,5 @@ def register() -> None:
     warm_up.install()
     cpu_sampling.install()
     server.install()
+    global registered
+    registered = True

@@ -14,6 +14,7 @@ ONE_PROCESS = (
     "the names and versions of adapters are kept by one server process; start several servers and "
     "spread the requests over them"
 )
+_WORKERS = "guilomo_serve.runtime.workers.HasPlugin"  # a name: it is imported by workers alone
 BYPASS = "this front end goes around what refuses, counts and administers adapters"
 
 
@@ -22,7 +23,7 @@ class UnsupportedError(ValueError):
 
 
 def install() -> None:
-    """Has vLLM refuse; calling it again changes nothing."""
+    """Has vLLM refuse, and its workers check their plugin; again, it changes nothing."""
     from vllm.engine.arg_utils import EngineArgs
 
     create = EngineArgs.create_engine_config
@@ -33,6 +34,8 @@ def install() -> None:
         config = create(self, *args, **kwargs)
         if config.lora_config is not None:
             refuse_unsupported(config)
+            parallel = config.parallel_config
+            parallel.worker_extension_cls = parallel.worker_extension_cls or _WORKERS
         return config
 
     create_or_refuse.refuses = True  # type: ignore[attr-defined]

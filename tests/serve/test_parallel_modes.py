@@ -104,6 +104,37 @@ def check_refusal(server: Server, base: Path, folder: Path) -> None:
     assert "model.layers.7.self_attn.q_proj" in refused.text
 
 
+def check_one_refuses(server: Server, folder: Path) -> None:
+    """What one engine alone can load is in none, and is loaded once the other one can."""
+
+    def held() -> list[list[int]]:
+        """The versions that each engine has."""
+        asked = {"json": {"method": "guilomo_slots"}, "headers": server.admin_headers}
+        answer = requests.post(f"{server.url}/collective_rpc", timeout=60, **asked)
+        return [sorted(of_engine) for of_engine in answer.json()["results"]]
+
+    before = held()
+    assert len(before) == 2
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    worker = max(
+        (process for process in processes if not process.children()),
+        key=lambda process: process.memory_info().rss,
+    )
+    limits = worker.rlimit(psutil.RLIMIT_NOFILE)
+    worker.rlimit(psutil.RLIMIT_NOFILE, (4, limits[1]))  # it has as many, and can open no more
+    refused = server.put("one-sided", folder)
+    worker.rlimit(psutil.RLIMIT_NOFILE, limits)
+    assert refused.status_code == 400
+    assert "Too many open files" in refused.text
+    eventually(lambda: held() == before, "neither has it")
+    assert server.admin("GET", "/one-sided").status_code == 404
+    assert server.put("one-sided", folder).ok
+    first, second = held()
+    assert first == second
+    assert len(first) == len(before[0]) + 1
+    assert server.admin("DELETE", "/one-sided").ok
+
+
 def test_a_model_split_by_layers_answers_as_the_whole_one(
     tiny_model: Path, adapters: dict[str, Path], sparse: Path, tmp_path: Path
 ) -> None:
@@ -127,7 +158,8 @@ def test_two_engines_answer_as_one(
 ) -> None:
     """Requests are spread over both; a load reaches both or none."""
     command = guilomo_serve(tiny_model, adapters, "-dp", "2", "--check-adapters", *FLAGS)
-    with serving(command, tmp_path / "log", UNBOUND) as server:
+    developing = {**UNBOUND, "VLLM_SERVER_DEV_MODE": "1"}
+    with serving(command, tmp_path / "log", developing) as server:
         check_answers(server, tiny_model, {"base": None, **adapters})
         metrics = requests.get(f"{server.url}/metrics", timeout=30).text
         answered = re.findall(
@@ -139,6 +171,7 @@ def test_two_engines_answer_as_one(
         held = re.findall(r'^guilomo_resident_bytes{adapter="first"} (\S+)$', metrics, re.MULTILINE)
         of_file = sum(t.numel() * 4 for t in load_file(adapters["first"] / WEIGHTS_FILE).values())
         assert 2 * of_file < float(held[0]) < 4 * of_file  # it is in both
+        check_one_refuses(server, adapters["first"])
         check_refusal(server, tiny_model, tmp_path / "bad")
         check_swaps(server, tiny_model, adapters["first"], adapters["second"])
 
