@@ -22,6 +22,7 @@ moto[s3]
 mypy
 openai
 peft==0.21.2
+psycopg[binary]>=3.2
 pytest<9.2  # xdist 3.8 reads no groups with it
 pytest-timeout
 pytest-xdist

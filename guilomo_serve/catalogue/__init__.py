@@ -6,17 +6,20 @@
     remote.py     addresses of adapters elsewhere, and what a storage has to offer
     hub.py, s3.py the Hugging Face Hub and S3 as such storages
     store.py      the adapters' files, copied and named by their digest
-    database.py   names, their versions and what is pinned, in SQLite
+    sql.py        names, their versions and what is pinned: what every catalogue is asked
+    database.py   the catalogue of one server, in SQLite
+    postgres.py   the catalogue that replicas share, in PostgreSQL
     command.py    `guilomo-serve adapters ls|put|rm|rollback`
 
 A name points to its current version and remembers the one before; a version is a number, a digest
 and what the adapter is. Loading and swapping in the engine is guilomo_serve/server/versions.py.
 """
 
-from guilomo_serve.catalogue.database import Catalogue, CatalogueError, Entry, Version
+from guilomo_serve.catalogue.database import Catalogue
 from guilomo_serve.catalogue.remote import Unavailable
 from guilomo_serve.catalogue.settings import Settings, check_name
 from guilomo_serve.catalogue.sources import Source, Sources
+from guilomo_serve.catalogue.sql import CatalogueError, Entry, Listed, Version
 from guilomo_serve.catalogue.store import Forbidden, Missing, Store, digest_of
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
     "CatalogueError",
     "Entry",
     "Forbidden",
+    "Listed",
     "Missing",
     "Settings",
     "Source",

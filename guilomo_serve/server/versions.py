@@ -26,6 +26,7 @@ from guilomo_serve.catalogue import (
     Catalogue,
     CatalogueError,
     Entry,
+    Listed,
     Settings,
     Source,
     Sources,
@@ -34,7 +35,7 @@ from guilomo_serve.catalogue import (
     check_name,
     digest_of,
 )
-from guilomo_serve.catalogue.database import CATALOGUE_FILE, Listed
+from guilomo_serve.catalogue.database import CATALOGUE_FILE
 from guilomo_serve.runtime.identity import request_of
 from guilomo_serve.server import prometheus
 from guilomo_serve.server.errors import REFUSALS, NoRoom, Unknown
