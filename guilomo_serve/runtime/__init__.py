@@ -7,6 +7,7 @@ the layers are ours.
     cpu_sampling.py  what vLLM's CPU build samples wrongly: seeds, drafts
     engines.py       several engines behind one server
     experts.py       bases that are mixtures of experts
+    graph_check.py   a GPU's server tries its adapters' path, and CUDA graphs, before it serves
     identity.py      what versions are called inside vLLM, and outside
     layers.py        vLLM's LoRA layers with our product in place of theirs
     loading.py       an adapter folder -> the weights of each layer of the served model
@@ -40,6 +41,7 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 - `guilomo_report`, `guilomo_slots`, `guilomo_read`, `guilomo_has_read`, `guilomo_add` and
   `guilomo_warm_up` are methods that `vllm.v1.worker.worker_base.WorkerBase` gets: see report.py,
   reading.py and warm_up.py.
+- `compile_or_warm_up_model` of the GPU's `Worker`: see graph_check.py.
 - `create_engine_config` of `vllm.engine.arg_utils.EngineArgs`: see unsupported.py.
 - `worker_extension_cls` of vLLM's `ParallelConfig`: see workers.py.
 - `process_inputs` of `vllm.v1.engine.input_processor.InputProcessor`: see stops.py.
@@ -86,6 +88,7 @@ def register() -> None:
         cpu_sampling,
         engines,
         experts,
+        graph_check,
         identity,
         reading,
         refusal,
@@ -103,6 +106,7 @@ def register() -> None:
     unsupported.install()
     engines.install()
     experts.install()
+    graph_check.install()
     identity.install()
     stages.install()
     refusal.install()

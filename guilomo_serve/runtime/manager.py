@@ -311,7 +311,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         loaded = super().add_adapter(lora_request)
         if is_new:
             try:
-                self._adapter_manager.check_products(lora_request.lora_int_id)
+                self.check_products(lora_request.lora_int_id)
             except AdapterError as e:
                 self.remove_adapter(lora_request.lora_int_id)
                 raise AdapterError(f"{lora_request.lora_path}: {e}") from None
@@ -320,6 +320,20 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
         super().set_active_adapters(requests, mapping)
         self._adapter_manager.begin_step()
+
+    @property
+    def plan(self) -> ModelPlan:
+        """Where adapters go in this process's part of the model."""
+        return self._adapter_manager.plan
+
+    def keep_weights(self, number: int, layers: dict[str, LayerWeights]) -> None:
+        """Keeps an adapter that no folder has, for `add_adapter`; see graph_check.py."""
+        entries = {name: LayerEntry(weights) for name, weights in layers.items()}
+        self._keep(number, LoRAModel(number, 1, entries), None)
+
+    def check_products(self, number: int) -> None:
+        """See `RoutedModelManager.check_products`."""
+        self._adapter_manager.check_products(number)
 
     def begin_reading(self, name: str, number: int, path: str) -> None:
         """Reads an adapter beside the steps, for `add_adapter` later."""
@@ -362,7 +376,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
     def _read_adapter(self, lora_request: Any) -> tuple[LoRAModel, Routers | None]:
         """Only reads: it runs in a thread of its own."""
         folder = get_adapter_absolute_path(lora_request.lora_path)
-        plan = self._adapter_manager.plan
+        plan = self.plan
         spec, heads = None, None
         if is_guilomo_adapter(folder):
             spec, layers = load_routed(folder, plan)

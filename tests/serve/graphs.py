@@ -2,10 +2,12 @@
 
     python -m tests.serve.graphs MODEL '{"first": FOLDER, ...}'
 
-prints as its last line, as JSON, the greedy tokens of each job eager and replayed, and what the
-report says of experts. `Graphs` stands for CUDA graphs as far as our op goes: of each layer, padded
-size and case that vLLM would capture it records the operations that run then, with vLLM's own
-adapters without weights, and later runs these on the same tensors, without any of our Python.
+prints as its last line, as JSON, the greedy tokens of each job eager and replayed, what the report
+says of experts, and what the check of graph_check.py finds: without graphs, with such as leave
+adapters out because they were captured before slots could have any, and with right ones. `Graphs`
+stands for CUDA graphs as far as our op goes: of each layer, padded size and case that vLLM would
+capture it records the operations that run then, with vLLM's own adapters without weights, and later
+runs these on the same tensors, without any of our Python.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ class Graphs:
 
         self.replays = 0
         self.runner, self.graphs = runner, {}
+        self.manager = runner.cudagraph_manager
         hook = create_lora_capture_hook(runner.lora_config, runner)
         assert hook is not None
         self.layers = runner.lora_manager._adapter_manager._routed
@@ -70,12 +73,17 @@ class Graphs:
                         x = torch.zeros(size, layer.input_size)
                         y = torch.zeros(size, sum(layer.output_slices))
                         with _Recorder() as recorder:
-                            layer.add_routed_(y, x)
+                            type(layer).add_routed_(layer, y, x)
                         self.graphs[name, size, case] = (x, y, recorder.calls)
+        self.manager._graphs_captured = True
         for name, layer in self.layers.items():
-            layer.add_routed_ = lambda y, x, name=name: self._run(name, y, x)
+            eager = type(layer).add_routed_.__get__(layer)
+            layer.add_routed_ = lambda y, x, name=name, eager=eager: self._run(name, y, x, eager)
 
-    def _run(self, name: str, y: torch.Tensor, x: torch.Tensor) -> None:
+    def _run(self, name: str, y: torch.Tensor, x: torch.Tensor, eager: Any) -> None:
+        if not self.manager._graphs_captured:  # what vLLM's dispatch asks
+            eager(y, x)
+            return
         tokens = len(x)
         size = next(size for size in SIZES if size >= tokens)
         active = len(set(self.layers[name].punica_wrapper.batch.slots))
@@ -88,6 +96,23 @@ class Graphs:
         assert (static_y[tokens:] == 7).all(), "padded rows were written"
         y.copy_(static_y[:tokens])
         self.replays += 1
+
+
+class GraphsWithoutAdapters(Graphs):
+    """Captured as if no slot could have an adapter."""
+
+    def __init__(self, runner: Any) -> None:
+        layers = runner.lora_manager._adapter_manager._routed.values()
+        for layer in layers:
+            layer.filled = _AlwaysEmpty()
+        super().__init__(runner)
+        for layer in layers:
+            layer.filled = set()
+
+
+class _AlwaysEmpty(set[int]):
+    def add(self, slot: int) -> None:
+        pass
 
 
 def _with_kernels() -> None:
@@ -115,6 +140,8 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    from guilomo_serve.runtime import graph_check
+
     llm = LLM(
         model,
         **{"dtype": "float32", "enforce_eager": True, "seed": 0, "enable_prefix_caching": False},
@@ -133,19 +160,26 @@ def main() -> None:
 
     # Two slots for three adapters: the last job swaps.
     jobs = [("first", "base", "plain"), ("second", "first")]
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    runner = worker.model_runner
     runner.lora_manager._samples = True  # as guilomo-serve has it
     load = runner.lora_manager._adapter_manager.expert_load
     load.clock = lambda: -math.inf  # no step is sampled
+    found = {"none": graph_check.check(worker)}
+    wrong = GraphsWithoutAdapters(runner)
+    found["wrong"] = graph_check.check(worker)
+    wrong.replays = 0
     eager = [tokens(*names) for names in jobs]
+    assert not wrong.replays, "graphs that were found wrong are used"
     graphs = Graphs(runner)
+    found["right"] = graph_check.check(worker)
     load.clock = lambda: math.inf  # each is
     replayed = [tokens(*names) for names in jobs]
     report = runner.lora_manager.report([loras["first"].lora_int_id], modules=True)
     result = {
         **{"runner": type(runner).__mro__[1].__module__, "replays": graphs.replays},
         **{"prompts": [llm.get_tokenizer()(p)["input_ids"] for p in PROMPTS]},
-        **{"jobs": jobs, "eager": eager, "replayed": replayed, "report": report},
+        **{"jobs": jobs, "check": found, "eager": eager, "replayed": replayed, "report": report},
     }
     print(json.dumps(result), flush=True)
 

@@ -75,6 +75,10 @@ def test_kernels_answer_eager_and_replayed_as_cuda_graphs_are(
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["runner"] == "vllm.v1.worker.gpu.model_runner"
     assert found["replays"] > 0
+    # What the check at start says of no graphs, of such as leave adapters out, and of right ones.
+    assert found["check"]["none"] is None
+    assert "differ from an eager step's by" in found["check"]["wrong"]
+    assert found["check"]["right"] is None
     models = {
         name: hf_reference.model_with(tiny_model, folder)
         for name, folder in {"base": None, **adapters}.items()
