@@ -53,6 +53,15 @@ _REFUSED_FOR_S = 10.0
 _MOST_REFUSED = 1000
 
 
+def _may_administer() -> bool:
+    """Whether the call at hand may change adapters: of an administrator's request, or of none.
+
+    A request has a lease in any server with the plugin. A call without one is the process's own:
+    Ray Serve LLM loads an adapter so on a miss.
+    """
+    return administrating.get() or current_lease() is None
+
+
 class _Coming(NamedTuple):
     """A name that is asked for and not loaded: whether there is one, and its way into memory."""
 
@@ -151,7 +160,7 @@ class ManagedServingModels(VersionedServingModels):
 
     async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> Any:
         name = request.lora_name
-        if not administrating.get():
+        if not _may_administer():
             return not_allowed()
         known = self.versions.catalogue.get(name)
         try:
@@ -168,7 +177,7 @@ class ManagedServingModels(VersionedServingModels):
         return f"Success: LoRA adapter '{name}' added successfully."
 
     async def unload_lora_adapter(self, request: Any) -> Any:
-        if not administrating.get():
+        if not _may_administer():
             return not_allowed()
         try:
             await self.versions.delete(request.lora_name)

@@ -5,12 +5,18 @@ Each request is as its controller's source makes it; which file that is stands i
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
 from guilomo_serve.catalogue import digest_of
+from tests.serve import hf_reference
 from tests.serve.helpers import Server, text_of
 
 pytestmark = pytest.mark.slow
@@ -85,3 +91,26 @@ def test_a_name_of_the_root_is_pulled_on_a_miss(opened):
     assert requests.get(f"{opened.url}/ready", timeout=30).status_code == 200
     answer = ask(opened, "/v1/completions", {"model": "second", "prompt": "a", "max_tokens": 1})
     assert answer.status_code == 200
+
+
+def test_ray_serve_loads_in_the_process_and_gives_nobody_else_rights(
+    tiny_model: Path, adapters: dict[str, Path]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serve.ray_serve", str(tiny_model), str(adapters["first"])],
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {"plugin", "catalogue"}
+    model = hf_reference.model_with(tiny_model, adapters["first"])
+    for of_kind in found.values():
+        wanted = hf_reference.greedy(model, of_kind["prompt"], len(of_kind["called"]))
+        assert of_kind["called"] == of_kind["asked"] == wanted
+    # vLLM has no such routes unless it is told to; ours are open to who administers alone.
+    assert (found["plugin"]["load"], found["plugin"]["list"]) == (404, 404)
+    assert (found["catalogue"]["load"], found["catalogue"]["list"]) == (404, 403)
