@@ -4,7 +4,10 @@ lora_moe/   the LoRA-MoE layer as a PEFT method
 search/     selection vectors, the bilevel step, the allocation it ends in
 config.py   one dataclass a stage: the command line, the saved run and the docs derive from it
 settings.py a file of settings, for --config
-data.py     rows of a data set as prompt and completion
+sources.py  raw rows of a file, a folder or a named data set
+messages.py a raw row, in whichever form, as a chat
+rendering.py a chat as the base's template writes it, its tokens, and which are learned
+data.py     rows chosen, mixed and brought to one form
 endings.py  how an answer ends, and where generation stops
 balance.py  the load-balance loss, and how DPO, GRPO and KTO get it
 preview.py  how training will read rows
@@ -17,6 +20,7 @@ health.py   load, entropy and dead experts of the routers
 baseline.py an allocation without a search, to compare a searched one with
 compare.py  two allocations side by side
 export.py   an adapter as a plain LoRA
+foreign.py  adapters of MoLA, LoRAMoE and HydraLoRA as ours
 push.py     an adapter to the Hugging Face Hub
 report.py   tables, heat map, model card
 page.py     the report page of a run, from the files it leaves

@@ -1,16 +1,7 @@
-"""Rows of a data set, brought to one form: `prompt` and `completion` as chat messages, `answer`.
+"""Rows of data sets, chosen, mixed and brought to one form, that of their chats and tokens.
 
-    {"prompt": "...", "completion": "..."}                     both may be lists of messages
-    {"messages": [..., {"role": "assistant", ...}]}            the last message is the completion
-    {"conversations": [{"from": "human", "value": ...}, ...]}  ShareGPT; likewise
-    {"instruction": "...", "input": "...", "output": "..."}    Alpaca; input may be missing
-
-Beside a text as prompt, `system` is a system message and `history` the turns before, pairs of
-texts. `answer` is what an evaluation compares with; it is the completion where a row has none. Rows
-stay plain text for a tokenizer without chat template.
-
-What would change what is learned and is not known here (tools, images, weights of messages) is
-refused by its name. Other columns, such as a row's number or source, are left alone.
+messages.py reads a row and rendering.py renders it. Rows stay plain text for a tokenizer without
+chat template.
 """
 
 from __future__ import annotations
@@ -27,29 +18,17 @@ from typing import Any, Literal
 
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from guilomo_train import sources
 from guilomo_train.config import VALIDATION_SHARE, CommonConfig
 from guilomo_train.errors import DataError
 from guilomo_train.limits import writing
+from guilomo_train.messages import Chat, Message, read_row
+from guilomo_train.rendering import NOT_LEARNED, check_template, encode_all_turns, encode_last_turn
 
-FORMS = "prompt and completion, or messages, or conversations, or instruction and output"
 _IN_MEMORY = 1000  # rows; more are in a file
 _FEWEST_ROWS = 8  # that a search can judge by
-# What a key that other rows need has in one that does not.
-_EMPTY: tuple[Any, ...] = (None, "", [], {})
-# Columns by which other trainers change what a row teaches.
-_REFUSED = (
-    "tools", "functions", "documents", "chat_template_kwargs",
-    "image", "images", "audio", "audios", "video", "videos",
-    "reasoning_content", "weight", "loss_mask",
-)  # fmt: skip
-_SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-             "system": "system"}  # fmt: skip
-# What chat templates raise of themselves for messages that they do not like.
-_OF_TEMPLATES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
 def load_rows(
@@ -73,8 +52,10 @@ def load_rows(
         loss_on: "all" for the turns of the assistant before the last one, too.
 
     Returns:
-        Columns `prompt`, `completion`, `answer` (text) and `where` (the row's file and line); with
-        `loss_on` all, `input_ids` and `labels` as well.
+        Columns `prompt`, `completion`, `answer` (text) and `where` (the row's file and line); of
+        chats also `input_ids`, `labels` (-100: not learned), `dropped`, the end of the prompt that
+        the whole row does not have, and `chat`, which has a row's chat as JSON text where roles and
+        contents do not say all of it, for `messages.chat_of`.
 
     Raises:
         DataError: the source cannot be read, or a row has none of the known forms or is one that
@@ -94,20 +75,47 @@ def load_rows(
 
 
 def in_form(
-    where: str, row: Any, tokenizer: PreTrainedTokenizerBase, loss_on: Literal["last", "all"]
+    where: str, raw: Any, tokenizer: PreTrainedTokenizerBase, loss_on: Literal["last", "all"]
 ) -> dict[str, Any]:
     """One row of a source as `load_rows` has it.
 
     Raises:
         DataError: it has none of the known forms, or the base's chat template rejects it.
     """
-    chat = tokenizer.chat_template is not None
-    formed = {**_row(row, where, chat), "where": where}
-    if chat:
-        _check_template(formed, tokenizer)
+    chat, answer = read_row(raw, where)
+    if tokenizer.chat_template is None:
+        return {**_as_text(chat, answer, where), "where": where}
+    check_template(tokenizer, chat, where)
+    row: dict[str, Any] = {
+        "prompt": [_shown(message) for message in chat.prompt],
+        "completion": [_shown(message) for message in chat.completion],
+        "where": where,
+        "chat": chat.to_json() if chat.calls_tools else "",
+    }
+    ids, labels, row["dropped"] = encode_last_turn(tokenizer, chat)
+    if "tool_calls" in chat.completion[-1]:  # its text is what the template makes of it
+        learned = [label for label in labels if label != NOT_LEARNED]
+        text = tokenizer.decode(learned, skip_special_tokens=True).strip()
+        row["completion"][-1]["content"] = text
     if loss_on == "all":
-        formed["input_ids"], formed["labels"] = encode_all_turns(tokenizer, formed)
-    return formed
+        ids, labels = encode_all_turns(tokenizer, chat, where)
+    row["answer"] = row["completion"][-1]["content"] if answer is None else answer
+    return {**row, "input_ids": ids, "labels": labels}
+
+
+def _as_text(chat: Chat, answer: str | None, where: str) -> dict[str, Any]:
+    if chat.calls_tools:
+        raise DataError(
+            f"{where}: has tools or calls of tools, which the base has no chat template to write: "
+            "take a base with one, or write them into the prompt's and completion's text"
+        )
+    text = chat.completion[-1]["content"]
+    prompt = "\n".join(message["content"] for message in chat.prompt)
+    return {"prompt": prompt, "completion": text, "answer": text if answer is None else answer}
+
+
+def _shown(message: Message) -> dict[str, str]:
+    return {"role": message["role"], "content": message["content"]}
 
 
 def chosen(
@@ -194,47 +202,6 @@ def _folder() -> str:
     return folder
 
 
-def encode_all_turns(
-    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]
-) -> tuple[list[int], list[int]]:
-    """Token ids of a row and its labels, which are -100 outside of the assistant's turns.
-
-    A turn is what the template renders after what it renders before the turn, opened for an
-    answer.
-
-    Raises:
-        DataError: the template renders a turn otherwise when others follow.
-    """
-    messages = row["prompt"] + row["completion"]
-
-    def ids_of(part: list[Any], opened: bool) -> list[int]:
-        encoded = tokenizer.apply_chat_template(
-            part, add_generation_prompt=opened, return_dict=True
-        )
-        return encoded["input_ids"]
-
-    ids = ids_of(messages, False)
-    labels = [-100] * len(ids)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start = common_length(ids_of(messages[:turn], True), ids) if turn else 0
-        upto = ids_of(messages[: turn + 1], False)
-        if ids[: len(upto)] != upto:
-            raise DataError(
-                f"{row['where']}: the base's chat template renders message {turn + 1} otherwise "
-                "when others follow, so the loss cannot be on it: give --loss_on last"
-            )
-        labels[start : len(upto)] = ids[start : len(upto)]
-    return ids, labels
-
-
-def common_length(first: list[int], second: list[int]) -> int:
-    """How many tokens two texts begin with alike."""
-    pairs = zip(first, second, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
 def search_rows(
     train: Dataset, common: CommonConfig, validation: Dataset | None, held_out: bool
 ) -> tuple[Dataset, Dataset | None]:
@@ -262,128 +229,3 @@ def search_rows(
             f"{_FEWEST_ROWS}: give more rows{remedy}"
         )
     return lower, upper
-
-
-def _row(row: Any, where: str, chat: bool) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: found {type(row).__name__}, expected an object with {FORMS}")
-    for key in _REFUSED:
-        if row.get(key) not in _EMPTY:
-            raise DataError(f"{where}: has {key!r}, which is not used here: leave it out")
-    if "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
-    elif isinstance(row.get("messages"), list) and len(row["messages"]) >= 2:
-        prompt, completion = row["messages"][:-1], row["messages"][-1:]
-    elif isinstance(row.get("conversations"), list) and len(row["conversations"]) >= 2:
-        turns = [_of_sharegpt(turn, where) for turn in row["conversations"]]
-        prompt, completion = turns[:-1], turns[-1:]
-    elif "instruction" in row and "output" in row:
-        prompt, completion = _instruction(row, where), row["output"]
-    else:
-        raise DataError(f"{where}: has {sorted(map(str, row))}, expected {FORMS}")
-    before = _before(row, where)
-    if before and not isinstance(prompt, str):
-        raise DataError(
-            f"{where}: has 'system' or 'history' beside messages, expected them among the messages"
-        )
-    prompt = before + _messages(prompt, "user", f"{where}: prompt")
-    completion = _messages(completion, "assistant", f"{where}: completion", learned=True)
-    if completion[-1]["role"] != "assistant":
-        raise DataError(f"{where}: the last message is not the assistant's")
-    text = completion[-1]["content"]
-    answer = text if row.get("answer") is None else _text(str(row["answer"]), f"{where}: answer")
-    if chat:
-        return {"prompt": prompt, "completion": completion, "answer": answer}
-    plain = "\n".join(m["content"] for m in prompt)
-    return {"prompt": plain, "completion": text, "answer": answer}
-
-
-def _instruction(row: dict[str, Any], where: str) -> str:
-    instruction = _text(row["instruction"], f"{where}: instruction")
-    given = _text(row.get("input") or "", f"{where}: input")
-    return f"{instruction}\n\n{given}" if given else instruction
-
-
-def _before(row: dict[str, Any], where: str) -> list[dict[str, str]]:
-    """The messages that `system` and `history` stand for."""
-    messages = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": _text(row["system"], f"{where}: system")})
-    history = row.get("history") or []
-    if not isinstance(history, list):
-        raise DataError(f"{where}: history is {history!r}, expected a list of pairs of texts")
-    for turn in history:
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise DataError(f"{where}: history has {turn!r}, expected a pair of texts")
-        for role, text in zip(("user", "assistant"), turn, strict=True):
-            messages.append({"role": role, "content": _text(text, f"{where}: history")})
-    return messages
-
-
-def _of_sharegpt(turn: Any, where: str) -> Any:
-    if not isinstance(turn, dict) or "from" not in turn:
-        return turn  # as other messages, or refused as one of them
-    if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT:
-        raise DataError(
-            f"{where}: conversations has a turn from {turn['from']!r}, expected "
-            f"{', '.join(_SHAREGPT)}"
-        )
-    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    return {"role": _SHAREGPT[turn["from"]], "content": turn.get("value"), **others}
-
-
-def _check_template(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Renders a row as training and generation will; templates have rules of their own."""
-    messages = row["prompt"] + row["completion"]
-    try:
-        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    except _OF_TEMPLATES as e:
-        roles = [message["role"] for message in messages]
-        raise DataError(
-            f"{row['where']}: the base's chat template rejects messages of the roles {roles}: {e}"
-        ) from None
-    # The last line: templates may move what comes before it, such as reasoning.
-    if messages[-1]["content"].strip().splitlines()[-1].strip() not in rendered:
-        raise DataError(
-            f"{row['where']}: the base's chat template leaves out the completion's text; it may "
-            "expect content in another form than text"
-        )
-
-
-def _messages(value: Any, role: str, where: str, learned: bool = False) -> list[dict[str, str]]:
-    """Messages of a text or a list; `learned` says whether the last one is what a row teaches."""
-    if isinstance(value, str):
-        value = [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where} is {value!r}, expected text or a list of messages")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"{where} has {message!r}, expected an object with role and content")
-        for key, given in message.items():
-            if key == "weight" and given == (1 if learned else 0):
-                continue  # what happens anyway
-            if key not in ("role", "content") and given not in _EMPTY:
-                raise DataError(f"{where} has a message with {key!r}, which is not used here")
-        if not isinstance(message.get("content"), str):
-            raise DataError(f"{where} has {message!r}, expected an object with role and content")
-        content = _text(message["content"], where)
-        messages.append({"role": message["role"], "content": content})
-    if not messages[-1]["content"].strip():
-        raise DataError(f"{where} is empty")
-    return messages
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where} is {value!r}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as e:
-        broken = value[e.start].encode("unicode_escape").decode()
-        raise DataError(
-            f"{where} has half a character ({broken}, at {e.start}), as a text that was cut within "
-            "an emoji: no tokenizer can read it"
-        ) from None
-    return value

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from guilomo_train.config import EvalConfig
-from guilomo_train.data import common_length
 from guilomo_train.endings import end_tokens, written_ends
 from guilomo_train.models import check_tokens
+from guilomo_train.rendering import encode, prompt_ids
 from guilomo_train.trainer import completion_nll
 
 
@@ -67,7 +67,7 @@ def evaluate(
         BaseError: a prompt has a token that the base has no embedding of.
     """
     model.eval()
-    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    prompts = [prompt_ids(tokenizer, row) for row in rows]
     check_tokens(model, tokenizer, prompts)
     ends = end_tokens(model, tokenizer) | stops_of(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -115,24 +115,6 @@ def completion_loss(
         ).item()
         count += int((labels[:, 1:] != -100).sum())
     return total / count
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], written: list[int]
-) -> tuple[list[int], list[int]]:
-    """Token ids of a row and its labels: those from where the row differs from its prompt alone.
-
-    That is where training begins to learn (TRL's rule): a template may end a prompt in what a whole
-    row does not have, and a plain text's last token may join the completion's first.
-    """
-    if isinstance(row["prompt"], str):
-        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
-    else:
-        messages = row["prompt"] + row["completion"]
-        ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-        ids = ids if written else [*ids, tokenizer.eos_token_id]
-    start = common_length(prompt_ids(tokenizer, row["prompt"]), ids)
-    return ids, [-100] * start + ids[start:]
 
 
 def stops_of(model: nn.Module) -> set[int]:
@@ -205,14 +187,6 @@ _WITHOUT_SPACES = re.compile(
 
 def _plain(text: str) -> str:
     return text.strip().rstrip(".!。").strip().casefold()
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
-    """Token ids of a prompt as the trainer made them: chat messages, or plain text."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-    return encoded["input_ids"]
 
 
 def completion_text(completion: Any) -> str:

@@ -12,19 +12,20 @@ from guilomo_train.config import PreviewConfig
 from guilomo_train.data import chosen, in_form
 from guilomo_train.endings import written_ends
 from guilomo_train.errors import DataError
-from guilomo_train.evaluate import encode
 from guilomo_train.models import load_tokenizer
+from guilomo_train.rendering import DROPPED, NOT_LEARNED, encode
 
 
 @dataclass
 class _Found:
-    """What the rows are, one entry a row but for `refused` and `lost`, which say what and where."""
+    """What the rows are, one entry a row but for those that say what and where."""
 
     lengths: list[int] = field(default_factory=list)
     learned: list[int] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
 
 
 def preview(config: PreviewConfig) -> Iterator[str]:
@@ -47,10 +48,12 @@ def preview(config: PreviewConfig) -> Iterator[str]:
             ids, labels = row["input_ids"], row["labels"]
         else:
             ids, labels = encode(tokenizer, row, written)
-        scored = [label != -100 for label in labels]
+        scored = [label != NOT_LEARNED for label in labels]
         if len(found.lengths) < config.show:
             yield f"{where} (what is learned stands in [[ ]]):\n"
             yield _marked(tokenizer, ids[: config.max_length], scored) + "\n"
+        if row.get("dropped"):
+            found.dropped.append(f"{row['dropped']!r} in {where}")
         found.lengths.append(len(ids))
         found.learned.append(sum(scored[: config.max_length]))
         if not any(scored[: config.max_length]):
@@ -95,6 +98,11 @@ def _summary(found: _Found, config: PreviewConfig) -> Iterator[str]:
         yield (
             f"cut: {len(found.cut)} go on after --max_length {config.max_length} and teach no end, "
             f"first {found.cut[0]}"
+        )
+    if found.dropped:
+        yield (
+            f"begun otherwise: {len(found.dropped)} have an end of the prompt that {DROPPED}, "
+            f"first {found.dropped[0]}"
         )
     for message in found.refused[:10]:
         yield f"refused: {message}"

@@ -60,7 +60,7 @@ def read(source: str) -> Iterator[tuple[str, Any]]:
         dataset = load_dataset(name, config, split=split)
     except _NOT_LOADED as e:
         raise DataError(f"{source}: not a file, and not a data set to load: {_why(e)}") from None
-    yield from ((f"{source}, row {i}", row) for i, row in enumerate(dataset))
+    yield from ((f"{source}, row {i}", _own(row)) for i, row in enumerate(dataset))
 
 
 def _kind(path: Path) -> str | None:
@@ -129,10 +129,17 @@ def _of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
-                    yield f"{path}, row {number}", row
+                    yield f"{path}, row {number}", _own(row)
                     number += 1
     except (OSError, pyarrow.ArrowException) as e:
         raise DataError(f"{path}: cannot be read as Parquet ({_why(e)})") from None
+
+
+def _own(value: Any) -> Any:
+    """A value of Arrow without nulls in its objects: a key that one object has all others get."""
+    if isinstance(value, dict):
+        return {key: _own(inner) for key, inner in value.items() if inner is not None}
+    return [_own(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _parsed(text: str, where: str) -> Any:

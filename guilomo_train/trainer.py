@@ -39,6 +39,7 @@ from guilomo_train.errors import ConfigError, DataError, DivergedError
 from guilomo_train.health import RouterFigures, RouterHealth
 from guilomo_train.lora_moe import LoraMoeLayer
 from guilomo_train.models import DEEPSPEED_REFUSED, check_tokens, unsharded_state
+from guilomo_train.rendering import DROPPED
 
 _logger = logging.getLogger(__name__)
 
@@ -149,6 +150,12 @@ class LoraMoeTrainer(SFTTrainer):
         whole = copy.copy(args)
         whole.max_length = None
         prepared = super()._prepare_dataset(dataset, processing_class, whole, *rest)
+        if "dropped" in prepared.column_names:  # of plain texts TRL says it
+            unlike = [i for i, end in enumerate(prepared["dropped"]) if end]
+            if unlike:
+                what = f"have an end of the prompt that {DROPPED}"
+                shown = repr(prepared["dropped"][unlike[0]])
+                _warn(args, f"{_counted(prepared, unlike, what)}, there {shown}")
         if not written_ends(processing_class):
             end = [processing_class.eos_token_id]
             prepared = prepared.map(lambda row: {k: row[k] + end for k in ("input_ids", "labels")})

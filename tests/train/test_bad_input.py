@@ -124,6 +124,35 @@ def test_completions_that_are_cut_are_counted(
     assert f"line {len(ROWS) + 1})" in said[0]
 
 
+def test_a_prompt_that_ends_otherwise_than_a_whole_row_is_said(
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As of bases that think: an answer is asked for with `<think>`, and rows have none."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    opened = "<|im_start|>assistant\n"
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(f"'{opened}'", f"'{opened}<think>\n'")
+    assert tokenizer.chat_template != CHAT_TEMPLATE
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "thinking")
+    tokenizer.save_pretrained(tmp_path / "thinking")
+    given = ["--base", tmp_path / "thinking", "--train", data]
+    assert main(["search", *map(str, [*given, "--output", tmp_path / "out", *SMALL])]) == 0
+    said = " ".join(record.getMessage() for record in caplog.records)
+    expected = "have an end of the prompt that a whole row does not have"
+    assert f"44 of 44 rows {expected}" in said
+    assert f"(first: {data}, line 1), there '<think>\\n'" in said
+    capsys.readouterr()
+    assert main(["data", *map(str, given)]) == 0
+    assert f"44 {expected}" in capsys.readouterr().out
+    caplog.clear()
+    given = ["--base", base, "--train", data, "--output", tmp_path / "other", *SMALL]
+    assert main(["search", *map(str, given)]) == 0
+    assert expected not in " ".join(record.getMessage() for record in caplog.records)
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [("packing_strategy", "wrapped"), ("padding_free", True), ("label_smoothing_factor", 0.1),

@@ -22,7 +22,8 @@ from guilomo_train.cli import main
 from guilomo_train.config import CommonConfig
 from guilomo_train.data import load_rows, search_rows
 from guilomo_train.errors import DataError
-from tests.train.tiny import tiny_tokenizer
+from guilomo_train.messages import chat_of
+from tests.train.tiny import CHAT_TEMPLATE, TOOL_TEMPLATE, tiny_tokenizer
 
 PROMPT = [{"role": "user", "content": "2 + 2?"}]
 COMPLETION = [{"role": "assistant", "content": "4"}]
@@ -57,7 +58,13 @@ def test_every_form_gives_the_same_row(
 ) -> None:
     (loaded,) = load_rows(write(tmp_path / "rows.jsonl", [row]), tokenizer)
     assert loaded.pop("where").endswith("rows.jsonl, line 1")
-    assert loaded == {"prompt": PROMPT, "completion": COMPLETION, "answer": "4"}
+    ids, labels = loaded.pop("input_ids"), loaded.pop("labels")
+    assert loaded == {"prompt": PROMPT, "completion": COMPLETION, "answer": "4",
+                      "chat": "", "dropped": ""}  # fmt: skip
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(
+        PROMPT + COMPLETION, tokenize=False
+    )
+    assert learned(tokenizer, {"labels": labels}) == "4<|im_end|>\n"
 
 
 def test_alpaca_input_follows_the_instruction_and_answer_is_kept(
@@ -134,7 +141,7 @@ def test_rows_beyond_a_limit_are_not_rendered(
     monkeypatch.setattr(type(tokenizer), "apply_chat_template", counted)
     rows = [{"prompt": "p", "completion": str(i)} for i in range(500)]
     assert len(load_rows(write(tmp_path / "rows.jsonl", rows), tokenizer, 3)) == 3
-    assert len(rendered) == 6  # a prompt and a whole row each
+    assert len(rendered) == 12  # a prompt and a whole row each, as text and as tokens
 
 
 def test_without_a_chat_template_rows_stay_text(tmp_path: Path, tiny_base: Path) -> None:
@@ -182,12 +189,7 @@ def test_a_limit_draws_rows_by_the_seed(tmp_path: Path, tokenizer: PreTrainedTok
             "not the assistant's",
         ),
         ("\n", "has no rows"),
-        ('{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}', "line 1: has 'tools'"),
-        (
-            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", '
-            '"tool_calls": [1]}]}',
-            "completion has a message with 'tool_calls'",
-        ),
+        ('{"prompt": "a", "completion": "b", "functions": [{"name": "f"}]}', "has 'functions'"),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", '
             '"weight": 0}]}',
@@ -267,38 +269,53 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 KEYS = ["prompt", "completion", "messages", "conversations", "instruction", "input", "output",
-        "answer", "system", "history", "weight"]  # fmt: skip
+        "answer", "system", "history", "weight", "tools"]  # fmt: skip
+FUNCTIONS = st.fixed_dictionaries(
+    {}, optional={"name": VALUES | st.just("f"), "arguments": VALUES | st.just('{"a": 1}')}
+)
+CALLS = st.lists(
+    st.fixed_dictionaries(
+        {}, optional={"function": FUNCTIONS, "type": VALUES | st.just("function"), "id": VALUES}
+    ),
+    max_size=2,
+)
 MESSAGES = st.lists(
     st.fixed_dictionaries(
         {},
-        optional={"role": st.sampled_from(["user", "assistant", 1]), "content": VALUES,
-                  "from": VALUES, "value": VALUES, "weight": VALUES},
+        optional={"role": st.sampled_from(["user", "assistant", "tool", 1]), "content": VALUES,
+                  "from": VALUES, "value": VALUES, "weight": VALUES, "tool_call_id": VALUES,
+                  "name": VALUES, "tool_calls": VALUES | CALLS | CALLS.map(json.dumps)},
     ),
     max_size=3,
 )  # fmt: skip
-ROWS = st.dictionaries(st.sampled_from(KEYS), VALUES | MESSAGES) | VALUES
+ROWS = st.dictionaries(st.sampled_from(KEYS), VALUES | MESSAGES | CALLS) | VALUES
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(ROWS.map(json.dumps) | st.text(st.characters(codec="utf-8")), max_size=3))
-def test_whatever_a_file_has_ends_in_rows_or_a_named_error(lines: list[str]) -> None:
+@given(
+    st.lists(ROWS.map(json.dumps) | st.text(st.characters(codec="utf-8")), max_size=3),
+    st.sampled_from([CHAT_TEMPLATE, TOOL_TEMPLATE]),
+)
+def test_whatever_a_file_has_ends_in_rows_or_a_named_error(lines: list[str], template: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_text("\n".join(lines))
         rows, refusal = [], str(path)
         try:
-            rows = list(load_rows(str(path), fuzzed_tokenizer()))
+            rows = list(load_rows(str(path), fuzzed_tokenizer(template)))
         except DataError as e:
             refusal = str(e)
     assert str(path) in refusal
     for row in rows:
-        for message in row["prompt"] + row["completion"]:
-            message["content"].encode()
+        for message in chat_of(row).messages:
+            json.dumps(message, ensure_ascii=False).encode()
 
 
 @cache
-def fuzzed_tokenizer() -> PreTrainedTokenizerBase:
-    return tiny_tokenizer()
+def fuzzed_tokenizer(template: str) -> PreTrainedTokenizerBase:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def test_a_missing_file_is_named(tokenizer: PreTrainedTokenizerBase) -> None:

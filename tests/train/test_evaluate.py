@@ -14,11 +14,10 @@ from guilomo_train.endings import written_ends
 from guilomo_train.evaluate import (
     answers_given,
     completion_loss,
-    encode,
     evaluate,
-    prompt_ids,
     score,
 )
+from guilomo_train.rendering import encode, prompt_ids
 
 
 @pytest.mark.parametrize(
@@ -143,13 +142,9 @@ def test_batched_generation_is_what_each_prompt_gives_alone(small_model: Path) -
     _, texts = evaluate(model, tokenizer, rows, config)
     for row, text in zip(rows, texts, strict=True):
         ids = model.generate(
-            **tokenizer(
-                tokenizer.decode(prompt_ids(tokenizer, row["prompt"])), return_tensors="pt"
-            ),
+            **tokenizer(tokenizer.decode(prompt_ids(tokenizer, row)), return_tensors="pt"),
             max_new_tokens=6,
             do_sample=False,
         )[0]
-        alone = tokenizer.decode(
-            ids[len(prompt_ids(tokenizer, row["prompt"])) :], skip_special_tokens=True
-        )
+        alone = tokenizer.decode(ids[len(prompt_ids(tokenizer, row)) :], skip_special_tokens=True)
         assert text == alone.strip()

@@ -13,7 +13,9 @@ import yaml
 
 from guilomo_serve.adapter import read_spec
 from guilomo_train.cli import COMMANDS, main
+from guilomo_train.data import load_rows
 from tests.train.test_foreign import saved
+from tests.train.tiny import TOOL_TEMPLATE, tiny_tokenizer
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 BASE = ".cache/smollm2-135m-instruct"
@@ -53,6 +55,17 @@ def test_a_first_adapter(
     assert out.count("4 rows: exact match") == 2
     for file in ("report.md", "run.json", "adapter/README.md"):
         assert (Path("runs/first") / file).is_file()
+
+
+def test_a_row_that_calls_tools(tmp_path: Path) -> None:
+    (row,) = blocks("first_adapter.md", "json")
+    (tmp_path / "rows.jsonl").write_text(row.replace("\n", " "))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    (loaded,) = load_rows(str(tmp_path / "rows.jsonl"), tokenizer, loss_on="all")
+    learned = tokenizer.decode([label for label in loaded["labels"] if label != -100])
+    assert '<call>weather {"place": "Rome"}</call>' in learned
+    assert "It is clear." in learned
 
 
 def test_an_adapter_from_elsewhere(
