@@ -1,5 +1,9 @@
 """What a server with adapters cannot be, refused on vLLM's configuration before its engine starts.
 
+How many adapters may be in memory is bounded where `--max-cpu-loras` is given, by
+server/residency.py. vLLM's own default is `--max-loras`, which is one, and nearly every request
+would have its adapter read anew.
+
 The seam, for vLLM 0.32: `EngineArgs.create_engine_config` (vllm/engine/arg_utils.py), which every
 way into vLLM calls; plugins are loaded by then. If it is renamed, nothing is refused any more,
 which tests/serve/test_cli.py would say.
@@ -36,6 +40,8 @@ def install() -> None:
             refuse_unsupported(config)
             parallel = config.parallel_config
             parallel.worker_extension_cls = parallel.worker_extension_cls or _WORKERS
+            if (self.max_cpu_loras or 0) <= 0:  # vLLM takes 0 for none given, too
+                config.lora_config.max_cpu_loras = sys.maxsize
         return config
 
     create_or_refuse.refuses = True  # type: ignore[attr-defined]

@@ -11,6 +11,10 @@ this does nothing.
 *A name that nobody has.* vLLM's 404 lists the names of the base model alone (`_check_model` of
 vllm/entrypoints/serve/engine/serving.py; what pooling has in its place says nothing). Here it names
 those that are like it among what /v1/models lists. If `_check_model` is renamed, vLLM's text stays.
+
+*A name whose weights went for others* (`--max-cpu-loras`) gets them back (models.py) when vLLM has
+checked it, as vLLM asks `resolve_lora` only for names that it does not know. If `_check_model` is
+renamed, the worker reads them again by itself, whatever they are by then.
 """
 
 from __future__ import annotations
@@ -72,7 +76,9 @@ async def _keep_or_inject(transform: Any, request: Any) -> Any:
 async def _check_or_suggest(serving: Any, request: Any) -> Any:
     """As `BaseServing._check_model`: None if the model is served, else what is answered."""
     error = await _check(serving, request)
-    if error is not None and error.error.code == HTTPStatus.NOT_FOUND:
+    if error is None:
+        return await serving.models.bring_in(request.model)
+    if error.error.code == HTTPStatus.NOT_FOUND:
         error.error.message = await _not_found(serving.models, request.model)
     return error
 
@@ -82,8 +88,12 @@ async def _check_pooling_or_suggest(serving: Any, request: Any) -> Any:
 
     Raises:
         VLLMNotFoundError: the model is not served.
+        ValueError: it cannot be brought in.
     """
     error = await _check_of_pooling(serving, request)
+    refused = await serving.models.bring_in(request.model)
+    if refused is not None:
+        raise ValueError(refused.error.message)
     try:
         serving._maybe_get_adapters(request)
     except VLLMNotFoundError:

@@ -36,11 +36,18 @@ class VersionedServingModels(OpenAIServingModels):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         model_names.install()  # here, where vLLM has its routes by now
+        self._kept: set[str] = set()  # names whose files, read again, could be others
         self.residency = self._make_residency()
         self.lora_requests = self.residency.current
 
     def _make_residency(self) -> Residency:
-        return Residency(self.engine_client, leases)
+        return Residency(
+            self.engine_client,
+            leases,
+            most=self.engine_client.vllm_config.lora_config.max_cpu_loras,
+            pinned=lambda: self._kept,
+            keeps_names=True,
+        )
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         if lora_request is None:
@@ -51,9 +58,8 @@ class VersionedServingModels(OpenAIServingModels):
         """vLLM's list, with each adapter's digest."""
         models = await super().show_available_models()
         for card in models.data:
-            version = self.residency.current.get(card.id)
-            if version is not None:
-                card.digest = digest_in(version.lora_name)
+            card.digest = digest_in(card.id)
+            card.id = public_name(card.id)
         return models
 
     async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> Any:
@@ -84,14 +90,39 @@ class VersionedServingModels(OpenAIServingModels):
             except LoRAAdapterNotFoundError:
                 return create_error_response(LoRAAdapterNotFoundError(name, request.lora_path))
             except AdapterError as e:
-                return create_error_response(
-                    message=f"The adapter '{name}' is refused: {e}",
-                    err_type="BadRequestError",
-                    status_code=HTTPStatus.BAD_REQUEST,
-                )
+                return _refused(name, e)
             self.residency.switch(name, loaded)
+            (self._kept.discard if digest else self._kept.add)(name)
             logger.info("Adapter '%s': %s from %s", name, loaded.lora_name, request.lora_path)
             return f"Success: LoRA adapter '{name}' added successfully."
+
+    async def bring_in(self, name: str | None) -> ErrorResponse | None:
+        """Reads a name's weights again, if they went for others (--max-cpu-loras).
+
+        To be called when a request has its version, before it reaches the engine.
+
+        Returns:
+            Why not, if its files are not what they were.
+        """
+        if name is None or name not in self.residency.current:
+            return None
+        async with self.lora_resolver_lock[name]:
+            version = self.residency.current[name]
+            if self.residency.is_resident(version):
+                return None
+            digest = digest_in(version.lora_name)
+            try:
+                if digest == await asyncio.to_thread(_digest_of, version.lora_path):
+                    await self.residency.load(name, version)
+                    if digest == await asyncio.to_thread(_digest_of, version.lora_path):
+                        return None
+                    self.residency.free(version)
+                raise AdapterError(
+                    f"its files in {version.lora_path} are not those that were loaded; load it "
+                    "again"
+                )
+            except (AdapterError, LoRAAdapterNotFoundError) as e:
+                return _refused(name, e)
 
     async def unload_lora_adapter(self, request: Any) -> Any:
         name = request.lora_name
@@ -116,6 +147,14 @@ def cannot_be_found(name: str) -> ErrorResponse:
     """The answer to an unload of a name that nobody has: vLLM's."""
     return create_error_response(
         f"The lora adapter '{name}' cannot be found.", "NotFoundError", HTTPStatus.NOT_FOUND
+    )
+
+
+def _refused(name: str, error: Exception) -> ErrorResponse:
+    return create_error_response(
+        message=f"The adapter '{name}' is refused: {error}",
+        err_type="BadRequestError",
+        status_code=HTTPStatus.BAD_REQUEST,
     )
 
 

@@ -1,14 +1,18 @@
 """Which versions have their weights in the engine, and which of them new requests get.
 
-One place decides what is in memory: versions come in through `load` within a bound, those of names
-that nobody has used for longest go for them, and a version that is replaced or withdrawn goes when
-no request has a lease on it any more.
+One place decides what is in memory: versions come in through `load` within the bounds, those of
+names that nobody has used for longest go for them, and a version that is replaced or withdrawn goes
+when no request has a lease on it any more.
+
+Two bounds: so many bytes, which nothing exceeds, and so many versions (`--max-cpu-loras`), which
+those that are in use or pinned may exceed, as vLLM lets requests of more adapters wait for theirs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+import sys
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -96,7 +100,9 @@ class Residency:
         engine_client: vLLM's.
         leases: of the server's requests.
         bound: bytes that all weights may take; None: no bound.
+        most: versions that are kept for those who may ask for them.
         pinned: the names whose weights stay however long nobody asks for them.
+        keeps_names: whether a name whose weights went for others still stands for its version.
         evicted, freed: are called with what goes: a name; a version that the engine no longer has.
 
     Attributes:
@@ -108,14 +114,18 @@ class Residency:
         engine_client: Any,
         leases: Leases,
         bound: int | None = None,
+        most: int = sys.maxsize,
         pinned: Callable[[], Collection[str]] = tuple,
+        keeps_names: bool = False,
         evicted: Callable[[str], None] = lambda name: None,
         freed: Callable[[LoRARequest], None] = lambda version: None,
     ) -> None:
         self._engine = engine_client
         self._leases = leases
         self._bound = bound
+        self._most = most
         self._pinned = pinned
+        self._keeps_names = keeps_names
         self._evicted = evicted
         self._freed = freed
         self.current = Current()
@@ -145,7 +155,7 @@ class Residency:
                 f"vLLM's id of {version.lora_name} is that of {resident.version.lora_name}, which "
                 "is in memory"
             )
-        self._make_room(size)
+        self._make_room(name, size)
         resident = self._resident[number] = Resident(version, name, size)
         try:
             if number in self._removing:
@@ -175,6 +185,16 @@ class Residency:
         version = self.current.pop(name, None)
         if version is not None:
             self._retire(version)
+
+    def free(self, version: LoRARequest) -> None:
+        """Takes a version out of memory, whatever stands for it or has it."""
+        logger.info("Adapter '%s' is no longer in use and is freed", version.lora_name)
+        self._drop(version)
+
+    def is_resident(self, version: LoRARequest) -> bool:
+        """Whether its weights are in memory."""
+        resident = self._resident.get(version.lora_int_id)
+        return resident is not None and resident.bytes > 0
 
     def resident(self) -> list[Resident]:
         """All versions in memory: those that names stand for, and those that retire."""
@@ -230,7 +250,8 @@ class Residency:
         answers: list[Any] = await self._engine.collective_rpc(method, args=args)
         return answers
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, name: str, size: int) -> None:
+        """Evicts what has to go for `size` bytes of a name."""
         if self._bound is not None and size > self._bound:
             raise AdapterError(
                 f"its weights take {size} bytes of memory, expected at most {self._bound} "
@@ -238,9 +259,9 @@ class Residency:
             )
         excess = self._excess(size)
         leaving = []
-        for name in self._idle() if excess > 0 else ():
-            leaving.append(name)
-            excess -= self._resident[self.current.number_of(name)].room
+        for idle in self._idle() if excess > 0 else ():
+            leaving.append(idle)
+            excess -= self._resident[self.current.number_of(idle)].room
             if excess <= 0:
                 break
         if excess > 0:
@@ -248,8 +269,16 @@ class Residency:
                 f"there is no room for {size} bytes of weights: all that is loaded is in "
                 "use or pinned (--adapter-memory)"
             )
-        for name in leaving:
-            self._evict(name, "makes room for another one")
+        for idle in leaving:
+            self._evict(idle, "makes room for another one")
+        self._keep_to_most(coming=name)
+
+    def _keep_to_most(self, coming: str | None = None) -> None:
+        """Evicts names until there are as many versions as there may be, with one that comes."""
+        excess = len(self._resident) + (coming is not None) - self._most
+        if excess > 0:
+            for name in [name for name in self._idle() if name != coming][:excess]:
+                self._evict(name, "makes room for another one (--max-cpu-loras)")
 
     def _excess(self, size: int) -> int:
         """By how many bytes the weights would exceed the bound with `size` more."""
@@ -260,18 +289,26 @@ class Residency:
     def _idle(self) -> list[str]:
         """The names that may go, those first that were not used for longest."""
         pinned = self._pinned()
-        idle = (n for n in list(self.current) if n not in pinned and not self._leases.of(n))
+        idle = (
+            name
+            for name, version in self.current.items()
+            if self.is_resident(version) and name not in pinned and not self._leases.of(name)
+        )
         return sorted(idle, key=lambda name: self._leases.last_used.get(name, 0.0))
 
     def _evict(self, name: str, why: str) -> None:
         self._evicted(name)
-        self.withdraw(name)
+        if self._keeps_names:
+            self.free(self.current[name])
+        else:
+            self.withdraw(name)
         logger.info("Adapter '%s' %s: evicted", name, why)
 
     def _retire(self, version: LoRARequest) -> None:
         """Frees a version that no new request gets, now or when the last one ends that has it."""
-        if not self._leases.of_version(version.lora_int_id):
-            self._free(version)
+        number = version.lora_int_id
+        if number in self._resident and not self._leases.of_version(number):
+            self.free(version)
 
     def _free_if_done(self, lease: Lease) -> None:
         version = lease.version
@@ -279,11 +316,8 @@ class Residency:
             return
         resident = self._resident.get(version.lora_int_id)
         if resident is not None and self.current.get(resident.name) != version:
-            self._free(version)
-
-    def _free(self, version: LoRARequest) -> None:
-        logger.info("Adapter '%s' is no longer in use and is freed", version.lora_name)
-        self._drop(version)
+            self.free(version)
+        self._keep_to_most()
 
     def _drop(self, version: LoRARequest) -> None:
         """Takes weights out of the engine, which does it before what it is asked from now on."""

@@ -88,6 +88,7 @@ class Versions:
             engine_client,
             leases,
             bound,
+            engine_client.vllm_config.lora_config.max_cpu_loras,
             self.catalogue.pinned,
             evicted=self._evicted,
             freed=lambda version: self._discard(Path(version.lora_path).name),

@@ -129,6 +129,10 @@ def test_slots_follow_what_host_memory_may_hold(tiny_model, adapters, capsys):
     assert completed(tiny_model, "--max-cpu-loras", "2").max_loras == 2
     assert completed(tiny_model, "--max-cpu-loras", "200").max_loras == 16
     assert completed(tiny_model, "--max-loras=3", "--max-cpu-loras=8").max_loras == 3
+    # Without the flag memory alone bounds them; vLLM would keep no more than its slots.
+    for given, most in (({}, sys.maxsize), ({"max_cpu_loras": 2}, 2)):
+        engine = AsyncEngineArgs(model=str(tiny_model), enable_lora=True, **given)
+        assert engine.create_engine_config().lora_config.max_cpu_loras == most
     line = refused(capsys, str(tiny_model), "--max-loras=3", "--max-cpu-loras=2")
     assert line == "guilomo-serve: max_cpu_loras (2) must be >= max_loras (3)."
     line = refused(capsys, str(tiny_model), "--max-model-len", "99999999")

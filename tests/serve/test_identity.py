@@ -49,11 +49,17 @@ def test_blocks_are_hashed_with_the_digest_alone():
     assert kv_cache_utils._gen_lora_extra_hash_keys(SimpleNamespace(lora_request=None)) == []
 
 
-def test_two_versions_of_one_id_are_not_in_memory_together(monkeypatch):
-    class Engine:
-        async def collective_rpc(self, method: str, args: Any) -> list[Any]:
-            return [{"bytes": 1, "rank": 1, "seconds": 0.0}]
+class Engine:
+    """What residency asks of vLLM's; nothing but the calls counts here."""
 
+    async def collective_rpc(self, method: str, args: Any) -> list[Any]:
+        return [{"bytes": 1, "rank": 1, "seconds": 0.0}]
+
+    async def remove_lora(self, number: int) -> None:
+        pass
+
+
+def test_two_versions_of_one_id_are_not_in_memory_together(monkeypatch):
     monkeypatch.setattr(identity, "id_of", lambda inner: 7)
 
     async def load_all() -> None:
@@ -64,3 +70,43 @@ def test_two_versions_of_one_id_are_not_in_memory_together(monkeypatch):
             await residency.load("b", identity.request_of("b", OTHER, "/b"))
 
     asyncio.run(load_all())
+
+
+@pytest.mark.parametrize("keeps_names", [False, True])
+def test_no_more_versions_are_kept_than_may_be(keeps_names):
+    """What is in use or pinned stays above them, until it is not."""
+
+    async def use_all() -> None:
+        leases = Leases()
+        pinned = ["pinned"]
+        residency = Residency(
+            Engine(), leases, most=2, pinned=lambda: pinned, keeps_names=keeps_names
+        )
+        versions = {n: identity.request_of(n, ONE, f"/{n}") for n in ("pinned", "a", "b", "c")}
+
+        async def bring_in(name: str) -> None:
+            await residency.load(name, versions[name])
+            residency.switch(name, versions[name])
+
+        def resident() -> set[str]:
+            return {resident.name for resident in residency.resident()}
+
+        await bring_in("pinned")
+        await bring_in("a")
+        lease = leases.open(reads=False)
+        lease.take("a")
+        lease.bind(versions["a"])
+        await bring_in("b")
+        assert resident() == {"pinned", "a", "b"}  # nothing could go
+        await bring_in("c")
+        assert resident() == {"pinned", "a", "c"}
+        lease.let_go()
+        assert resident() == {"pinned", "a"}, "a was used last"
+        assert set(residency.current) == (set(versions) if keeps_names else resident())
+        pinned.clear()
+        await bring_in("b")
+        assert resident() == {"a", "b"}
+        residency.withdraw("b")
+        assert resident() == {"a"}
+
+    asyncio.run(use_all())

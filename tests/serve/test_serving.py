@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from guilomo_serve.catalogue import digest_of
 from tests.serve import hf_reference
 from tests.serve.helpers import (
     SPARSE,
@@ -311,6 +312,7 @@ def test_plain_vllm_serve_in_compiled_mode(tiny_model, adapters, tmp_path):
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(tiny_model), *TINY),
         *("--enable-lora", "--max-loras", "3", "--lora-modules", *modules),
+        *("--max-cpu-loras", "3"),
         *("--max-model-len", "512", "--max-num-seqs", "16"),
     ]
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
@@ -330,12 +332,30 @@ def test_plain_vllm_serve_in_compiled_mode(tiny_model, adapters, tmp_path):
             shutil.copytree(adapters["second"], folder, dirs_exist_ok=True)
         assert text_of_stream(chunks) == old
 
+        # A fourth adapter is in memory only while it is in use, and is read again when it is asked
+        # for, if it is still what was loaded.
+        fourth = shutil.copytree(adapters["second"], tmp_path / "fourth")
+        assert server.load("fourth", fourth).ok
+        check_mixed(server, (*adapters, "fourth"))
+        text = text_of(server, "fourth", PROMPTS[0])
+        for name in adapters:
+            text_of(server, name, PROMPTS[0])
+        listed = {model.id: model.digest for model in server.client.models.list().data}
+        assert set(listed) == {"base", *adapters, "fourth"}
+        assert listed["fourth"] == listed["second"] == digest_of(fourth)
+        shutil.copytree(adapters["first"], fourth, dirs_exist_ok=True)
+        with pytest.raises(openai.BadRequestError, match="are not those that were loaded"):
+            text_of(server, "fourth", PROMPTS[0])
+        shutil.copytree(adapters["second"], fourth, dirs_exist_ok=True)
+        assert text_of(server, "fourth", PROMPTS[0]) == text
+        assert server.unload("fourth").ok
+
         # What is slow to read holds up nobody: a file that nobody gets open for a while.
         slow = shutil.copytree(adapters["second"], tmp_path / "slow")
         with ThreadPoolExecutor(1) as pool, leased(slow / WEIGHTS_FILE) as wanted:
             loading = pool.submit(server.load, "slow", slow)
             eventually(wanted.is_set, "the adapter is read")
-            assert text_of(server, "first", PROMPTS[0])
+            assert text_of(server, "plain", PROMPTS[0])  # used last, so it is in memory
             assert not loading.done()
         # It had no digest before it was read, and has one now.
         assert "written while they were read" in loading.result().text
