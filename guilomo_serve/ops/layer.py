@@ -14,6 +14,7 @@ costs one product with A and one with the routers whatever it packs:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -249,6 +250,7 @@ class TokenBlocks:
     """
 
     SIZES = (16, 64)  # for decode, where most segments are short, and for prefill
+    _AHEAD = 4  # steps that the host may be ahead of the device before it waits
 
     def __init__(self, max_tokens: int, slots: int, device: torch.device | str) -> None:
         self.max_tokens, self.slots = max_tokens, slots
@@ -258,6 +260,8 @@ class TokenBlocks:
         self._all = torch.zeros(sum(self._lengths), dtype=torch.int32, device=device)
         self.sampled, self.order, *blocks = self._all.split(self._lengths)
         self.of_size = {s: b.view(-1, 3) for s, b in zip(self.SIZES, blocks, strict=True)}
+        sources = [_Source(self._all) for _ in range(self._AHEAD)]
+        self._sources = itertools.cycle(sources)
 
     @staticmethod
     def count(tokens: int, slots: int, size: int) -> int:
@@ -265,7 +269,9 @@ class TokenBlocks:
         return min(tokens, (tokens + slots * (size - 1)) // size)
 
     def update(self, batch: Batch, sampled: bool = False) -> None:
-        """Writes a batch; `batch.blocks` gives these from now on. Waits for no device.
+        """Writes a batch; `batch.blocks` gives these from now on.
+
+        Waits for the device only where it is `_AHEAD` steps behind. Nothing is allocated.
 
         Raises:
             ValueError: the batch has more tokens or slots than there is room for.
@@ -275,19 +281,41 @@ class TokenBlocks:
                 f"a batch of {batch.size} tokens of {len(batch.segments)} slots, expected at most "
                 f"{self.max_tokens} of {self.slots}"
             )
-        everything = np.zeros(len(self._all), dtype=np.int32)
-        everything[0] = sampled
-        everything[1 : 1 + len(batch.order)] = batch.order
+        source = next(self._sources)
+        values = source.writable()
+        values[0] = sampled
+        values[1 : 1 + len(batch.order)] = batch.order
         begin = 1 + self.max_tokens
+        values[begin:] = 0
         for size, length in zip(self.SIZES, self._lengths[2:], strict=True):
             blocks = batch.cut(size).reshape(-1)
-            everything[begin : begin + len(blocks)] = blocks
+            values[begin : begin + len(blocks)] = blocks
             begin += length
-        host = torch.from_numpy(everything)
-        if self._all.is_cuda:
-            host = host.pin_memory()  # kept by torch until the copy is done
-        self._all.copy_(host, non_blocking=True)
+        source.copy_to(self._all)
         batch._blocks[self._all.device] = self
+
+
+class _Source:
+    """Values on the host that go to a device tensor: pinned for a GPU, made once."""
+
+    def __init__(self, target: torch.Tensor) -> None:
+        self._tensor = torch.zeros(
+            target.shape, dtype=target.dtype, device="cpu", pin_memory=target.is_cuda
+        )
+        self._values = self._tensor.numpy()
+        self._copied = torch.cuda.Event() if target.is_cuda else None
+
+    def writable(self) -> np.ndarray:
+        """The values, once the last copy of them is done."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values
+
+    def copy_to(self, target: torch.Tensor) -> None:
+        """Begins a copy."""
+        target.copy_(self._tensor, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
 
 class Slots:

@@ -7,6 +7,7 @@ a process of its own. There the ops are the kernels; in the outer process they a
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from guilomo_serve.adapter import AdapterError
 from guilomo_serve.ops import kernels, reference, two_steps
@@ -345,6 +347,33 @@ def test_token_blocks_keep_their_place_and_forget_the_last_batch() -> None:
             assert len(filled_blocks) <= most
     with pytest.raises(ValueError, match="101 tokens of 1 slots, expected at most 100 of 3"):
         blocks.update(Batch(np.zeros(101, dtype=np.int64)))
+
+
+class _Ops(TorchDispatchMode):
+    """Keeps the operations of torch, and their arguments alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[object, tuple[object, ...], dict[str, object]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_batch_costs_one_copy_from_memory_that_stays() -> None:
+    blocks = TokenBlocks(max_tokens=100, slots=3, device="cpu")
+    slots_of_steps = [np.arange(tokens) % 4 - 1 for tokens in (100, 1, 30, 7) * 5]
+    with _Ops() as ops:
+        for slot_of_token in slots_of_steps:
+            blocks.update(Batch(slot_of_token))
+    assert {func for func, _, _ in ops.calls} == {torch.ops.aten.copy_.default}
+    assert len(ops.calls) == len(slots_of_steps)
+    assert all(args[2:] == (True,) for _, args, _ in ops.calls), "a copy is waited for"
+    sources = [source.data_ptr() for _, (_, source, *_), _ in ops.calls]
+    assert len(set(sources)) < len(slots_of_steps) / 2
+    # A step's copy may not be done when the host writes the next batch.
+    assert all(now != before for before, now in itertools.pairwise(sources))
 
 
 @pytest.mark.skipif(kernels.INTERPRETED, reason="in the interpreter nothing is compiled")
