@@ -1,10 +1,8 @@
 """The two ops of `two_steps.py` as Triton kernels, one launch each for all slots and slices.
 
-    torch.ops.guilomo.shrink, .expand    on a GPU the kernels, on a CPU `two_steps.py`
-
-The launches depend on shapes alone, nothing is read back to the host, and fakes are registered:
-torch.compile and CUDA graphs take them. With TRITON_INTERPRET=1 set before Triton is imported the
-kernels run on a CPU, for tests.
+`shrink` and `expand` launch them on a GPU; on a CPU they are those of `two_steps.py`. The launches
+depend on shapes alone and nothing is read back to the host, so CUDA graphs take them. With
+TRITON_INTERPRET=1 set before Triton is imported the kernels run on a CPU, for tests.
 
 shrink: a program takes a block of tokens, every `row_programs`-th piece of the slot's rows and
 every `splits`-th piece of the input features. Pieces behind the last row of A are the routers',
@@ -33,7 +31,7 @@ from triton import knobs
 
 from guilomo_serve.ops import two_steps
 from guilomo_serve.ops.layer import TokenBlocks
-from guilomo_serve.ops.tuning import ExpandTuning, ShrinkTuning, tuning_for
+from guilomo_serve.ops.tuning import ExpandTuning, ShrinkTuning
 from guilomo_serve.ops.two_steps import LAYER_FIELDS, LOAD_WIDTH, MAX_EXPERTS, SLICE_FIELDS
 
 INTERPRETED = bool(knobs.runtime.interpret)
@@ -435,39 +433,36 @@ def _upcast(x: torch.Tensor) -> bool:
     return INTERPRETED and x.dtype == torch.bfloat16
 
 
-def _shrink_tuned(x, order, blocks, table, slices, splits):
-    tuning = tuning_for(x.device, x.shape[0]).shrink
-    assert splits == tuning.splits, "splits are part of the settings"
-    h, z = two_steps.empty_results(x, slices, splits)
+def shrink(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    blocks: torch.Tensor,
+    table: torch.Tensor,
+    slices: int,
+    tuning: ShrinkTuning,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`two_steps.shrink` with these settings; `blocks` are of the settings' size."""
+    if not (x.is_cuda or INTERPRETED):
+        return two_steps.shrink(x, order, blocks, table, slices, tuning.splits)
+    h, z = two_steps.empty_results(x, slices, tuning.splits)
     shrink_launch(x, order, blocks, table, h, z, tuning).run()
     return h, z
 
 
-def _expand_tuned(y, h, z, order, blocks, table, sampled, load, widths):
-    tuning = tuning_for(y.device, h.shape[0]).expand
+def expand(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    z: torch.Tensor,
+    order: torch.Tensor,
+    blocks: torch.Tensor,
+    table: torch.Tensor,
+    sampled: torch.Tensor,
+    load: torch.Tensor,
+    widths: Sequence[int],
+    tuning: ExpandTuning,
+) -> None:
+    """`two_steps.expand` with these settings; `blocks` are of the settings' size."""
+    if not (y.is_cuda or INTERPRETED):
+        two_steps.expand(y, h, z, order, blocks, table, sampled, load, widths)
+        return
     expand_launch(y, h, z, order, blocks, table, sampled, load, widths, tuning).run()
-
-
-def _shrink_fake(x, order, blocks, table, slices, splits):
-    return two_steps.empty_results(x, slices, splits)
-
-
-def _expand_fake(y, h, z, order, blocks, table, sampled, load, widths) -> None:
-    """Changes y and load, returns nothing."""
-
-
-_library = torch.library.Library("guilomo", "FRAGMENT")
-_library.define(
-    "shrink(Tensor x, Tensor order, Tensor blocks, Tensor table, int slices, int splits)"
-    " -> (Tensor, Tensor)"
-)
-_library.define(
-    "expand(Tensor(a!) y, Tensor h, Tensor z, Tensor order, Tensor blocks, Tensor table,"
-    " Tensor sampled, Tensor(b!) load, int[] widths) -> ()"
-)
-_library.impl("shrink", _shrink_tuned, "CUDA")
-_library.impl("expand", _expand_tuned, "CUDA")
-_library.impl("shrink", _shrink_tuned if INTERPRETED else two_steps.shrink, "CPU")
-_library.impl("expand", _expand_tuned if INTERPRETED else two_steps.expand, "CPU")
-torch.library.register_fake("guilomo::shrink", _shrink_fake)
-torch.library.register_fake("guilomo::expand", _expand_fake)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from guilomo_serve.ops import kernels as _registers_the_ops  # noqa: F401
+from guilomo_serve.ops import kernels
 from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
 from guilomo_serve.ops.load import RouterLoad
 from guilomo_serve.ops.memory import AdapterMemory, Range
@@ -104,17 +104,17 @@ class TritonSlots:
         Where the layer's inputs are split, what is added is this process's part of a sum.
         """
         tuning, blocks = tuning_for(x.device, x.shape[0]), batch.blocks(x.device)
-        h, z = torch.ops.guilomo.shrink(
+        h, z = kernels.shrink(
             x,
             blocks.order,
             blocks.of_size[tuning.shrink.block_tokens],
             self.table,
             len(self.widths),
-            tuning.shrink.splits,
+            tuning.shrink,
         )
         if self._all_reduce is not None:
             z = self._all_reduce(z.sum(1, keepdim=True))
-        torch.ops.guilomo.expand(
+        kernels.expand(
             y,
             h,
             z,
@@ -124,6 +124,7 @@ class TritonSlots:
             blocks.sampled,
             self.load,
             self.widths,
+            tuning.expand,
         )
 
     def router(self, slot: int) -> torch.Tensor:
@@ -148,7 +149,8 @@ class TritonSlots:
         placed = self._in_slot[slot]
         if placed is None or not placed.routed:
             return None
-        counted = self.load[slot, placed.routed]
+        # Not by a list: an index would be copied to the device, and the copy waited for.
+        counted = torch.stack([self.load[slot, of_slice] for of_slice in placed.routed])
         chosen, entropy, tokens = counted.split((MAX_EXPERTS, 1, 1), dim=1)
         return RouterLoad(chosen.long(), entropy[:, 0], tokens[:, 0].long())
 

@@ -376,30 +376,6 @@ def test_a_batch_costs_one_copy_from_memory_that_stays() -> None:
     assert all(now != before for before, now in itertools.pairwise(sources))
 
 
-@pytest.mark.skipif(kernels.INTERPRETED, reason="in the interpreter nothing is compiled")
-def test_ops_have_fakes_and_compile_without_a_break() -> None:
-    slots = filled([random_layer(0, ADAPTERS[0]), None])
-    x, y = (t.to(DEVICE) for t in tensors(6))
-    batch = Batch(np.array([0, 0, -1, 1, 0, 0]))
-    blocks = batch.blocks(DEVICE)
-    of_batch = (blocks.order, blocks.of_size[16], slots.table)
-    counts = (blocks.sampled, slots.load)
-    splits = tuning_module.tuning_for(DEVICE, 6).shrink.splits
-
-    def layer(y, x):
-        h, z = torch.ops.guilomo.shrink(x, *of_batch, 3, splits)
-        torch.ops.guilomo.expand(y, h, z, *of_batch, *counts, WIDTHS)
-        return y * 2
-
-    want = y.clone()
-    slots.apply_(want, x, batch)
-    # Without inductor: a C++ compiler's time would be spent, and only the base's part is its.
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
-    assert_near(compiled(y.clone(), x), want * 2, 1e-6)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.guilomo.shrink, (x, *of_batch, 3, splits), test_utils=checks)
-
-
 def test_settings_are_kept_by_gpu_in_the_users_cache(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     package = tuning_module.FILE.read_bytes()

@@ -15,10 +15,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from guilomo_serve.ops import kernels
 
 PROMPTS = ("ab", "hello", "x")
 TOKENS = 2
@@ -26,31 +30,47 @@ SIZES = (2, 8)
 
 
 class _Recorder(TorchDispatchMode):
+    """Keeps what runs under it as calls that do it again, on the same tensors."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.calls: list[Callable[[], Any]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("a GPU would be waited for while a graph is captured")
         result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
+        self.calls.append(partial(_again, func, args, kwargs or {}, result))
         return result
 
+    def __enter__(self):
+        self._run = kernels.Launch.run
 
-def _replay(calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]]) -> None:
-    for func, args, kwargs, result in calls:
-        returns = func._schema.returns
-        if any(value.alias_info for value in returns):
-            if any(value.alias_info.is_write for value in returns if value.alias_info):
-                func(*args, **kwargs)
-            continue  # a view of a tensor that keeps its place
-        new = func(*args, **kwargs)
-        if not returns:
-            continue
-        pairs = [(result, new)] if len(returns) == 1 else zip(result, new, strict=True)
-        for old, value in pairs:
-            old.copy_(value)
+        def run(launch: kernels.Launch) -> None:
+            with _disable_current_modes():  # what the interpreter does is not recorded
+                self._run(launch)
+            self.calls.append(partial(self._run, launch))
+
+        kernels.Launch.run = run
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        kernels.Launch.run = self._run
+        return super().__exit__(*exception)
+
+
+def _again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    returns = func._schema.returns
+    if any(value.alias_info for value in returns):
+        if any(value.alias_info.is_write for value in returns if value.alias_info):
+            func(*args, **kwargs)
+        return  # a view of a tensor that keeps its place
+    new = func(*args, **kwargs)
+    if not returns:
+        return
+    pairs = [(result, new)] if len(returns) == 1 else zip(result, new, strict=True)
+    for old, value in pairs:
+        old.copy_(value)
 
 
 class Graphs:
@@ -92,7 +112,8 @@ class Graphs:
         static_x.fill_(torch.nan)
         static_y.fill_(7)
         static_x[:tokens], static_y[:tokens] = x, y
-        _replay(calls)
+        for call in calls:
+            call()
         assert (static_y[tokens:] == 7).all(), "padded rows were written"
         y.copy_(static_y[:tokens])
         self.replays += 1
@@ -134,6 +155,28 @@ def _with_kernels() -> None:
     manager.RoutedModelManager._init_punica_wrapper = with_blocks
 
 
+def _refusal(manager: Any, vllm_config: Any) -> str:
+    """What a start with graphs says of a layer whose product is not in kernels."""
+    from vllm.config import CUDAGraphMode
+
+    from guilomo_serve.ops.layer import Slots
+    from guilomo_serve.runtime.unsupported import UnsupportedError
+
+    compilation = vllm_config.compilation_config
+    without, compilation.cudagraph_mode = compilation.cudagraph_mode, CUDAGraphMode.FULL
+    layer = next(iter(manager._routed.values()))
+    kernels = layer.slots
+    try:
+        manager._check_graphs(vllm_config)  # all layers have kernels
+        layer.slots = Slots(2)
+        manager._check_graphs(vllm_config)
+    except UnsupportedError as e:
+        return str(e)
+    finally:
+        compilation.cudagraph_mode, layer.slots = without, kernels
+    return ""
+
+
 def main() -> None:
     model, adapters = sys.argv[1], json.loads(sys.argv[2])
     _with_kernels()
@@ -162,10 +205,11 @@ def main() -> None:
     jobs = [("first", "base", "plain"), ("second", "first")]
     worker = llm.llm_engine.model_executor.driver_worker.worker
     runner = worker.model_runner
+    manager = runner.lora_manager._adapter_manager
     runner.lora_manager._samples = True  # as guilomo-serve has it
-    load = runner.lora_manager._adapter_manager.expert_load
+    load = manager.expert_load
     load.clock = lambda: -math.inf  # no step is sampled
-    found = {"none": graph_check.check(worker)}
+    found = {"none": graph_check.check(worker), "refused": _refusal(manager, runner.vllm_config)}
     wrong = GraphsWithoutAdapters(runner)
     found["wrong"] = graph_check.check(worker)
     wrong.replays = 0

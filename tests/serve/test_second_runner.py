@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,11 @@ def test_kernels_answer_eager_and_replayed_as_cuda_graphs_are(
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["runner"] == "vllm.v1.worker.gpu.model_runner"
     assert found["replays"] > 0
+    assert re.fullmatch(
+        r"CUDA graphs: adapters are not computed by kernels in model\.layers\.0\.\S+ "
+        r"\(torch.float32 on cpu\); add --enforce-eager",
+        found["check"]["refused"],
+    )
     # What the check at start says of no graphs, of such as leave adapters out, and of right ones.
     assert found["check"]["none"] is None
     assert "differ from an eager step's by" in found["check"]["wrong"]
