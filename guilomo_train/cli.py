@@ -94,7 +94,7 @@ class EvalOptions:
     data: str = field(metadata={"help": "Rows, in any form that --train takes."})
     adapter: str | None = option(None, "Adapter folder; without it the base answers alone.")
     output: str | None = option(None, "Write scores and answers into this JSON file.")
-    dtype: str = option("auto", "Precision of the base model.")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Precision of the base model.")
     quantize: Literal["none", "4bit", "8bit"] = option("none", "Load the base quantised.")
     revision: str | None = option(None, REVISION)
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)

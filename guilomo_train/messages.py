@@ -2,7 +2,7 @@
 
     {"prompt": "...", "completion": "..."}                     both may be lists of messages
     {"messages": [..., {"role": "assistant", ...}]}            the last message is the completion
-    {"conversations": [{"from": "human", "value": ...}, ...]}  ShareGPT; likewise
+    {"conversations": [{"from": "human", "value": ...}, ...]}  ShareGPT; likewise, and `system`
     {"instruction": "...", "input": "...", "output": "..."}    Alpaca; input may be missing
 
 Beside a text as prompt, `system` is a system message and `history` the turns before, pairs of
@@ -10,7 +10,8 @@ texts. `answer` is what an evaluation compares with; it is the completion where 
 
 Beside messages, `tools` are the functions that may be called, as OpenAI's API has them, or a JSON
 text of these. The assistant calls them by `tool_calls`, and messages of the role `tool` are what
-they returned. Arguments may be an object or a JSON text; templates get objects, as in serving.
+they returned (ShareGPT: function_call, whose text is the call, and observation). Arguments may be
+an object or a JSON text; templates get objects, as in serving.
 
 What would change what is learned and is not known here (images, weights of messages) is refused by
 its name. Other columns, such as a row's number or source, are left alone.
@@ -36,7 +37,8 @@ _REFUSED = (
     "reasoning_content", "weight", "loss_mask",
 )  # fmt: skip
 _SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-             "system": "system"}  # fmt: skip
+             "system": "system", "function_call": "assistant", "observation": "tool",
+             "tool": "tool"}  # fmt: skip
 # What messages of a role may have beside role and content.
 _MORE = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
 
@@ -88,19 +90,24 @@ def read_row(row: Any, where: str) -> tuple[Chat, str | None]:
     for key in _REFUSED:
         if row.get(key) not in _EMPTY:
             raise DataError(f"{where}: has {key!r}, which is not used here: leave it out")
+    takes_before = False  # `system` and `history`, which say what comes before a prompt
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
+        takes_before = isinstance(prompt, str)
     elif isinstance(row.get("messages"), list) and len(row["messages"]) >= 2:
         prompt, completion = row["messages"][:-1], row["messages"][-1:]
     elif isinstance(row.get("conversations"), list) and len(row["conversations"]) >= 2:
         turns = [_of_sharegpt(turn, where) for turn in row["conversations"]]
         prompt, completion = turns[:-1], turns[-1:]
+        has_system = isinstance(turns[0], dict) and turns[0].get("role") == "system"
+        takes_before = not (has_system or row.get("history"))
     elif "instruction" in row and "output" in row:
         prompt, completion = _instruction(row, where), row["output"]
+        takes_before = True
     else:
         raise DataError(f"{where}: has {sorted(map(str, row))}, expected {FORMS}")
     before = _before(row, where)
-    if before and not isinstance(prompt, str):
+    if before and not takes_before:
         raise DataError(
             f"{where}: has 'system' or 'history' beside messages, expected them among the messages"
         )
@@ -165,7 +172,13 @@ def _of_sharegpt(turn: Any, where: str) -> Any:
             f"{', '.join(_SHAREGPT)}"
         )
     others = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    return {"role": _SHAREGPT[turn["from"]], "content": turn.get("value"), **others}
+    message = {"role": _SHAREGPT[turn["from"]], "content": turn.get("value"), **others}
+    if turn["from"] == "function_call":  # its text is a call, or several, as JSON
+        called = turn.get("value")
+        value = _parsed(called, f"{where}: function_call") if isinstance(called, str) else called
+        calls = value if isinstance(value, list) else [value]
+        message |= {"content": None, "tool_calls": [{"function": call} for call in calls]}
+    return message
 
 
 def _messages(value: Any, role: str, where: str, learned: bool = False) -> list[Message]:
@@ -206,8 +219,11 @@ def _message(message: Any, where: str, learned: bool) -> Message:
 def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     if value in _EMPTY:
         return None
-    tools = _listed(value, where)
-    for tool in tools:
+    tools = []
+    for tool in _listed(value, where):
+        if isinstance(tool, dict) and "function" not in tool:
+            tool = {"type": "function", "function": tool}
+        tools.append(tool)
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(

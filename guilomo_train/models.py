@@ -114,7 +114,7 @@ def without_weights(
     Raises:
         BaseError: there is no such model.
     """
-    _check_no_adapter(name)
+    _check_base_name(name, revision)
     code = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, **code)
@@ -129,8 +129,14 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
     return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
 
 
-def _check_no_adapter(name: str) -> None:
-    """transformers would load an adapter's base and put the adapter on it."""
+def _check_base_name(name: str, revision: str | None) -> None:
+    """Refuses what transformers takes in its own way: it would load an adapter's base and put the
+    adapter on it, and of a folder it takes no notice of a revision."""
+    if revision is not None and Path(name).is_dir():
+        raise BaseError(
+            f"--revision {revision}: --base {name} is a folder, of which there is one version; "
+            "leave it out"
+        )
     if (Path(name) / CONFIG_FILE).is_file():
         raise BaseError(
             f"--base {name}: is an adapter and no model; give the base that it was trained on (its "
@@ -183,7 +189,7 @@ def load_base(
             to shard it.
         OutOfMemoryError: it does not fit.
     """
-    _check_no_adapter(name)
+    _check_base_name(name, revision)
     device = processes().device  # quantised weights cannot be moved there later
     if dtype == "auto" and half_precision_is_slow():
         dtype = "float32"

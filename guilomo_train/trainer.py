@@ -45,13 +45,18 @@ _logger = logging.getLogger(__name__)
 
 
 # TRL's options for the loss, and for batches that its own loss knows, with what leaves them off.
-_OF_OTHER_LOSSES: dict[str, tuple[Any, ...]] = {
+_OF_OTHER_TRAINERS: dict[str, tuple[Any, ...]] = {
     "packing_strategy": ("bfd",),
     "eval_packing": (None, False),
     "padding_free": (False,),
     "label_smoothing_factor": (0.0,),
     "loss_type": ("nll",),
     "use_liger_kernel": (False,),
+    "average_tokens_across_devices": (True,),
+    # Of other orders of rows.
+    "data_seed": (None,),
+    "dataloader_drop_last": (False,),
+    "train_sampling_strategy": ("random",),
 }
 
 
@@ -101,12 +106,17 @@ class LoraMoeTrainer(SFTTrainer):
                 "the base is float16, in which small gradients are 0 without loss scaling: load it "
                 "in bfloat16 or float32, or set fp16=True"
             )
-        for option, only in _OF_OTHER_LOSSES.items():
+        for option, only in _OF_OTHER_TRAINERS.items():
             if getattr(args, option) not in only:
                 raise ConfigError(
-                    f"{option} is {getattr(args, option)!r}, expected {only[0]!r}: the loss of a "
-                    "LoRA-MoE is computed by its own trainer, which has no such option"
+                    f"{option} is {getattr(args, option)!r}, expected {only[0]!r}: a LoRA-MoE has "
+                    "a trainer of its own, with its own loss and order of rows"
                 )
+        if kwargs.get("compute_metrics") is not None:
+            raise ConfigError(
+                "compute_metrics is given, but held-out rows are watched by their loss alone: "
+                "score the finished adapter with guilomo_train.evaluate"
+            )
         # TRL's own packing computes with FlashAttention alone.
         packing, args.packing = args.packing, False
         # On a base that is sharded as it is loaded transformers refuses checkpoints, for it cannot

@@ -156,7 +156,8 @@ def test_a_prompt_that_ends_otherwise_than_a_whole_row_is_said(
 @pytest.mark.parametrize(
     ("option", "value"),
     [("packing_strategy", "wrapped"), ("padding_free", True), ("label_smoothing_factor", 0.1),
-     ("loss_type", "dft")],
+     ("loss_type", "dft"), ("dataloader_drop_last", True), ("data_seed", 3),
+     ("train_sampling_strategy", "sequential"), ("average_tokens_across_devices", False)],
 )  # fmt: skip
 def test_an_option_of_other_losses_is_refused_by_name(
     option: str, value: object, tmp_path: Path
@@ -165,6 +166,17 @@ def test_an_option_of_other_losses_is_refused_by_name(
     setattr(args, option, value)
     with pytest.raises(ConfigError, match=f"{option} is {value!r}, expected"):
         LoraMoeTrainer(model=None, args=args, balance_coefficient=0.0)  # type: ignore[arg-type]
+
+
+def test_metrics_that_would_not_be_computed_are_refused(tmp_path: Path) -> None:
+    args = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    with pytest.raises(ConfigError, match="compute_metrics is given"):
+        LoraMoeTrainer(
+            model=None,
+            args=args,
+            balance_coefficient=0.0,
+            compute_metrics=len,  # type: ignore
+        )
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:

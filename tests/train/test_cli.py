@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import MISSING, Field, fields
+from itertools import product
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from guilomo_serve.adapter import read_adapter
 from guilomo_train import models
-from guilomo_train.cli import main
+from guilomo_train.cli import COMMANDS, main
+from guilomo_train.errors import TrainError
 from guilomo_train.models import load_base
+from guilomo_train.search.allocation import Allocation
 
 ROWS = [{"prompt": f"number {i}", "completion": "odd" if i % 2 else "even"} for i in range(48)]
 
@@ -180,6 +186,7 @@ def test_a_search_keeps_to_a_budget_of_serving_time(
         (["--train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--base", "nowhere"], "--base nowhere: not a causal language model"),
         (["--top_k", "0"], "top_k is 0, expected at least 1"),
+        (["--revision", "main"], "is a folder, of which there is one version"),
         (["--seed", "-1"], "seed is -1, expected 0 to 4294967295"),
         (["--search_epochs", "inf"], "search_epochs is inf, expected more than 0"),
         (["--search_balance_coefficient", "inf"], "expected at least 0"),
@@ -209,6 +216,51 @@ def test_a_wrong_setting_is_one_line(
     assert call("search", *settings(tiny_base, data, tmp_path / "out"), *change) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list((tmp_path / "out").glob("*")), "nothing is written"
+
+
+@pytest.mark.parametrize(
+    "kind", sorted({k for c in COMMANDS.values() for k in c.settings}, key=str)
+)
+def test_every_number_has_a_range(kind: type) -> None:
+    """A flag that is out of it is refused before anything is read."""
+    given = {"train": ["x"], "kind": "uniform", "repo": "some/one", "adapter": "other"}
+    needed = {f.name: given.get(f.name, "x") for f in fields(kind) if _has_no_default(f)}
+    kind(**needed)
+    for name, hint in get_type_hints(kind).items():
+        kinds = get_args(hint) or (hint,)
+        for value in (-1, *((math.nan, math.inf) if float in kinds else ())):
+            if int in kinds or float in kinds:
+                with pytest.raises(TrainError, match=name):
+                    kind(**{**needed, name: value})
+
+
+def _has_no_default(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def test_a_precision_that_there_is_not_is_refused_by_the_parser(
+    tiny_base: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        call("eval", "--base", tiny_base, "--data", data, "--dtype", "bf16")
+    assert "invalid choice: 'bf16' (choose from 'auto', 'float32'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("order", "estimator"),
+    [*product(["online"], ["marginal", "cumulative", "argmax"]),
+     ("first", "marginal"), ("second", "cumulative")],
+)  # fmt: skip
+def test_ranks_alone_are_searched(
+    order: str, estimator: str, tiny_base: Path, data: Path, tmp_path: Path
+) -> None:
+    """With one expert a module there is no router to choose with or to balance."""
+    given = ["--base", tiny_base, "--train", data, "--output", tmp_path / "out", "--max_rank", 3]
+    given += ["--max_experts", 1, "--search_epochs", 0.2, "--order", order]
+    assert call("search", *given, "--estimator", estimator) == 0
+    found = Allocation.load(tmp_path / "out" / "allocation.json")
+    assert all(len(ranks) <= 1 for ranks in found.ranks.values())
+    assert found.adapted
 
 
 def test_one_file_says_a_run_flags_win_and_its_run_json_repeats_it(

@@ -200,7 +200,12 @@ def test_a_limit_draws_rows_by_the_seed(tmp_path: Path, tokenizer: PreTrainedTok
             r"completion has half a character \(\\ud83d",
         ),
         ('{"instruction": null, "output": "b"}', "instruction is None"),
-        ('{"conversations": [{"from": "tool", "value": "a"}, 1]}', "a turn from 'tool'"),
+        ('{"conversations": [{"from": "bot", "value": "a"}, 1]}', "a turn from 'bot'"),
+        (
+            '{"conversations": [{"from": "system", "value": "a"}, {"from": "gpt", "value": "b"}], '
+            '"system": "c"}',
+            "beside messages",
+        ),
         ('{"instruction": "a", "output": "b", "history": ["c"]}', "expected a pair"),
         (f'{{"messages": [{CHAT}, {CHAT}], "system": "c"}}', "beside messages"),
         ("[" * 10**5, "line 1: not JSON"),
@@ -283,7 +288,8 @@ MESSAGES = st.lists(
     st.fixed_dictionaries(
         {},
         optional={"role": st.sampled_from(["user", "assistant", "tool", 1]), "content": VALUES,
-                  "from": VALUES, "value": VALUES, "weight": VALUES, "tool_call_id": VALUES,
+                  "from": VALUES | st.just("function_call"), "tool_call_id": VALUES,
+                  "value": VALUES | FUNCTIONS.map(json.dumps), "weight": VALUES,
                   "name": VALUES, "tool_calls": VALUES | CALLS | CALLS.map(json.dumps)},
     ),
     max_size=3,

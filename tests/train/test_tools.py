@@ -89,6 +89,25 @@ def test_every_turn_of_the_assistant_is_learned_calls_too(
     assert learned(tokenizer, row) == f"{WRITTEN_CALL}<|im_end|>\nIt is clear.<|im_end|>\n"
 
 
+def test_sharegpts_form_of_it_is_the_same_row(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    turns = [
+        {"from": "human", "value": QUESTION["content"]},
+        {"from": "function_call", "value": json.dumps(FUNCTION)},
+        {"from": "observation", "value": RESULT["content"]},
+        {"from": "gpt", "value": ANSWER["content"]},
+    ]
+    functions = json.dumps([tool["function"] for tool in TOOLS])
+    rows = [
+        {"messages": [{"role": "system", "content": "Be brief."}, *CHAT], "tools": TOOLS},
+        {"conversations": turns, "tools": functions, "system": "Be brief."},
+    ]
+    first, second = load_rows(write(tmp_path, *rows), tokenizer, loss_on="all")
+    assert first["input_ids"] == second["input_ids"]
+    assert first["labels"] == second["labels"]
+
+
 def test_a_row_may_end_in_a_call(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Then its answer is what the template makes of the call, as a model has to write it."""
     (row,) = load_rows(write(tmp_path, {"messages": CHAT[:2], "tools": TOOLS}), tokenizer)
@@ -155,8 +174,8 @@ NAMELESS = {"role": "assistant", "content": "", "tool_calls": [{"function": {"ar
     ("row", "message"),
     [
         (
-            {"messages": [QUESTION, ANSWER], "tools": [{"name": "f"}]},
-            "tools has {'name': 'f'}, exp",
+            {"messages": [QUESTION, ANSWER], "tools": [{"nam": "f"}]},
+            "tools has {'type': 'function', 'function': {'nam': 'f'}}, exp",
         ),
         ({"messages": [QUESTION, ANSWER], "tools": "f"}, "tools: not JSON"),
         ({"messages": [QUESTION, ANSWER], "tools": 3}, "tools is 3, expected a list of objects"),
@@ -166,6 +185,15 @@ NAMELESS = {"role": "assistant", "content": "", "tool_calls": [{"function": {"ar
         ({"messages": [QUESTION, with_arguments({"a": "\ud83d"})]}, "half a character"),
         ({"messages": [QUESTION, {**ANSWER, "content": None}]}, "expected an object with role"),
         ({"messages": CHAT[:3]}, "the last message is not the assistant's"),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "a"},
+                    {"from": "function_call", "value": "weather"},
+                ]
+            },
+            "function_call: not JSON",
+        ),
         (
             {"messages": [{**QUESTION, "tool_calls": CALL["tool_calls"]}, ANSWER]},
             "'tool_calls', wh",
