@@ -24,6 +24,7 @@ from guilomo_serve.catalogue.sources import storage_class
 from guilomo_serve.ending import end_within, ended_by_signals
 from guilomo_serve.flags import UsageError
 
+_DATABASES = ("postgresql://", "postgres://")
 _ENDING_S = 5.0  # for threads that still wait for a storage, once nobody waits for them
 
 
@@ -51,6 +52,8 @@ def _run(arguments: Sequence[str]) -> int:
         args = flags.parse("guilomo-serve", arguments, _add_flags)
         settings = _settings(args)
         held = hold(settings.state) if settings.state else None
+        if settings.shared:
+            _shared_catalogue(settings.shared)
         flags.complete(args, args.adapter)
     except (UsageError, AdapterError, CatalogueError) as e:
         print(f"guilomo-serve: {e}", file=sys.stderr)
@@ -103,8 +106,14 @@ def _add_flags(parser: Any) -> None:
     )
     parser.add_argument(
         "--state",
+        metavar="FOLDER|postgresql://...",
+        help="where names and versions are kept, so that a restarted server has them: a folder of "
+        "one server's, or a PostgreSQL database that replicas share",
+    )
+    parser.add_argument(
+        "--state-files",
         metavar="FOLDER",
-        help="where names and versions are kept, so that a restarted server has them",
+        help="where replicas that share a database keep adapters' files: a folder that all see",
     )
     parser.add_argument(
         "--admin-key",
@@ -199,12 +208,17 @@ def _settings(args: argparse.Namespace) -> Settings:
     memory = args.adapter_memory
     if memory is not None and not 0 < memory < math.inf:
         raise UsageError(f"--adapter-memory {memory}: expected a number of GiB > 0")
-    state = Path(args.state).resolve() if args.state else None
-    if state is not None:
-        try:
-            state.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UsageError(f"--state {state}: cannot be made a folder ({e.strerror})") from None
+    shared = args.state if args.state and args.state.startswith(_DATABASES) else None
+    if shared is not None:
+        # It may have a password in it, and vLLM logs the flags that it was given.
+        args.state = shared.partition("://")[0]
+    state = _folder("--state", args.state) if args.state and not shared else None
+    if bool(shared) != bool(args.state_files):
+        raise UsageError(
+            "--state-files: a database of --state needs it, a folder that all replicas see, and "
+            "nothing else does"
+        )
+    files = _folder("--state-files", args.state_files) if shared else None
     budget = None if memory is None else int(memory * 2**30)
     drain = args.shutdown_timeout
     if drain < 0:
@@ -215,6 +229,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise UsageError(f"--list-models {args.list_models}: expected a number >= 0")
     limits = _concurrency(args.max_concurrency)
     given = args.admin_key if args.admin_key is not None else os.environ.get(ADMIN_KEY) or None
+    if shared and given is None:
+        raise UsageError(f"--state: replicas have one admin key; give it to each as {ADMIN_KEY}")
     try:
         if given is not None:
             keys.check_key(given)
@@ -225,6 +241,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         roots=tuple(roots),
         remote_roots=tuple(remote_roots),
         state=state,
+        shared=shared,
+        files=files,
         evict_idle=args.evict_idle,
         memory=budget,
         check_adapters=args.check_adapters,
@@ -236,6 +254,32 @@ def _settings(args: argparse.Namespace) -> Settings:
         made_key=given is None,
         expert_load=args.expert_load,
     )
+
+
+def _folder(flag: str, name: str) -> Path:
+    """A folder that a flag names, made if it is missing."""
+    folder = Path(name).resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(f"{flag} {folder}: cannot be made a folder ({e.strerror})") from None
+    return folder
+
+
+def _shared_catalogue(address: str) -> None:
+    """Makes sure of a database before a model is loaded that could not be served.
+
+    Raises:
+        UsageError: what it needs is not installed; CatalogueError: it cannot be used.
+    """
+    try:
+        from guilomo_serve.catalogue.postgres import prepare
+    except ImportError as e:
+        raise UsageError(
+            f"--state: a database needs a package that is not installed ({e.name}): "
+            "pip install 'guilomo[fleet]'"
+        ) from None
+    prepare(address)
 
 
 def _concurrency(given: Sequence[str]) -> dict[str, int]:

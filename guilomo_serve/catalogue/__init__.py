@@ -9,6 +9,7 @@
     sql.py        names, their versions and what is pinned: what every catalogue is asked
     database.py   the catalogue of one server, in SQLite
     postgres.py   the catalogue that replicas share, in PostgreSQL
+    replicas.py   what replicas say to one another there
     command.py    `guilomo-serve adapters ls|put|rm|rollback`
 
 A name points to its current version and remembers the one before; a version is a number, a digest

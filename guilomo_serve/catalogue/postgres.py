@@ -8,8 +8,8 @@ each connection a session of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import psycopg
@@ -28,8 +28,8 @@ _CONNECTION: dict[str, str | int] = {
     "keepalives_count": _SILENT_S - 2,
 }
 # Keys of advisory locks, in the space of two numbers; names have theirs in the space of one.
-_LOCKS = 0x6775696C  # "guil"
-MIGRATING, FILES = 1, 2
+LOCKS = 0x6775696C  # "guil"
+_MIGRATING, FILES = 1, 2
 
 # What brings a catalogue from each version to the next one. None is changed once it is released.
 _MIGRATIONS = (
@@ -122,6 +122,13 @@ class SharedCatalogue(SqlCatalogue):
     def close(self) -> None:
         self._db.close()
 
+    def listen(self, channel: str, tell: Callable[[], Any]) -> None:
+        """Calls `tell` now and with each message, until the connection ends."""
+        self._db.execute(f"LISTEN {channel}".encode())
+        tell()  # of what came before
+        for _ in self._db.notifies():
+            tell()
+
     def next_number(self) -> int:
         ((number,),) = self._ask("SELECT nextval('version_number')")
         return int(number)
@@ -133,6 +140,21 @@ class SharedCatalogue(SqlCatalogue):
     def _transaction(self) -> AbstractContextManager[Any]:
         return self._db.transaction()
 
+    @contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        """A block whose statements all see the same state."""
+        with self._db.transaction():
+            self._db.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            yield
+
+    def revision(self) -> int:
+        """How many changes there were."""
+        ((revision,),) = self._ask("SELECT revision FROM format")
+        return int(revision)
+
+    def _notify(self, channel: str) -> None:
+        self._ask("SELECT pg_notify(?, '')", (channel,))
+
 
 def prepare(address: str) -> None:
     """Makes the tables in a database, or brings older ones to this version.
@@ -142,7 +164,7 @@ def prepare(address: str) -> None:
     """
     try:
         with connect(address) as db, db.transaction():
-            db.execute("SELECT pg_advisory_xact_lock(%s, %s)", (_LOCKS, MIGRATING))
+            db.execute("SELECT pg_advisory_xact_lock(%s, %s)", (LOCKS, _MIGRATING))
             db.execute("CREATE SCHEMA IF NOT EXISTS guilomo")
             db.execute("CREATE TABLE IF NOT EXISTS format (version INTEGER NOT NULL)")
             row = db.execute("SELECT version FROM format").fetchone()

@@ -33,6 +33,8 @@ class Settings:
             machine.
         remote_roots: addresses below which adapters may be taken from; nothing else remote may.
         state: folder of the catalogue; None for one that is gone when the server ends.
+        shared: address of the database whose catalogue replicas share; None for one of our own.
+        files: folder of the shared catalogue's files, which all replicas see.
         evict_idle: seconds without a request after which a name's weights are freed; None: never.
         memory: bytes that the weights of loaded adapters may take; None: no bound.
         check_adapters: compare each adapter's products with the formula as it is loaded.
@@ -47,6 +49,8 @@ class Settings:
     """
 
     admin_key: str = field(repr=False)
+    shared: str | None = field(default=None, repr=False)  # it may have a password in it
+    files: Path | None = None
     roots: tuple[Path, ...] = ()
     state: Path | None = None
     evict_idle: float | None = None
@@ -67,6 +71,8 @@ class Settings:
                 "roots": [str(root) for root in self.roots],
                 "remote_roots": [str(root) for root in self.remote_roots],
                 "state": str(self.state) if self.state else None,
+                "shared": self.shared,
+                "files": str(self.files) if self.files else None,
                 "evict_idle": self.evict_idle,
                 "memory": self.memory,
                 "check_adapters": self.check_adapters,
@@ -90,6 +96,8 @@ class Settings:
         return cls(
             roots=tuple(Path(root) for root in value["roots"]),
             state=Path(value["state"]) if value["state"] else None,
+            shared=value["shared"],
+            files=Path(value["files"]) if value["files"] else None,
             evict_idle=value["evict_idle"],
             memory=value["memory"],
             check_adapters=value["check_adapters"],

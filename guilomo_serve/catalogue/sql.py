@@ -170,6 +170,19 @@ class SqlCatalogue:
             self._ask("DELETE FROM adapter WHERE name = ?", (name,))
             return self._forget_unused(name)
 
+    def set(self, name: str, entry: Entry) -> list[str]:
+        """Has a name stand for what it does in another catalogue; returns as `put`."""
+        with self._transaction():
+            self._ask("DELETE FROM adapter WHERE name = ?", (name,))
+            before = self._forget_unused(name)
+            known = [v for v in (entry.current, entry.previous) if v is not None]
+            for version in known:
+                self._insert(version)
+            previous = entry.previous.number if entry.previous else None
+            row = (name, entry.current.number, previous, entry.pinned)
+            self._ask("INSERT INTO adapter VALUES (?, ?, ?, ?)", row)
+        return [digest for digest in before if digest not in {v.digest for v in known}]
+
     def pin(self, name: str, pinned: bool) -> None:
         self._ask("UPDATE adapter SET pinned = ? WHERE name = ?", (pinned, name))
 

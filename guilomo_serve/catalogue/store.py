@@ -73,8 +73,6 @@ class Store:
         for place in folder.parents:
             with suppress(PermissionError):  # one that this server cannot have made
                 _sync(place)
-        for left in folder.glob(f"{_PARTIAL}*"):  # of a server that was killed
-            shutil.rmtree(left, ignore_errors=True)
 
     def folder_of(self, digest: str) -> Path:
         return self._folder / digest
@@ -178,9 +176,12 @@ class Store:
         shutil.rmtree(self.folder_of(digest), ignore_errors=True)
 
     def prune(self, wanted: Collection[str]) -> None:
-        """Deletes all copies but those with the given digests."""
+        """Deletes all copies but those with the given digests, while nobody adds any.
+
+        What a server left that was killed goes, too.
+        """
         for folder in self._folder.iterdir():
-            if folder.name not in wanted and not folder.name.startswith(_PARTIAL):
+            if folder.name not in wanted:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _is_inside(self, path: Path) -> bool:

@@ -9,6 +9,8 @@ finishes with what he began with.
     models.py      vLLM's list of models, for any server that has the plugin
     managed.py     the same over a catalogue, for servers that `guilomo-serve` starts
     versions.py    what names stand for: put, rollback, delete, and what a request brings in
+    shared.py      the same for replicas that share a catalogue
+    fleet.py       what replicas say to one another, and how long one may answer
     leases.py      what is in use: one lease a request
     residency.py   whose weights are in memory
     report.py      what the engine says of them

@@ -26,13 +26,31 @@ class NoRoom(AdapterError):
     """All that is loaded is in use or pinned, and one adapter more would exceed the memory."""
 
 
+class OutOfTouch(CatalogueError):
+    """The catalogue that replicas share cannot be asked, or this one may have missed a change."""
+
+
+class Declined(AdapterError):
+    """A replica cannot serve a version, so none does.
+
+    Attributes:
+        status: HTTP's, as that replica would have said it.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def status_of(error: Exception) -> HTTPStatus:
     """The HTTP status that says what a refusal means to a client."""
+    if isinstance(error, Declined):
+        return HTTPStatus(error.status)
     if isinstance(error, (Missing, Unknown)):
         return HTTPStatus.NOT_FOUND
     if isinstance(error, Forbidden):
         return HTTPStatus.FORBIDDEN
-    if isinstance(error, (Busy, NoRoom)):
+    if isinstance(error, (Busy, NoRoom, OutOfTouch)):
         return HTTPStatus.SERVICE_UNAVAILABLE
     if isinstance(error, Unavailable):
         return HTTPStatus.BAD_GATEWAY
@@ -59,7 +77,7 @@ def error_response(error: Exception, prefix: str = "") -> ErrorResponse:
     return response
 
 
-def not_now(name: str, error: Unavailable | NoRoom) -> GracefulHTTPError:
+def not_now(name: str, error: Unavailable | NoRoom | OutOfTouch) -> GracefulHTTPError:
     """What may go better later, for a client: an exception, as vLLM makes 404 of other errors."""
     return GracefulHTTPError(
         f"The adapter {name!a} cannot be loaded now: {error}", status_of(error)

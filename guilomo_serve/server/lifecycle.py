@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -41,6 +42,10 @@ _CLOSING_S = 5
 _STOPPING_S = 10
 
 
+async def _nothing() -> None:
+    """What a server does that has no replicas."""
+
+
 class _Life:
     """This process's server; there is one."""
 
@@ -48,6 +53,8 @@ class _Life:
         self._app: FastAPI | None = None
         self._ending: asyncio.Task[None] | None = None
         self._hurried = False
+        self.out_of_touch: Callable[[], str | None] = lambda: None
+        self.leave: Callable[[], Awaitable[None]] = _nothing
 
     def begin(self, app: FastAPI) -> None:
         self._app = app
@@ -87,6 +94,7 @@ class _Life:
         if leases.working():
             logger.warning("Shutting down: %d requests are aborted", leases.working())
             await engine.abort(list(engine.output_processor.request_states), internal=True)
+        await self.leave()
         server.should_exit = True
         end_within(_CLOSING_S + _STOPPING_S, 0)
 
@@ -118,11 +126,32 @@ router = APIRouter(tags=["lifecycle"])
 @router.get(
     "/ready",
     response_model=Ready,
-    responses={503: {"model": Error, "description": "the server ends, or its engine has"}},
+    responses={
+        503: {
+            "model": Error,
+            "description": "the server ends, or its engine has, or it has lost its replicas",
+        }
+    },
 )
 async def ready() -> Any:
-    """Whether new requests should come here: the adapters are restored and the engine lives."""
-    return _refused(_life.refusing) if _life.refusing else {"status": "ready"}
+    """Whether new requests should come here: the adapters are restored and the engine lives.
+
+    A replica that may have missed a change of the shared catalogue is not ready either.
+    """
+    reason = _life.refusing or _life.out_of_touch()
+    return _refused(reason) if reason else {"status": "ready"}
+
+
+def is_replica(
+    out_of_touch: Callable[[], str | None], leave: Callable[[], Awaitable[None]]
+) -> None:
+    """Makes this process's server one of several.
+
+    Args:
+        out_of_touch: says why it may serve no adapters; None while it may.
+        leave: is awaited when what ran has ended, before the server does.
+    """
+    _life.out_of_touch, _life.leave = out_of_touch, leave
 
 
 def exit_status() -> int:

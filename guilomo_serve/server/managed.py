@@ -28,6 +28,7 @@ from guilomo_serve.server.access import administrating
 from guilomo_serve.server.errors import (
     REFUSALS,
     NoRoom,
+    OutOfTouch,
     Unknown,
     error_response,
     not_allowed,
@@ -107,7 +108,12 @@ class ManagedServingModels(VersionedServingModels):
         assert settings is not None
         self._evict_idle = settings.evict_idle
         self._list_models = settings.list_models
-        self.versions = Versions(settings, self.engine_client, self._inspect, super().is_base_model)
+        kind: type[Versions] = Versions
+        if settings.shared is not None:
+            from guilomo_serve.server.shared import SharedVersions
+
+            kind = SharedVersions
+        self.versions = kind(settings, self.engine_client, self._inspect, super().is_base_model)
         leases.limit(settings.max_concurrency, settings.max_concurrency_of)
         return self.versions.residency
 
@@ -191,24 +197,27 @@ class ManagedServingModels(VersionedServingModels):
         """Loads a name that is not loaded, to the end even if no client waits for it any more.
 
         Raises:
-            GracefulHTTPError: 502, its storage cannot be asked; 503, there is no room for it.
+            GracefulHTTPError: 502, its storage cannot be asked; 503, there is no room for it, or
+                this replica cannot tell whether it is current.
             HTTPException: it has as many requests as it may have.
         """
         lease = current_lease()
         try:
             self.versions.check_name(lora_name)
+            self._check_touch()
             self._refused.check(lora_name)
             coming = self._coming.get(lora_name) or self._bring_in(lora_name)
             await asyncio.shield(coming.found)
             if lease is not None:
                 lease.take(lora_name)  # from here on nothing evicts the name
             await asyncio.shield(coming.loaded)
+            self._check_touch()  # and no moment passes before the name's version is looked up
         except Busy as e:
             if lease is not None:
                 seconds = math.ceil(e.retry_after_s or 1.0)
                 lease.refusal = refusal(503, str(e), {"Retry-After": str(seconds)})
             raise not_now(lora_name, e) from None
-        except (Unavailable, NoRoom) as e:
+        except (Unavailable, NoRoom, OutOfTouch) as e:
             raise not_now(lora_name, e) from None
         except (Forbidden, Missing, Unknown) as e:
             return create_error_response(str(e), status_code=status_of(e))
@@ -221,6 +230,10 @@ class ManagedServingModels(VersionedServingModels):
         if lease is not None:
             lease.bind(version)
         return version
+
+    def _check_touch(self) -> None:
+        if reason := self.versions.out_of_touch():
+            raise OutOfTouch(reason)
 
     def _bring_in(self, name: str) -> _Coming:
         """Begins to look for a name and to load it, once for all who wait."""
@@ -247,7 +260,7 @@ class ManagedServingModels(VersionedServingModels):
         error = None if loaded.cancelled() else loaded.exception()
         if error is None:
             self._refused.forget(name)
-        elif found.exception() is None and not isinstance(error, (NoRoom, Unknown)):
+        elif found.exception() is None and not isinstance(error, (NoRoom, OutOfTouch, Unknown)):
             logger.warning("The adapter '%s' cannot be loaded: %s", name, error)
             if isinstance(error, REFUSALS):
                 self._refused.note(name, error)

@@ -48,7 +48,14 @@ class Current(dict[str, LoRARequest]):
     vLLM asks `name in current` once or twice before it takes `current[name]`, with the rendering of
     the prompt between. The first question is where a request takes its lease, and later ones get
     what is in the lease, whatever happened to the name meanwhile.
+
+    Args:
+        fresh: whether names stand here for what they do in the catalogue; else nobody gets one.
     """
+
+    def __init__(self, fresh: Callable[[], bool]) -> None:
+        super().__init__()
+        self._fresh = fresh
 
     def __contains__(self, name: object) -> bool:
         lease = current_lease()
@@ -57,7 +64,7 @@ class Current(dict[str, LoRARequest]):
         if lease.version is not None and lease.name == name:
             return True
         version = self.get(str(name))
-        if version is None:
+        if version is None or not self._fresh():
             return False
         lease.take(str(name))
         lease.bind(version)
@@ -90,6 +97,7 @@ class Resident:
     name: str
     room: int
     bytes: int = 0
+    is_there: bool = False
     rank: int = 0
 
 
@@ -104,6 +112,7 @@ class Residency:
         pinned: the names whose weights stay however long nobody asks for them.
         keeps_names: whether a name whose weights went for others still stands for its version.
         evicted, freed: are called with what goes: a name; a version that the engine no longer has.
+        fresh: see `Current`.
 
     Attributes:
         current: name -> the version that requests get which come from now on.
@@ -119,6 +128,7 @@ class Residency:
         keeps_names: bool = False,
         evicted: Callable[[str], None] = lambda name: None,
         freed: Callable[[LoRARequest], None] = lambda version: None,
+        fresh: Callable[[], bool] = lambda: True,
     ) -> None:
         self._engine = engine_client
         self._leases = leases
@@ -128,7 +138,7 @@ class Residency:
         self._keeps_names = keeps_names
         self._evicted = evicted
         self._freed = freed
-        self.current = Current()
+        self.current = Current(fresh)
         self._resident: dict[int, Resident] = {}
         self._removing: dict[int, asyncio.Task[None]] = {}
         leases.when_ended.append(self._free_if_done)
@@ -166,6 +176,11 @@ class Residency:
             raise
         resident.bytes = sum(outcome["bytes"] for outcome in outcomes)
         resident.rank = outcomes[0]["rank"]
+
+    def has(self, version: LoRARequest) -> bool:
+        """Whether a version's weights are in memory, whole."""
+        resident = self._resident.get(version.lora_int_id)
+        return resident is not None and resident.is_there and resident.version == version
 
     def unload(self, version: LoRARequest) -> None:
         """Takes out a version that was loaded, unless it is what a name stands for, or stood for

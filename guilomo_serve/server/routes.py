@@ -74,6 +74,8 @@ async def _versions(request: Request) -> Versions:
     _administrator()
     models = request.app.state.openai_serving_models
     assert isinstance(models, ManagedServingModels)
+    if reason := models.versions.out_of_touch():
+        raise HTTPException(503, reason)
     return models.versions
 
 
@@ -165,18 +167,18 @@ async def roll_back(name: Name, versions: Served) -> Any:
 @router.post("/{name:path}/pin", response_model=AdapterDetails, responses=errors(404, 507))
 async def pin(name: Name, versions: Served) -> Any:
     """Keeps an adapter's weights in memory while nobody asks for it."""
-    return _pin(versions, name, True)
+    return await _pin(versions, name, True)
 
 
 @router.post("/{name:path}/unpin", response_model=AdapterDetails, responses=errors(404, 507))
 async def unpin(name: Name, versions: Served) -> Any:
     """Lets an adapter that nobody asks for be evicted again."""
-    return _pin(versions, name, False)
+    return await _pin(versions, name, False)
 
 
-def _pin(versions: Versions, name: str, pinned: bool) -> Any:
+async def _pin(versions: Versions, name: str, pinned: bool) -> Any:
     try:
-        versions.pin(name, pinned)
+        await versions.pin(name, pinned)
         return _detailed(versions, name)
     except REFUSALS as e:
         return _failed(e)

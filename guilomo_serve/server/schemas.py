@@ -158,7 +158,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         413: "the body is too large",
         500: "the server, or its disk, has failed",
         502: "the storage that the adapter lies in cannot be asked",
-        503: "the server ends, its engine has, or no memory is left for the adapter",
+        503: "the server ends, its engine has, no memory is left, or replicas are out of touch",
         507: "the disk is full, or cannot be written",
     }
     found = sorted({401, 403, 413, 500, 503, *statuses})

@@ -11,8 +11,8 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ class Versions:
         if state is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="guilomo-serve-")
             state = Path(self._temporary.name)
-        self.catalogue = Catalogue(state / CATALOGUE_FILE)
+        database = state / CATALOGUE_FILE if settings.state else Path(":memory:")
+        self.catalogue = Catalogue(database)
         self._store = Store(state / "adapters", settings.roots)
         self.sources = Sources(self._store, settings.remote_roots)
         bound = default_memory() if settings.memory is None else settings.memory
@@ -92,6 +93,7 @@ class Versions:
             self.catalogue.pinned,
             evicted=self._evicted,
             freed=lambda version: self._discard(Path(version.lora_path).name),
+            fresh=lambda: self.out_of_touch() is None,
         )
         self.report = EngineReport(
             engine_client, self._with_series, modules=settings.expert_load == "modules"
@@ -108,6 +110,10 @@ class Versions:
     def find(self, source: str) -> Source:
         """What an administrator names; see `Sources.find`."""
         return self.sources.find(source)
+
+    def out_of_touch(self) -> str | None:
+        """Why what is known of names here may not be so any more; None of a server alone."""
+        return None
 
     def entry(self, name: str) -> Entry:
         entry = self.catalogue.get(name)
@@ -142,7 +148,8 @@ class Versions:
             source: folder or address, of which it is known that adapters may be taken from it.
             dry_run: check all that can be checked without the engine, change nothing.
             digest: what the adapter's digest has to be; None: anything.
-            given: whether the command line says so, and no administrator.
+            given: whether the command line says so, and no administrator. What it gives is not
+                put again.
 
         Returns:
             The version that is served now, or with `dry_run` would be (its number is 0).
@@ -153,8 +160,11 @@ class Versions:
         """
         self.check_name(name)
         began = time.monotonic()
-        async with self._only_one(name):
-            replaces = self.catalogue.get(name) is not None and not dry_run
+        async with self._only_one(name) if dry_run else self._changing(name):
+            known = self.catalogue.get(name)
+            if given and known is not None and known.current.digest == digest:
+                return known.current
+            replaces = known is not None and not dry_run
             with self._copying():
                 version = await self._put(name, source, dry_run, digest, given)
             if replaces:
@@ -168,12 +178,12 @@ class Versions:
             Unknown: there is no such name; CatalogueError: it has had one version only.
         """
         began = time.monotonic()
-        async with self._only_one(name):
+        async with self._changing(name):
             previous = self.entry(name).previous
             if previous is None:
                 raise CatalogueError(f"{name} has no previous version")
             with self._copying():
-                await asyncio.to_thread(self._store.verify, previous.digest)
+                await asyncio.to_thread(self._have, previous.digest)
                 about = {**previous.about, _GIVEN: False}
                 now = time.time()
                 version = await self._make_current(replace(previous, about=about, created=now))
@@ -186,20 +196,15 @@ class Versions:
         Raises:
             Unknown: there is no such name.
         """
-        async with self._only_one(name):
+        async with self._changing(name):
             self.entry(name)
-            self._unwanted.update(self.catalogue.delete(name))
-            self.residency.withdraw(name)
-            self._discard()
-            self.failed.pop(name, None)
-            leases.last_used.pop(name, None)
-            prometheus.series.forget(name)
-        logger.info("Adapter '%s' was deleted", name)
+            await self._remove(name)
 
-    def pin(self, name: str, pinned: bool) -> None:
+    async def pin(self, name: str, pinned: bool) -> None:
         """Keeps a name's weights in memory however long nobody asks for it, or no longer so."""
-        self.entry(name)
-        self.catalogue.pin(name, pinned)
+        async with self._changing(name):
+            self.entry(name)
+            await self._set_pinned(name, pinned)
 
     async def bring_in(self, name: str, member: Source | None) -> None:
         """Loads a name that a request asks for: one that was evicted, or a member of a root.
@@ -212,17 +217,12 @@ class Versions:
             Unknown: it was deleted just now.
             AdapterError: it is refused; OSError, sqlite3.Error: it cannot be stored.
         """
+        if member is not None and self.catalogue.get(name) is None:
+            await self._take_in(name, member)
         async with self._only_one(name):
-            if self.residency.current.get(name) is not None:
-                return
-            with self._copying():
-                entry = self.catalogue.get(name)
-                if entry is not None:
-                    await self._load(entry.current)
-                elif member is not None:
-                    await self._put(name, member)
-                else:
-                    raise Unknown(f"there is no adapter {name!a}")
+            while self.residency.current.get(name) is None:
+                with self._copying():
+                    await self._load(self.entry(name).current)
 
     async def restore(self) -> None:
         """Loads the names that are pinned; the others are loaded when they are asked for."""
@@ -238,13 +238,12 @@ class Versions:
         Raises:
             AdapterError: it is refused.
         """
+        digest = await asyncio.to_thread(digest_of, folder)
         known = self.catalogue.get(name)
-        if known is None:
-            await self.put(name, folder, given=True)
-            return
-        changed = known.current.digest != await asyncio.to_thread(digest_of, folder)
-        if changed and known.current.about.get(_GIVEN) and not known.pinned:
-            await self.put(name, folder, given=True)
+        changed = known is not None and known.current.digest != digest
+        replaceable = known is None or (known.current.about.get(_GIVEN) and not known.pinned)
+        if known is None or (changed and replaceable):
+            await self.put(name, folder, digest=digest, given=True)
             return
         await self._try_to_bring_in(name)
         if changed:
@@ -311,10 +310,37 @@ class Versions:
 
     @asynccontextmanager
     async def _only_one(self, name: str) -> AsyncIterator[None]:
-        """One change of a name at a time; a lock is gone when nobody has or wants it."""
+        """One load of a name at a time; a lock is gone when nobody has or wants it."""
         lock = self._locks.setdefault(name, asyncio.Lock())
         async with lock:
             yield
+
+    def _changing(self, name: str) -> AbstractAsyncContextManager[None]:
+        """One change of a name at a time, on a server alone the same as one load."""
+        return self._only_one(name)
+
+    async def _take_in(self, name: str, member: Source) -> None:
+        """Puts a member of a root that nobody has put."""
+        async with self._changing(name):
+            if self.catalogue.get(name) is None:
+                with self._copying():
+                    await self._put(name, member)
+
+    async def _remove(self, name: str) -> None:
+        self._forget(name, self.catalogue.delete(name))
+
+    def _forget(self, name: str, digests: Collection[str]) -> None:
+        """Frees what a name had that the catalogue has no more."""
+        self._unwanted.update(digests)
+        self.residency.withdraw(name)
+        self._discard()
+        self.failed.pop(name, None)
+        leases.last_used.pop(name, None)
+        prometheus.series.forget(name)
+        logger.info("Adapter '%s' was deleted", name)
+
+    async def _set_pinned(self, name: str, pinned: bool) -> None:
+        self.catalogue.pin(name, pinned)
 
     async def _put(
         self,
@@ -354,7 +380,7 @@ class Versions:
     async def _load(self, version: Version) -> None:
         loaded = self.request_of(version)
         try:
-            await asyncio.to_thread(self._store.verify, version.digest)
+            await asyncio.to_thread(self._have, version.digest)
             await self._fill(version, loaded)
         except NoRoom:
             raise
@@ -362,7 +388,19 @@ class Versions:
             self.failed[version.name] = str(e)
             logger.error("Adapter '%s' of the catalogue is not served: %s", version.name, e)
             raise
-        self._start_serving(version, loaded)
+        entry = self.catalogue.get(version.name)
+        if entry is not None and entry.current.digest == version.digest:
+            self._start_serving(version, loaded)
+        else:  # a replica has changed the name meanwhile
+            self.residency.unload(loaded)
+
+    def _have(self, digest: str) -> None:
+        """Makes sure that the store has an adapter's files.
+
+        Raises:
+            AdapterError: they are gone, or have changed.
+        """
+        self._store.verify(digest)
 
     async def _fill(self, version: Version, loaded: LoRARequest) -> None:
         folder = self._store.folder_of(version.digest)

@@ -54,6 +54,12 @@ class Postgres:
     def stop(self, mode: str = "fast") -> None:
         self._run("pg_ctl", "stop", "--wait", "--silent", f"--mode={mode}")
 
+    def client(self, program: str, *arguments: str) -> None:
+        """Runs one of PostgreSQL's client programs."""
+        found = _program(program)
+        assert found is not None
+        subprocess.run([found, *arguments], check=True, stdout=subprocess.DEVNULL)
+
     def _run(self, program: str, *arguments: str) -> None:
         found = _program(program)
         assert found is not None

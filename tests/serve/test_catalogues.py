@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
@@ -130,6 +131,31 @@ def test_servers_that_start_at_once_make_one_catalogue(empty):
     for thread in threads:
         thread.join()
     assert failed == []
+
+
+def test_a_backup_of_a_database_is_a_catalogue_elsewhere(database, empty, tmp_path):
+    """As docs/operations.md says."""
+    from guilomo_serve.catalogue.postgres import SharedCatalogue, connect, prepare
+    from guilomo_serve.catalogue.replicas import Change, Member
+
+    prepare(empty)
+    with closing(Member(empty, "one", "one")) as one, closing(Change(empty, "one", "a")) as change:
+        one.join()
+        for digest in "xyz":
+            change.put(version(change, "a", digest))
+        change.set_pinned(True)
+        known = one.all()
+    backup = str(tmp_path / "backup")
+    database.client("pg_dump", "--format=custom", "--schema=guilomo", f"--file={backup}", empty)
+    with connect(empty) as db:
+        db.execute("CREATE DATABASE elsewhere")
+    elsewhere = empty.replace("/postgres", "/elsewhere")
+    database.client("pg_restore", "--exit-on-error", f"--dbname={elsewhere}", backup)
+    prepare(elsewhere)
+    with closing(SharedCatalogue(elsewhere)) as restored:
+        assert restored.all() == known
+        assert restored.revision() == 1
+        assert restored.next_number() == known["a"].current.number + 1
 
 
 def test_a_database_that_is_not_there_is_said_in_a_line(database):
