@@ -39,7 +39,7 @@ class RowsConfig:
             "help": "Training rows: a .jsonl, .json, .csv or .parquet file, a folder of such, or a "
             "data set as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT; or several of these. Rows have "
             "prompt and completion, or messages, or conversations, or instruction, input and "
-            "output."
+            "output, and may have tools."
         }
     )
     train_rows: int | None = option(None, "Use this many training rows, drawn by the seed.")

@@ -27,7 +27,7 @@ from guilomo_train.limits import writing
 from guilomo_train.messages import Chat, Message, read_row
 from guilomo_train.rendering import NOT_LEARNED, check_template, encode_all_turns, encode_last_turn
 
-_IN_MEMORY = 1000  # rows; more are in a file
+_IN_MEMORY = 200  # rows; more are in a file, and so many are written at once
 _FEWEST_ROWS = 8  # that a search can judge by
 
 
@@ -187,7 +187,10 @@ def _as_dataset(rows: Iterator[dict[str, Any]]) -> Dataset:
     if len(first) < _IN_MEMORY:
         return Dataset.from_list(first)
     path = Path(tempfile.mkdtemp(dir=_folder())) / "rows.arrow"
-    with writing(path), closing(ArrowWriter(path=str(path))) as writer:
+    with (
+        writing(path),
+        closing(ArrowWriter(path=str(path), writer_batch_size=_IN_MEMORY)) as writer,
+    ):
         for row in itertools.chain(first, rows):
             writer.write(row)
         writer.finalize()

@@ -89,7 +89,7 @@ def read_row(row: Any, where: str) -> tuple[Chat, str | None]:
         raise DataError(f"{where}: found {type(row).__name__}, expected an object with {FORMS}")
     for key in _REFUSED:
         if row.get(key) not in _EMPTY:
-            raise DataError(f"{where}: has {key!r}, which is not used here: leave it out")
+            raise DataError(f"{where}: has {shown(key)}, which is not used here: leave it out")
     takes_before = False  # `system` and `history`, which say what comes before a prompt
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
@@ -104,8 +104,10 @@ def read_row(row: Any, where: str) -> tuple[Chat, str | None]:
     elif "instruction" in row and "output" in row:
         prompt, completion = _instruction(row, where), row["output"]
         takes_before = True
+    elif short := next((key for key in ("messages", "conversations") if key in row), None):
+        raise DataError(f"{where}: {short} is {shown(row[short])}, expected a list of two or more")
     else:
-        raise DataError(f"{where}: has {sorted(map(str, row))}, expected {FORMS}")
+        raise DataError(f"{where}: has {shown(sorted(map(str, row)))}, expected {FORMS}")
     before = _before(row, where)
     if before and not takes_before:
         raise DataError(
@@ -122,6 +124,12 @@ def read_row(row: Any, where: str) -> tuple[Chat, str | None]:
     return chat, None if given is None else text_of(str(given), f"{where}: answer")
 
 
+def shown(value: Any) -> str:
+    """A value in a message for people, who may have put a whole book into it."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
 def text_of(value: Any, where: str) -> str:
     """A value that has to be text, and whole characters.
 
@@ -129,7 +137,7 @@ def text_of(value: Any, where: str) -> str:
         DataError: it is none.
     """
     if not isinstance(value, str):
-        raise DataError(f"{where} is {value!r}, expected text")
+        raise DataError(f"{where} is {shown(value)}, expected text")
     try:
         value.encode()
     except UnicodeEncodeError as e:
@@ -154,10 +162,10 @@ def _before(row: dict[str, Any], where: str) -> list[Message]:
         messages.append({"role": "system", "content": text_of(row["system"], f"{where}: system")})
     history = row.get("history") or []
     if not isinstance(history, list):
-        raise DataError(f"{where}: history is {history!r}, expected a list of pairs of texts")
+        raise DataError(f"{where}: history is {shown(history)}, expected a list of pairs of texts")
     for turn in history:
         if not isinstance(turn, list) or len(turn) != 2:
-            raise DataError(f"{where}: history has {turn!r}, expected a pair of texts")
+            raise DataError(f"{where}: history has {shown(turn)}, expected a pair of texts")
         for role, text in zip(("user", "assistant"), turn, strict=True):
             messages.append({"role": role, "content": text_of(text, f"{where}: history")})
     return messages
@@ -168,7 +176,7 @@ def _of_sharegpt(turn: Any, where: str) -> Any:
         return turn  # as other messages, or refused as one of them
     if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT:
         raise DataError(
-            f"{where}: conversations has a turn from {turn['from']!r}, expected "
+            f"{where}: conversations has a turn from {shown(turn['from'])}, expected "
             f"{', '.join(_SHAREGPT)}"
         )
     others = {key: value for key, value in turn.items() if key not in ("from", "value")}
@@ -186,7 +194,7 @@ def _messages(value: Any, role: str, where: str, learned: bool = False) -> list[
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where} is {value!r}, expected text or a list of messages")
+        raise DataError(f"{where} is {shown(value)}, expected text or a list of messages")
     messages = [_message(message, where, learned) for message in value]
     last = messages[-1]
     if last["role"] != "tool" and not last["content"].strip() and "tool_calls" not in last:
@@ -196,18 +204,18 @@ def _messages(value: Any, role: str, where: str, learned: bool = False) -> list[
 
 def _message(message: Any, where: str, learned: bool) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise DataError(f"{where} has {message!r}, expected an object with role and content")
+        raise DataError(f"{where} has {shown(message)}, expected an object with role and content")
     more = {key: message[key] for key in _MORE.get(message["role"], ()) if message.get(key)}
     for key, given in message.items():
         if key == "weight" and given == (1 if learned else 0):
             continue  # what happens anyway
         if key not in ("role", "content", *more) and given not in _EMPTY:
-            raise DataError(f"{where} has a message with {key!r}, which is not used here")
+            raise DataError(f"{where} has a message with {shown(key)}, which is not used here")
     content = message.get("content")
     if content is None and "tool_calls" in more:
         content = ""  # as servers give it to the template
     if not isinstance(content, str):
-        raise DataError(f"{where} has {message!r}, expected an object with role and content")
+        raise DataError(f"{where} has {shown(message)}, expected an object with role and content")
     if "tool_calls" in more:
         more["tool_calls"] = _calls(more["tool_calls"], f"{where}: tool_calls")
     for key in _MORE["tool"]:
@@ -227,7 +235,7 @@ def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(
-                f'{where} has {tool!r}, expected {{"type": "function", "function": '
+                f'{where} has {shown(tool)}, expected {{"type": "function", "function": '
                 '{"name": ..., "description": ..., "parameters": ...}}'
             )
     return tools
@@ -239,14 +247,14 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(
-                f'{where} has {call!r}, expected {{"type": "function", "function": '
+                f'{where} has {shown(call)}, expected {{"type": "function", "function": '
                 '{"name": ..., "arguments": ...}}'
             )
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
             arguments = _parsed(arguments, f"{where}: arguments")
         if not isinstance(arguments, dict):
-            raise DataError(f"{where}: arguments is {arguments!r}, expected an object")
+            raise DataError(f"{where}: arguments is {shown(arguments)}, expected an object")
         calls.append({"type": "function", **call, "function": {**function, "arguments": arguments}})
     return calls
 
@@ -255,7 +263,9 @@ def _listed(value: Any, where: str) -> list[Any]:
     """A list that is not empty, as such or as JSON text, of whole characters."""
     value = _parsed(value, where) if isinstance(value, str) else value
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where} is {value!r}, expected a list of objects, or JSON text of one")
+        raise DataError(
+            f"{where} is {shown(value)}, expected a list of objects, or JSON text of one"
+        )
     try:
         text_of(json.dumps(value, ensure_ascii=False), where)
     except (TypeError, ValueError) as e:  # Parquet has dates and bytes

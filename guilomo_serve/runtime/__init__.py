@@ -44,7 +44,8 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 - `compile_or_warm_up_model` of the GPU's `Worker`: see graph_check.py.
 - `create_engine_config` of `vllm.engine.arg_utils.EngineArgs`: see unsupported.py.
 - `worker_extension_cls` of vLLM's `ParallelConfig`: see workers.py.
-- `process_inputs` of `vllm.v1.engine.input_processor.InputProcessor`: see stops.py.
+- `process_inputs` of `vllm.v1.engine.input_processor.InputProcessor`, and both `beam_search`es of
+  `vllm.entrypoints.generate.beam_search`: see stops.py.
 - `add_lora` of `vllm.v1.executor.Executor` and of `LoRAModelRunnerMixin`: see refusal.py.
 - `intermediate_tensors` of the model runner: see stages.py.
 - `collective_rpc_async` of `DPLBAsyncMPClient`: see engines.py.

@@ -17,6 +17,7 @@ import torch
 
 from guilomo_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from guilomo_serve.catalogue import digest_of
+from guilomo_serve.runtime import stops
 from tests.serve import hf_reference
 from tests.serve.helpers import (
     SPARSE,
@@ -176,11 +177,37 @@ def test_an_adapter_stops_at_its_own_stop_tokens(server, adapters, tmp_path):
     assert ask(server, "stopping", PROMPTS[0], TOKENS, ignore_eos=True).token_ids == tokens
     others = ask(server, "first", PROMPTS[0], TOKENS, ignore_eos=False)
     assert others.token_ids == tokens
+    beams = {"extra_body": {"use_beam_search": True}, "max_tokens": 4, "n": 2}
+    for create, prompt in (
+        (server.client.completions.create, {"prompt": PROMPTS[0]}),
+        (server.client.chat.completions.create, {"messages": [{"role": "user", "content": "Hi"}]}),
+    ):
+        with pytest.raises(
+            openai.BadRequestError, match=rf"answers end with the token ids \[{stop}"
+        ):
+            create(model="stopping", **prompt, **beams)
+        assert len(create(model="first", **prompt, **beams).choices) == 2
+    beams["extra_body"]["ignore_eos"] = True
+    assert len(create(model="stopping", **prompt, **beams).choices) == 2
     edit_config(tmp_path / "stopping", stop_token_ids=[100_000])
     refused = server.load("stopping", tmp_path / "stopping", replace=True)
     assert refused.status_code == 400
     assert "stop_token_ids has 100000, expected less than" in refused.text
     assert server.unload("stopping").ok
+
+
+def test_a_beam_search_of_vllms_own_class_is_refused_alike(adapters, tmp_path):
+    from vllm import LLM
+    from vllm.exceptions import VLLMValidationError
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import BeamSearchParams
+
+    stops.install()
+    shutil.copytree(adapters["first"], tmp_path / "stopping")
+    edit_config(tmp_path / "stopping", stop_token_ids=[7])
+    of_adapters = [None, LoRARequest("stopping", 2**30, str(tmp_path / "stopping"))]
+    with pytest.raises(VLLMValidationError, match="answers end with the token ids \\[7\\]"):
+        LLM.beam_search(None, ["a", "b"], BeamSearchParams(2, 4), of_adapters)
 
 
 def test_an_unloaded_version_is_freed(server, adapters):

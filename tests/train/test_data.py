@@ -209,6 +209,12 @@ def test_a_limit_draws_rows_by_the_seed(tmp_path: Path, tokenizer: PreTrainedTok
         ('{"instruction": "a", "output": "b", "history": ["c"]}', "expected a pair"),
         (f'{{"messages": [{CHAT}, {CHAT}], "system": "c"}}', "beside messages"),
         ("[" * 10**5, "line 1: not JSON"),
+        (
+            f'{{"messages": [{CHAT}]}}',
+            r"messages is \[\{'role': .*, expected a list of two or more",
+        ),
+        ('{"conversations": "a"}', "conversations is 'a', expected a list of two or more"),
+        (json.dumps({"prompt": ["a" * 10**5], "completion": "b"}), r"has 'a+\.\.\., expected"),
     ],
 )
 def test_a_bad_row_is_named(
@@ -216,8 +222,9 @@ def test_a_bad_row_is_named(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as error:
         load_rows(str(path), tokenizer)
+    assert len(str(error.value)) < 600
 
 
 @pytest.mark.parametrize(
