@@ -107,7 +107,7 @@ class LoraMoeTrainer(SFTTrainer):
                 "in bfloat16 or float32, or set fp16=True"
             )
         for option, only in _OF_OTHER_TRAINERS.items():
-            if getattr(args, option) not in only:
+            if getattr(args, option, only[0]) not in only:  # versions have different ones
                 raise ConfigError(
                     f"{option} is {getattr(args, option)!r}, expected {only[0]!r}: a LoRA-MoE has "
                     "a trainer of its own, with its own loss and order of rows"

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
@@ -25,6 +27,7 @@ from guilomo_train.config import ImportConfig
 from guilomo_train.errors import TrainError
 from guilomo_train.foreign import import_adapter
 from guilomo_train.lora_moe import LoraMoeConfig
+from tests.adapter.test_fuzz import FUZZ, TEXTS, VALUES
 from tests.train.tiny import tiny_llama
 
 Tensors = dict[str, torch.Tensor]
@@ -358,3 +361,40 @@ def test_broken_files_and_folders_are_named(
     assert "adapter_config.json: the file is missing" in refusal(folder, base)
     assert imported(folder, base, folder) == 2
     assert "expected another folder than --adapter" in capsys.readouterr().err
+
+
+def refused_or_imported(folder: Path, base: Path) -> None:
+    """Imports, and is content with an error that names the folder; any other fails the test."""
+    output, said = folder.parent / "ours", str(folder)
+    try:
+        import_adapter(ImportConfig(str(folder), str(base), str(output)))
+        read_adapter(output)
+    except AdapterError as e:
+        said = str(e)
+    assert str(folder) in said
+    said.encode()
+
+
+@given(
+    st.dictionaries(TEXTS | st.sampled_from(sorted(CONFIGS["LoRAMoE"])), VALUES, max_size=3),
+    st.sampled_from(["LoRAMoE", "HydraLoRA"]),
+)
+@settings(FUZZ, max_examples=60)
+def test_any_config_is_imported_or_refused_by_name(
+    base: Path, tmp_path: Path, changes: dict[str, Any], kind: str
+) -> None:
+    refused_or_imported(saved(tmp_path / "theirs", kind, **changes), base)
+
+
+@given(st.data())
+@settings(FUZZ, max_examples=60)
+def test_any_bytes_of_a_weights_file_are_imported_or_refused_by_name(
+    base: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    folder = saved(tmp_path / "theirs", "LoRAMoE")
+    whole = (folder / "adapter_model.bin").read_bytes()
+    begin = data.draw(st.integers(0, len(whole)))
+    end = data.draw(st.integers(begin, min(len(whole), begin + 12)) | st.just(len(whole)))
+    changed = whole[:begin] + data.draw(st.binary(max_size=12)) + whole[end:]
+    (folder / "adapter_model.bin").write_bytes(changed)
+    refused_or_imported(folder, base)
