@@ -6,16 +6,18 @@ part would answer like a good one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from vllm.lora.peft_helper import PEFTHelper
 
 from guilomo_serve.adapter import (
     CONFIG_FILE,
+    WEIGHTS_FILE,
     AdapterError,
     AdapterSpec,
     BaseFingerprint,
@@ -25,6 +27,7 @@ from guilomo_serve.adapter import (
     read_spec,
 )
 from guilomo_serve.adapter.plain import GENERATING, POOLING, check_plain_config
+from guilomo_serve.adapter.spec import TENSOR_PREFIX
 from guilomo_serve.ops.layer import LayerWeights, SliceWeights
 from guilomo_serve.ops.two_steps import UnsupportedAdapterError, check_size
 
@@ -78,6 +81,9 @@ class ModelPlan:
         dtype: of A and B in the layers.
         device: where adapters that were read are kept; layers take them from there.
         rename: from a module's name in the trained model to vLLM's.
+        language_model: how names of modules begin in the part of a multimodal base that takes
+            adapters, by vLLM's name; None where the base is nothing else.
+        other_parts: the same of its other parts, which do not.
     """
 
     layers: Mapping[str, LayerPlan]
@@ -87,6 +93,23 @@ class ModelPlan:
     dtype: torch.dtype
     device: torch.device
     rename: Callable[[str], str]
+    language_model: str | None = None
+    other_parts: tuple[str, ...] = ()
+
+    def check_parts(self, modules: Iterable[str], where: str) -> None:
+        """Refuses modules of a base's towers. Args: modules: by their names in the trained model.
+
+        Raises:
+            AdapterError: names the first one, and what would be right.
+        """
+        for module in modules:
+            in_tower = self.rename(module).startswith(self.other_parts)
+            if in_tower and self.shape_of(module) is None:
+                raise AdapterError(
+                    f"{where}: adapts {module!r}, in a part of the base that reads images or "
+                    "sounds, where servers apply no adapters: train one of the language model "
+                    f"alone, {self.language_model}"
+                )
 
     def shape_of(self, module: str) -> tuple[int, int] | None:
         """[out, in] of a module by its name in the trained model, None if it has no place.
@@ -131,6 +154,7 @@ def load_routed(folder: str | Path, plan: ModelPlan) -> tuple[AdapterSpec, dict[
         AdapterError: the adapter is malformed, or made for another base.
     """
     spec = read_spec(folder)
+    plan.check_parts(spec.experts, str(folder))
     shapes = {module: plan.shape_of(module) for module in spec.experts}
     known = {module: shape for module, shape in shapes.items() if shape is not None}
     adapter = read_adapter(folder, BaseModel(plan.fingerprint, known))
@@ -184,6 +208,15 @@ def check_plain(folder: Path, limits: Any, tasks: Collection[str]) -> list[str]:
     except (KeyError, OSError, TypeError, ValueError) as e:
         raise AdapterError(f"{folder}: no adapter that can be served: {e}") from None
     return warnings
+
+
+def check_parts_of_plain(folder: Path, plan: ModelPlan) -> None:
+    """See `ModelPlan.check_parts`; to be called before vLLM reads it, which knows no towers."""
+    path = folder / WEIGHTS_FILE
+    if plan.other_parts and path.is_file():
+        with safe_open(path, framework="pt") as file:
+            names = [name.removeprefix(TENSOR_PREFIX) for name in file.keys()]  # noqa: SIM118
+        plan.check_parts([name.partition(".lora_")[0] for name in names], str(folder))
 
 
 def tasks_of(model_config: Any) -> Collection[str]:

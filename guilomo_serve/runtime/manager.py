@@ -32,6 +32,7 @@ from guilomo_serve.runtime.loading import (
     LayerPlan,
     ModelPlan,
     check_fits,
+    check_parts_of_plain,
     check_plain,
     convert_plain,
     load_routed,
@@ -100,6 +101,7 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
             dtype=self.lora_config.lora_dtype,
             device=torch.device("cpu"),  # slots on a GPU are the only copy there
             rename=lambda name: name if mapper is None else mapper._map_name(name) or name,
+            **self._parts(),
         )
         self._check_graphs(vllm_config)
         for name, layer in self._routed.items():
@@ -140,6 +142,14 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
             layers[name] = LayerPlan(layer.parts())
             module_at.update({module: (name, i) for i, module in enumerate(modules)})
         return layers, module_at
+
+    def _parts(self) -> dict[str, Any]:
+        """What the plan says of a multimodal base's parts."""
+        if not self.supports_mm:
+            return {}
+        (language_model,) = self.mm_mapping.language_model
+        others = (*self.mm_mapping.tower_model, *(self.mm_mapping.connector or ()))
+        return {"language_model": language_model, "other_parts": others}
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
@@ -384,6 +394,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         else:
             if (Path(folder) / CONFIG_FILE).exists():  # or vLLM says that there is none
                 check_plain(Path(folder), self.lora_config, self._tasks)
+                check_parts_of_plain(Path(folder), plan)
             theirs = super()._load_adapter(lora_request)
             layers, rank = convert_plain(theirs.loras, plan, folder), theirs.rank
             heads = theirs.modules_to_save

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 
 from guilomo_serve.adapter import BaseModel
 from guilomo_serve.check import hf
@@ -74,6 +75,10 @@ def adapter_of(model: torch.nn.Module, base: Path, folder: Path, where: str) -> 
 def test_its_language_models_adapters_are_served(seeing_model, tmp_path):
     model = transformers.Idefics3ForConditionalGeneration.from_pretrained(seeing_model).eval()
     folder = adapter_of(model, seeing_model, tmp_path / "text", "text_model")
+    tower = adapter_of(model, seeing_model, tmp_path / "tower", "vision_model")
+    plain = get_peft_model(model, LoraConfig(target_modules=".*vision_model.*(q_proj|fc1)"))
+    plain.save_pretrained(tmp_path / "plain")
+    model = plain.unload()
     command = guilomo_serve(seeing_model, {"text": folder}, *FLAGS)
     with serving(command, tmp_path / "seeing.log") as server:
         for name in ("base", "text"):
@@ -86,3 +91,9 @@ def test_its_language_models_adapters_are_served(seeing_model, tmp_path):
             wanted = logprobs.gather(1, tokens[0, 1:, None])[-len(found.token_ids) :, 0]
             served = torch.tensor(found.logprobs.token_logprobs)
             assert (served - wanted).abs().max() < 1e-3, name
+        for folder in (tower, tmp_path / "plain"):
+            answer = server.put("tower", folder)
+            assert answer.status_code == 400
+            message = answer.json()["error"]["message"]
+            assert message.startswith(f"{folder}: adapts 'model.vision_model.")
+            assert "train one of the language model alone, model.text_model" in message
