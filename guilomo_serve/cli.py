@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from guilomo_serve import flags
+from guilomo_serve import flags, importing
 from guilomo_serve.adapter import AdapterError
 from guilomo_serve.catalogue import CatalogueError, Settings, check_name, command, keys
 from guilomo_serve.catalogue.database import hold
@@ -26,6 +27,10 @@ from guilomo_serve.flags import UsageError
 
 _DATABASES = ("postgresql://", "postgres://")
 _ENDING_S = 5.0  # for threads that still wait for a storage, once nobody waits for them
+
+
+if multiprocessing.parent_process() is not None:  # vLLM's, which imports what it was started by
+    importing.begin()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,8 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from guilomo_serve.check import command as check
 
         return check.main(arguments[1:])
-    with ended_by_signals():
-        return _run(arguments)
+    importing.begin()
+    try:
+        with ended_by_signals():
+            return _run(arguments)
+    finally:
+        importing.end()  # where the plugin, which does so, was there before
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -84,7 +84,7 @@ def register() -> None:
     import vllm.lora.layers.base_linear
     import vllm.v1.worker.lora_model_runner_mixin as mixin
 
-    from guilomo_serve import server
+    from guilomo_serve import importing, server
     from guilomo_serve.runtime import (
         cpu_sampling,
         engines,
@@ -117,5 +117,6 @@ def register() -> None:
     warm_up.install()
     cpu_sampling.install()
     server.install()
+    importing.end()
     global registered
     registered = True

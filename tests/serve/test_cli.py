@@ -1,6 +1,7 @@
 """`guilomo-serve` refuses before vLLM starts, with one message; and passes vLLM's flags on."""
 
 import argparse
+import gc
 import json
 import platform
 import shutil
@@ -41,10 +42,13 @@ def test_names_and_folders_are_checked(tiny_model, adapters, capsys, tmp_path):
     assert "--adapter NAME=FOLDER" in refused(capsys, base, "--lora-modules", first)
 
 
-def test_who_calls_main_keeps_its_signals(capsys):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+def test_who_calls_main_keeps_its_signals_and_its_collector(capsys):
+    def settings() -> list[object]:
+        return [*map(signal.getsignal, (signal.SIGTERM, signal.SIGINT)), gc.get_threshold()]
+
+    before = settings()
     refused(capsys, "/no/such/model")
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert settings() == before
 
 
 def test_adapters_are_checked_against_the_base(tiny_model, adapters, capsys, tmp_path):

@@ -8,9 +8,15 @@ import sys
 from pathlib import Path
 
 _PROGRAM = """
-import sys, torch
+import gc, sys
+usual = gc.get_threshold()
+from guilomo_serve import importing
+importing.begin()
+assert gc.get_threshold() > usual
+import torch
 from vllm.plugins import load_general_plugins
 load_general_plugins()
+assert gc.get_threshold() == usual
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
