@@ -70,20 +70,27 @@ def encode_all_turns(
     A turn is what the template writes after what it writes before the turn, opened for an answer.
 
     Raises:
-        DataError: the template writes a turn otherwise when others follow.
+        DataError: the template writes a turn otherwise when others follow, or rejects what comes
+            before it.
     """
     messages = chat.messages
 
-    def ids_of(part: list[Message], opened: bool) -> list[int]:
-        return _ids(tokenizer, part, chat.tools, opened)
+    def ids_of(upto: int, opened: bool) -> list[int]:
+        try:
+            return _ids(tokenizer, messages[:upto], chat.tools, opened)
+        except _OF_TEMPLATES as e:
+            raise DataError(
+                f"{where}: the base's chat template rejects what comes up to message {upto}, which "
+                f"has to be known for the loss on all turns: give --loss_on last ({e})"
+            ) from None
 
-    ids = ids_of(messages, False)
+    ids = ids_of(len(messages), False)
     labels = [NOT_LEARNED] * len(ids)
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start = common_length(ids_of(messages[:turn], True), ids) if turn else 0
-        upto = ids_of(messages[: turn + 1], False)
+        start = common_length(ids_of(turn, True), ids) if turn else 0
+        upto = ids_of(turn + 1, False)
         if ids[: len(upto)] != upto:
             raise DataError(
                 f"{where}: the base's chat template renders message {turn + 1} otherwise "

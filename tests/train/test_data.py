@@ -382,6 +382,19 @@ def test_the_loss_can_be_on_every_turn_of_the_assistant(
         load_rows(source, other, loss_on="all")
 
 
+def test_a_template_that_rejects_what_comes_before_a_turn_is_no_traceback(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if 'user' not in (messages | map(attribute='role')) %}"
+        "{{ raise_exception('No user query found') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    messages = [{"role": "assistant", "content": "How can I help?"}, *PROMPT, *COMPLETION]
+    source = write(tmp_path / "rows.jsonl", [{"messages": messages}])
+    assert len(load_rows(source, tokenizer)) == 1
+    with pytest.raises(DataError, match=r"line 1: .* rejects what comes up to message 1.*No user"):
+        load_rows(source, tokenizer, loss_on="all")
+
+
 def test_sources_are_mixed_by_their_weights_without_a_row_twice(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

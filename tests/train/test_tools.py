@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+import trl
 from datasets import Dataset
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
@@ -135,6 +136,37 @@ def test_the_tokens_are_those_that_trl_would_learn(
     )
     (expected,) = trainer.train_dataset
     assert (row["input_ids"], row["labels"]) == (expected["input_ids"], expected["labels"])
+
+
+@pytest.mark.parametrize(
+    ("template", "call"),
+    [
+        (
+            "qwen2_5",
+            '<tool_call>\n{"name": "weather", "arguments": {"place": "Rome"}}\n</tool_call>',
+        ),
+        ("llama3_1", '{"name": "weather", "parameters": {"place": "Rome"}}<|eot_id|>'),
+        ("gptoss", 'to=functions.weather<|channel|>commentary json<|message|>{"place": "Rome"}'),
+        ("llama3", None),
+    ],
+)
+def test_templates_that_people_use(
+    template: str, call: str | None, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """As TRL has them; of Llama 3 the first version knew no tools."""
+    file = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
+    tokenizer.chat_template = file.read_text()
+    source = write(tmp_path, {"messages": CHAT, "tools": TOOLS})
+    if call is None:
+        with pytest.raises(DataError, match="leaves out tools"):
+            load_rows(source, tokenizer)
+        return
+    (row,) = load_rows(source, tokenizer)
+    assert call in tokenizer.decode(row["input_ids"])
+    assert "clear." in learned(tokenizer, row)
+    assert call not in learned(tokenizer, row)
+    (row,) = load_rows(source, tokenizer, loss_on="all")
+    assert call in learned(tokenizer, row)
 
 
 def test_rows_keep_their_own_tools_beside_others(
