@@ -39,12 +39,12 @@ from proof_tasks import NAMES, Pool, Row, Sizes, draw
 from transformers import AutoConfig
 
 from demo.tasks import write_rows
+from guilomo_train.base import load_base, sizes_of
 from guilomo_train.config import CommonConfig
 from guilomo_train.data import load_rows
 from guilomo_train.errors import DivergedError
 from guilomo_train.evaluate import completion_loss
 from guilomo_train.limits import replace_file
-from guilomo_train.models import load_base, sizes_of
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.space import SearchSpace
 

@@ -26,10 +26,13 @@ from peft import (
 from transformers import TrainerCallback
 
 from guilomo_serve.adapter import Adapter
+from guilomo_train.adapters import adapter_of, with_adapter
+from guilomo_train.arguments import training_arguments
+from guilomo_train.base import Base
 from guilomo_train.config import CommonConfig, FinetuneConfig, SearchConfig
-from guilomo_train.finetune import adapter_of, finetune, training_arguments
+from guilomo_train.finetuning import finetune
 from guilomo_train.lora_moe import LoraMoeConfig
-from guilomo_train.models import Base, with_adapter
+from guilomo_train.loss import completion_nll
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.controls import random_allocation, rescaled, shuffled
 from guilomo_train.search.fill import even, fill
@@ -37,7 +40,7 @@ from guilomo_train.search.saliency import one_shot_worths, whitened_worths
 from guilomo_train.search.search import SearchResult, SearchTrainer, search
 from guilomo_train.search.selection import SelectionVectors
 from guilomo_train.search.space import SearchSpace
-from guilomo_train.trainer import LoraMoeTrainer, completion_nll
+from guilomo_train.trainer import LoraMoeTrainer
 
 EPOCHS, BATCH, BALANCE = 2.0, 8, 0.01
 # Where uniform puts its rows: kinds of module (none named: all), and most experts of a module.

@@ -35,8 +35,8 @@ from common import BASE, report
 from guilomo_serve.ops.layer import Batch, LayerWeights, SliceWeights
 from guilomo_serve.ops.slots import make_slots
 from guilomo_serve.precision import half_precision_is_slow
+from guilomo_train.base import sizes_of
 from guilomo_train.config import targets_of
-from guilomo_train.models import sizes_of
 
 TOP_K = 2
 # (experts, total rank): from the least that a module may have to the most of a search's default.

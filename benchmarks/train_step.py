@@ -28,10 +28,10 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from guilomo_serve.adapter import BaseModel
+from guilomo_train.arguments import training_arguments
+from guilomo_train.base import load_base
 from guilomo_train.config import CommonConfig
-from guilomo_train.finetune import training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLinear
-from guilomo_train.models import load_base
 from guilomo_train.search.search import SearchTrainer
 from guilomo_train.search.selection import SelectionVectors
 from guilomo_train.search.space import SearchSpace

@@ -11,21 +11,30 @@ data.py     rows chosen, mixed and brought to one form
 endings.py  how an answer ends, and where generation stops
 balance.py  the load-balance loss, and how DPO, GRPO and KTO get it
 preview.py  how training will read rows
-trainer.py  loss on the completion and the load-balance loss, on TRL's trainer
+processes.py the processes that train together, and whether the base is in shards
+base.py     the base model and its tokenizer
+adapters.py the adapter of a PEFT model: put on, filled, taken out
+arguments.py what TRL's trainer is told
+loss.py     the loss on the completions of a batch
+packing.py  several rows in one
+trainer.py  that loss and the load-balance loss, on TRL's trainer
 batches.py  which rows a step takes, for any number of processes
 checkpoints.py  which checkpoint to go on from, and whether it fits
-finetune.py an allocation and data to an adapter folder
-evaluate.py answers by generation, compared with what was expected
+finetuning.py  an allocation and rows to an adapter
+evaluate.py answers by generation, and how likely the right ones are
+scoring.py  which answers are right
 health.py   load, entropy and dead experts of the routers
 baseline.py an allocation without a search, to compare a searched one with
 compare.py  two allocations side by side
 export.py   an adapter as a plain LoRA
 foreign.py  adapters of MoLA, LoRAMoE and HydraLoRA as ours
 push.py     an adapter to the Hugging Face Hub
-report.py   tables, heat map, model card
-page.py     the report page of a run, from the files it leaves
-pictures.py what all pictures share, and those of the page
-pipeline.py the stages with their files
+allocation_map.py  an allocation as a table and a heat map
+model_card.py  the card of an adapter folder
+report.py   the report page of a run, from the files it leaves
+report_pictures.py  its pictures
+pictures.py what all pictures share
+run.py      a run: its stages with their files
 limits.py   memory or disk that runs out, as an error to act on
 versions.py versions of the packages that a result depends on
 cli.py      the command `guilomo-train`

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from guilomo_train.base import sizes_of
 from guilomo_train.config import BaselineConfig, targets_of
 from guilomo_train.errors import AllocationError
-from guilomo_train.models import sizes_of
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.controls import (
     at_size,

@@ -32,6 +32,7 @@ from transformers import HfArgumentParser
 
 import guilomo_serve
 from guilomo_serve.adapter import AdapterError, BaseModel, read_adapter, read_spec
+from guilomo_train.allocation_map import allocation_of, heat_map, table
 from guilomo_train.config import (
     REVISION,
     TRUST_REMOTE_CODE,
@@ -48,14 +49,13 @@ from guilomo_train.config import (
 )
 from guilomo_train.errors import TrainError
 from guilomo_train.limits import WRITE_ERRORS
-from guilomo_train.report import allocation_of, heat_map, table
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.settings import read_settings, take_settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from guilomo_train.pipeline import Run
+    from guilomo_train.run import Run
 
 
 @dataclass
@@ -125,10 +125,10 @@ class ReportOptions:
 
 
 def _search(common: CommonConfig, config: SearchConfig) -> None:
-    from guilomo_train.pipeline import Run
+    from guilomo_train.run import Run
 
     run = Run("search", common)
-    run.search(config)
+    run.search_stage(config)
     run.finish()
 
 
@@ -140,16 +140,16 @@ def _finetune(
     evaluation: EvalConfig,
 ) -> None:
     allocation = Allocation.load(Path(chosen.allocation))
-    from guilomo_train.pipeline import Run
+    from guilomo_train.run import Run
 
     run = Run("finetune", common, asdict(chosen) | asdict(held_out))
     start = None
     if chosen.start is not None:
         start = read_adapter(chosen.start, BaseModel.from_module(run.base.model))
     rows, dev = _held_out(run, held_out, evaluation), _dev(run, config)
-    result = run.finetune(allocation, config, None, start, dev)
+    result = run.finetune_stage(allocation, config, None, start, dev)
     if rows is not None:
-        run.evaluate(result, rows, evaluation)
+        run.evaluate_stage(result, rows, evaluation)
     run.finish()
 
 
@@ -161,15 +161,15 @@ def _run(
     held_out: HeldOutOption,
     evaluation: EvalConfig,
 ) -> None:
-    from guilomo_train.pipeline import Run
+    from guilomo_train.run import Run
 
     run = Run("run", common, asdict(chosen) | asdict(held_out))
     rows, dev = _held_out(run, held_out, evaluation), _dev(run, finetune)
-    found = run.search(search)
+    found = run.search_stage(search)
     start = None if chosen.fresh else found.adapter
-    result = run.finetune(found.allocation, finetune, found.record, start, dev)
+    result = run.finetune_stage(found.allocation, finetune, found.record, start, dev)
     if rows is not None:
-        run.evaluate(result, rows, evaluation)
+        run.evaluate_stage(result, rows, evaluation)
     run.finish()
 
 
@@ -192,7 +192,8 @@ def _dev(run: Run, config: FinetuneConfig) -> Dataset | None:
 
 
 def _eval(chosen: EvalOptions, config: EvalConfig) -> None:
-    from guilomo_train.pipeline import evaluate_adapter, score_line, write_json
+    from guilomo_train.evaluate import evaluate_adapter
+    from guilomo_train.run import write_json
 
     scores, answers = evaluate_adapter(
         chosen.base,
@@ -206,7 +207,7 @@ def _eval(chosen: EvalOptions, config: EvalConfig) -> None:
     )
     if chosen.output is not None:
         write_json(Path(chosen.output), {**scores.to_json(), "answers": answers})
-    print(score_line(scores))
+    print(scores.sentence())
 
 
 def _export(config: ExportConfig) -> None:
@@ -250,7 +251,7 @@ def _compare(first: str, second: str, chosen: CompareOptions) -> None:
 
 
 def _report(run: str, chosen: ReportOptions) -> None:
-    from guilomo_train.page import write_page
+    from guilomo_train.report import write_page
 
     print(write_page(Path(run), Path(chosen.control) if chosen.control is not None else None))
 

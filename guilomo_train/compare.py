@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from guilomo_serve.adapter import read_spec
+from guilomo_train.allocation_map import allocation_of, grid
 from guilomo_train.errors import AllocationError
 from guilomo_train.pictures import cells_of, heat, save, subplots
-from guilomo_train.report import allocation_of, grid
 from guilomo_train.search.allocation import Allocation
 
 

@@ -42,11 +42,12 @@ from guilomo_serve.adapter import (
 )
 from guilomo_serve.adapter.files import check_start, file_in, open_plain
 from guilomo_serve.adapter.spec import TENSOR_PREFIX, is_finite, is_int
+from guilomo_train.allocation_map import allocation_of, table
+from guilomo_train.base import commit_of, without_weights
 from guilomo_train.config import ImportConfig
 from guilomo_train.errors import ConfigError
 from guilomo_train.lora_moe import LoraMoeConfig
-from guilomo_train.models import commit_of, without_weights
-from guilomo_train.report import allocation_of, model_card, table
+from guilomo_train.model_card import model_card
 
 _PICKLE_FILE = "adapter_model.bin"
 _MOST_BYTES = 2**40  # of a weights file: of any size that a disk has

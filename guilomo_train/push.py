@@ -11,9 +11,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from guilomo_serve.adapter import read_adapter, write_adapter
+from guilomo_train.allocation_map import allocation_of, heat_map
 from guilomo_train.config import PushConfig
 from guilomo_train.errors import ConfigError
-from guilomo_train.report import allocation_of, heat_map
 
 PICTURE_FILE = "allocation.png"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -1,154 +1,379 @@
-"""What people read of a run: the table of experts and ranks, the heat map, the model card."""
+"""The report page of a run: `report.md` and its pictures, made from the files that a run leaves.
+
+run.json        settings, times, sizes, scores
+history.json    per stage the modules that could be adapted and the trainer's log; of a search its
+                allocations over the steps; of a fine-tuning the health of each router in its last
+                steps; of an evaluation 1 for each row that a score counts, 0 for the others
+allocation.json or adapter/adapter_config.json: the allocation
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guilomo_serve.adapter import AdapterSpec
-from guilomo_train.pictures import cells_of, heat, save, subplots
+from guilomo_serve.adapter import read_spec
+from guilomo_train.allocation_map import allocation_of, grid, heat_map
+from guilomo_train.config import FRESH, WITHOUT_EFFECT
+from guilomo_train.errors import ConfigError
+from guilomo_train.health import DEAD
+from guilomo_train.limits import replace_file
+from guilomo_train.model_card import finding
+from guilomo_train.report_pictures import Curve, loss_picture, router_picture, search_picture
 from guilomo_train.search.allocation import Allocation
 
-_LAYER = re.compile(r"\.(\d+)\.")
+RUN_FILE = "run.json"
+HISTORY_FILE = "history.json"
+PAGE_FILE = "report.md"
 
 
-def allocation_of(spec: AdapterSpec, modules: Iterable[str] = ()) -> Allocation:
-    """The allocation that an adapter has.
+@dataclass(frozen=True)
+class Finished:
+    """What a run left behind: its folder, run.json, history.json and its allocation."""
+
+    folder: Path
+    record: Mapping[str, Any]
+    history: Mapping[str, Any]
+    allocation: Allocation
+
+    @classmethod
+    def read(cls, folder: Path) -> Finished:
+        """Reads the files of a run.
+
+        Raises:
+            ConfigError: a file is missing or broken.
+            AllocationError, AdapterError: its allocation is.
+        """
+        record, history = (read_json(folder / name) for name in (RUN_FILE, HISTORY_FILE))
+        if "finetune" in history:
+            modules = history["finetune"].get("modules", ())  # a run of before has none
+            allocation = allocation_of(read_spec(folder / "adapter"), modules)
+        else:
+            allocation = Allocation.load(folder / "allocation.json")
+        return cls(folder, record, history, allocation)
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def start(self) -> str:
+        """What its fine-tuning began with."""
+        if self.record["inputs"].get("start", FRESH) == FRESH:
+            return FRESH
+        return "the search's weights" if "search" in self.record else "an adapter's weights"
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each stage took."""
+        seconds = {}
+        if "search" in self.record:
+            seconds["search"] = float(self.record["search"]["seconds"])
+        if "finetune_seconds" in self.record:
+            seconds["fine-tuning"] = float(self.record["finetune_seconds"])
+        return seconds
+
+    def curve(self, stage: str, key: str) -> Curve:
+        """A figure of the trainer's log over the steps."""
+        log = self.history[stage]["log"] if stage in self.history else []
+        at = {e["step"]: e[key] for e in log if key in e}
+        return Curve(tuple(at), tuple(at.values()))
+
+    def final_nll(self) -> float | None:
+        """Of the fine-tuning: the mean over the last tenth of its log."""
+        values = self.curve("finetune", "nll").values
+        last = values[-max(1, len(values) // 10) :]
+        return sum(last) / len(last) if last else None
+
+
+def write_page(folder: Path, control: Path | None = None) -> Path:
+    """Writes the report page of a run.
 
     Args:
-        spec: it names the modules with experts alone.
-        modules: those that it could have adapted, where that is known.
+        folder: the run's output folder.
+        control: that of another run on the same base, to compare with.
+
+    Returns:
+        The page's path; its pictures lie beside it.
+
+    Raises:
+        ConfigError, AllocationError, AdapterError: files of a run are missing or broken, or the
+            control is of another base.
     """
-    ranks = {m: tuple(e.rank for e in experts) for m, experts in spec.experts.items()}
-    max_rank = max(r for listed in ranks.values() for r in listed)
-    return Allocation({**dict.fromkeys(modules, ()), **ranks}, spec.top_k, max_rank)
+    run = Finished.read(folder)
+    other = Finished.read(control) if control is not None else None
+    if other is not None:
+        bases = [r.record["config"]["common"]["base"] for r in (run, other)]
+        if bases[0] != bases[1]:
+            raise ConfigError(
+                f"--control {control}: trained on {bases[1]}, this run on {bases[0]}; expected "
+                "the same base"
+            )
+    parts = [_head(run), _summary(run, other)]
+    if other is not None:
+        parts.append(_control(run, other))
+    parts += [_losses(run, other), _search(run), _allocation(run), _routers(run)]
+    page = folder / PAGE_FILE
+    with replace_file(page) as partial:
+        partial.write_text("\n\n".join(part for part in parts if part) + "\n")
+    return page
 
 
-def grid(modules: Iterable[str]) -> tuple[list[str], list[str], dict[tuple[str, str], str]]:
-    """Layers by their number, kinds (`q_proj`, ...), and the module at each (layer, kind)."""
-    layers: dict[str, None] = {}
-    kinds: dict[str, None] = {}
-    cells = {}
-    for module in modules:
-        found = _LAYER.search(module)
-        layer = found.group(1) if found else "-"
-        kind = module.split(".")[-1]
-        layers[layer], kinds[kind] = None, None
-        cells[layer, kind] = module
-    by_number = sorted(layers, key=lambda layer: int(layer) if layer.isdigit() else -1)
-    return by_number, list(kinds), cells
-
-
-def table(allocation: Allocation) -> str:
-    """One line a layer: for each kind of module its number of experts and their total rank.
-
-    A `*` marks a module whose experts are all used by each token: its router only weighs them.
-    """
-    layers, kinds, cells = grid(allocation.ranks)
-    width = max(9, *(len(k) + 1 for k in kinds))
-    lines = ["layer" + "".join(k.rjust(width) for k in kinds) + "     rank"]
-    for layer in layers:
-        line, total = layer.rjust(5), 0
-        for kind in kinds:
-            ranks = allocation.ranks.get(cells.get((layer, kind), ""), ())
-            dense = "*" if 1 < len(ranks) <= allocation.top_k else ""
-            line += (f"{len(ranks)}{dense} x {sum(ranks)}" if ranks else "-").rjust(width)
-            total += sum(ranks)
-        lines.append(line + str(total).rjust(9))
-    modules, adapted = len(allocation.ranks), len(allocation.adapted)
-    without = f", {modules - adapted} without adapter" if adapted < modules else ""
-    lines.append(
-        f"{modules} modules{without}: {allocation.total_experts} experts "
-        f"({allocation.total_experts / modules:.2f} a module), total rank {allocation.total_rank} "
-        f"({allocation.total_rank / modules:.1f} a module). Cells: experts x total rank; "
-        f"* = every token uses all of them; - = no adapter."
-    )
-    return "\n".join(lines)
-
-
-def finding(search: Mapping[str, Any]) -> str:
-    """What the record of a search says of its own evidence, as a sentence; "" if nothing.
-
-    Args:
-        search: as `SearchResult.record` has it.
-    """
-    if "told_apart" not in search:  # an estimator that does not weigh its evidence
-        return ""
-    steps = f"{search['evidence_steps']} steps"
-    if search["told_apart"]:
-        p = min(value for key, value in search.items() if key.startswith("p_"))
-        return f"The data tell layers apart ({steps}; chance shows as much with p = {p:g})."
+def _head(run: Finished) -> str:
+    common = run.record["config"]["common"]
     return (
-        f"Nothing found: the data do not tell layers apart ({steps}; chance shows as much with "
-        f"p = {search['p_modules']:.2g}), so each layer got as much. More rows may tell."
+        f"# {run.name}\n\n"
+        f"`guilomo-train {run.record['command']}` on {Path(common['base']).name}: "
+        f"{', '.join(common['train'])}, {run.record['train_rows']:,} rows, seed {common['seed']}. "
+        f"All settings and versions are in [{RUN_FILE}]({RUN_FILE})."
     )
 
 
-def heat_map(allocation: Allocation, path: Path) -> None:
-    """Draws experts and total rank over layers and kinds of module into a PNG."""
-    layers, kinds, cells = grid(allocation.ranks)
-    figure, axes = subplots(1, 2, width=3 + 1.1 * len(kinds), height=1.6 + 0.24 * len(layers))
-    for axis, title in zip(axes[0], ("experts", "total rank"), strict=True):
-        values = {
-            module: len(ranks) if title == "experts" else sum(ranks)
-            for module, ranks in allocation.ranks.items()
-        }
-        heat(
-            axis, cells_of(layers, kinds, cells, values), layers, kinds,
-            title=title, low=0, high=max(values.values()),
-        )  # fmt: skip
-    save(figure, path)
-
-
-def model_card(
-    spec: AdapterSpec, data: str, parameters: int, metrics: Mapping[str, Any] | None
-) -> str:
-    """The README.md of an adapter folder."""
-    allocation, stops = allocation_of(spec), spec.stop_token_ids
+def _summary(run: Finished, other: Finished | None) -> str:
+    allocation, record = run.allocation, run.record
+    parameters, whole = record["parameters"], record["uniform_parameters"]
+    modules, adapted = len(allocation.ranks), len(allocation.adapted)
+    layers = f"{adapted} of {modules}" if adapted < modules else f"{modules}"
     lines = [
-        "---",
-        "library_name: guilomo",
-        f"base_model: {spec.base_model_name_or_path}",
-        "tags: [lora, mixture-of-experts, guilomo]",
-        "---",
-        "",
-        f"# LoRA-MoE adapter for {Path(spec.base_model_name_or_path).name}",
-        "",
-        *([f"- Base: commit {spec.revision}"] if spec.revision else []),
-        f"- Training data: {data}",
-        f"- Experts: {spec.total_experts} in {len(spec.experts)} layers, "
-        f"top {spec.top_k} a token; total rank {spec.total_rank}; {parameters:,} parameters",
+        f"- **Size.** {allocation.total_experts:,} experts in {layers} linear "
+        f"layers, total rank {allocation.total_rank:,}: {parameters:,} parameters, "
+        f"{parameters / record['base_parameters']:.2%} of the base. That is "
+        f"{_saved(parameters, whole)} than 8 experts of rank 8 in all {modules} "
+        f"({whole:,})."
     ]
-    if spec.search is not None:
-        found = ", ".join(f"{k} {v}" for k, v in spec.search.items())
-        lines.append(f"- Allocation: searched ({found}). {finding(spec.search)}".rstrip())
-    if metrics is not None:
+    seconds = run.seconds
+    if "search" in seconds:
+        share = seconds["search"] / sum(seconds.values())
+        of = f", {share:.0%} of search and fine-tuning together" if len(seconds) > 1 else ""
+        lines.append(f"- **Search.** {_duration(seconds['search'])}{of}.")
+    else:
+        lines.append("- **Search.** None in this run: the allocation was given.")
+    if "fine-tuning" in seconds:
         lines.append(
-            f"- Evaluation ({metrics['rows']} rows, greedy): exact match "
-            f"{metrics['exact_match']:.3f}, accuracy {metrics['accuracy']:.3f} "
-            f"(most frequent answer alone: {metrics['majority']:.3f})"
+            f"- **Fine-tuning.** {_duration(seconds['fine-tuning'])} from {run.start}; NLL at the "
+            f"end {run.final_nll():.4f} a token on training rows."
         )
-    lines += [
-        "",
-        "Serve it: `guilomo-serve BASE --adapter name=THIS_FOLDER`, or load it:",
-        "",
-        "```python",
-        "import guilomo  # tells PEFT of the method; pip install guilomo",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
-        *(
-            [f"model.generation_config.eos_token_id = {list(stops)}  # end its answers"]
-            if stops
-            else []
-        ),
-        "```",
-        "",
-        "```",
-        table(allocation),
-        "```",
-        "",
-    ]
+    if "scores" in record:
+        scores = record["scores"]
+        lines.append(
+            f"- **Evaluation.** {scores['rows']} rows: exact match {scores['exact_match']:.3f}, "
+            f"accuracy {scores['accuracy']:.3f} (most frequent answer alone "
+            f"{scores['majority']:.3f})."
+        )
+    if other is None:
+        lines.append(
+            "- **Control.** None given, so this page cannot say what was gained or lost: "
+            "`guilomo-train baseline --kind uniform --like allocation.json` makes one, "
+            "`finetune` trains it, `guilomo-train report RUN --control FOLDER` compares."
+        )
     return "\n".join(lines)
+
+
+def _control(run: Finished, other: Finished) -> str:
+    rows = [f"| | {run.name} | {other.name} (control) | gained or lost |", "|---|---|---|---|"]
+    scores = [r.record["scores"] for r in (run, other) if "scores" in r.record]
+    paired = _same_rows(run, other)
+    if len(scores) == 2:
+        for key, name in (("exact_match", "exact match"), ("accuracy", "accuracy")):
+            a, b = (s[key] for s in scores)
+            if paired:
+                error = paired_error(*(r.history["eval"][key] for r in (run, other)))
+            else:
+                error = math.hypot(*(_standard_error(s[key], s["rows"]) for s in scores))
+            rows.append(f"| {name} | {a:.3f} | {b:.3f} | {a - b:+.3f} ± {error:.3f} |")
+    final = [nll for nll in (run.final_nll(), other.final_nll()) if nll is not None]
+    if len(final) == 2:
+        rows.append(
+            f"| NLL a token at the end, lower is better | {final[0]:.4f} | {final[1]:.4f} | "
+            f"{final[0] - final[1]:+.4f} |"
+        )
+    a, b = (r.record["parameters"] for r in (run, other))
+    rows.append(f"| parameters | {a:,} | {b:,} | {a / b - 1:+.2%} |")
+    a, b = (sum(r.seconds.values()) for r in (run, other))
+    rows.append(f"| search and fine-tuning | {_duration(a)} | {_duration(b)} | {a - b:+,.0f} s |")
+    notes = []
+    if len(scores) == 2:
+        notes.append(
+            "± is one standard error, "
+            + (
+                "from the rows that one of the two answered right and the other wrong"
+                if paired
+                else "from the number of rows asked, which were not the same"
+            )
+            + "; less than two of them is no difference that this evaluation can see. Other seeds "
+            "would spread further."
+        )
+    else:
+        notes.append("Scores cannot be compared: only runs with `--eval` have them.")
+    different = _differences(run, other)
+    if different:
+        notes.append("The two runs differ in more than their allocation: " + different + ".")
+    return "\n".join(["## Against the control", "", *rows, "", " ".join(notes)])
+
+
+def _differences(run: Finished, other: Finished) -> str:
+    """Settings of stages that both had, in which they differ."""
+    found = []
+    mine, theirs = run.record["config"], other.record["config"]
+    for stage in ("common", "finetune", "eval"):
+        for key, value in mine.get(stage, {}).items():
+            there = theirs.get(stage, {}).get(key, value)
+            if there != value and key not in WITHOUT_EFFECT:
+                found.append(f"`{key}` is {value} here and {there} there")
+    if run.start != other.start:
+        found.append(f"fine-tuning began with {run.start} here and {other.start} there")
+    return ", ".join(found)
+
+
+def _losses(run: Finished, other: Finished | None) -> str:
+    panels = {}
+    for stage, title in (("search", "search"), ("finetune", "fine-tuning")):
+        curves = {}
+        for finished in (run, other):
+            if finished is not None and len(finished.curve(stage, "nll").steps) > 0:
+                curves[finished.name if finished is run else f"{finished.name} (control)"] = (
+                    finished.curve(stage, "nll")
+                )
+        if curves:
+            panels[title] = curves
+    loss_picture(panels, run.folder / "loss.png")
+    note = "On training rows, without the load-balance loss."
+    return f"## Loss\n\n![NLL over the steps](loss.png)\n\n{note}"
+
+
+def _search(run: Finished) -> str:
+    if "search" not in run.history:
+        return ""
+    modules = run.history["search"]["modules"]
+    log = run.history["search"]["log"]
+    # By step: the last one is logged twice, with the figures of the whole search.
+    snapshots = list({e["step"]: e for e in log if "total_ranks" in e}.values())
+    layers, kinds, cells = grid(modules)
+    by_kind: dict[str, list[int]] = {kind: [] for kind in kinds}
+    by_layer: dict[str, list[int]] = {layer: [] for layer in layers}
+    place = {module: i for i, module in enumerate(modules)}
+    for (layer, kind), module in cells.items():
+        by_kind[kind].append(place[module])
+        by_layer[layer].append(place[module])
+    steps = tuple(e["step"] for e in snapshots)
+
+    def over_time(groups: Mapping[str, list[int]]) -> dict[str, list[float]]:
+        return {
+            name: [sum(e["total_ranks"][i] for i in members) / len(members) for e in snapshots]
+            for name, members in groups.items()
+        }
+
+    total = Curve(steps, tuple(float(sum(e["total_ranks"])) for e in snapshots))
+    search_picture(
+        {"expected": run.curve("search", "expected_rank"), "most likely": total},
+        steps,
+        over_time(by_kind),
+        over_time(by_layer),
+        run.folder / "search.png",
+    )
+    found = run.record["search"]
+    facts = ", ".join(f"{key} {value}" for key, value in found.items())
+    return (
+        "## Search\n\n![The allocation over the steps of the search](search.png)\n\n"
+        "*Most likely* is the allocation that the search would end in at that step, *expected* the "
+        f"mean over what it may still draw. {finding(found)} Its record: {facts}."
+    )
+
+
+def _allocation(run: Finished) -> str:
+    heat_map(run.allocation, run.folder / "allocation.png")
+    return "## Allocation\n\n![Experts and total rank of each layer](allocation.png)"
+
+
+def _routers(run: Finished) -> str:
+    routers = run.history.get("finetune", {}).get("routers", {})
+    if "finetune" not in run.history:
+        return ""
+    if not routers:
+        return "## Routers\n\nNone: no layer has more than one expert."
+    layers, kinds, cells = grid(run.allocation.ranks)
+    router_picture(routers, layers, kinds, cells, run.folder / "routers.png")
+    rows = ["| layer | routers | entropy | largest load | dead experts |", "|---|---|---|---|---|"]
+    for layer in layers:
+        found = [
+            routers[cells[layer, kind]] for kind in kinds if cells.get((layer, kind)) in routers
+        ]
+        if found:
+            dead, experts = (sum(len(f[key]) for f in found) for key in ("dead", "load"))
+            rows.append(
+                f"| {layer} | {len(found)} | {sum(f['entropy'] for f in found) / len(found):.3f} | "
+                f"{max(max(f['load']) for f in found):.2f} | {dead} of {experts} |"
+            )
+    dead, experts = (sum(len(f[key]) for f in routers.values()) for key in ("dead", "load"))
+    return "\n".join(
+        [
+            "## Routers",
+            "",
+            "![Load of each expert and entropy of each router](routers.png)",
+            "",
+            f"In the last steps of fine-tuning {dead} of {experts:,} experts were dead: chosen by "
+            f"less than {DEAD:.0%} of the tokens. Load is over an even one (1); entropy is 1 where "
+            "a router cannot tell its experts apart and 0 where it is always certain.",
+            "",
+            *rows,
+        ]
+    )
+
+
+def _standard_error(share: float, rows: int) -> float:
+    """Of a share of so many rows, smoothed (one more of each kind): 0 of 8 is not certain."""
+    smooth = (share * rows + 1) / (rows + 2)
+    return math.sqrt(smooth * (1 - smooth) / rows)
+
+
+def _same_rows(run: Finished, other: Finished) -> bool:
+    """Whether both were asked the same rows, and left what they made of each."""
+    asked = [r.record["inputs"].get("rows of --eval") for r in (run, other)]
+    return asked[0] == asked[1] and all("eval" in r.history for r in (run, other))
+
+
+def paired_error(mine: Sequence[int], theirs: Sequence[int]) -> float:
+    """The standard error of the difference of two shares of the same rows.
+
+    A row's difference is 1, 0 or -1, so that rows which both answer alike, however hard they are,
+    add nothing to the error. Smoothed as a single share's: one more row gained, and one lost.
+
+    Args:
+        mine, theirs: for each row 1 if it counts, else 0.
+    """
+    differences = [a - b for a, b in zip(mine, theirs, strict=True)] + [1, -1]
+    mean = sum(differences) / len(differences)
+    variance = sum(d * d for d in differences) / len(differences) - mean * mean
+    return math.sqrt(variance / len(mine))
+
+
+def _saved(parameters: int, whole: int) -> str:
+    share = 1 - parameters / whole
+    return f"{abs(share):.0%} {'fewer' if share >= 0 else 'more'}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def read_json(path: Path) -> Any:
+    """Reads a file of a run.
+
+    Raises:
+        ConfigError: it is missing or broken.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file; guilomo-train search, finetune and run write it"
+        ) from None
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path}: not a JSON file ({e})") from None

@@ -16,7 +16,6 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +23,24 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
+from guilomo_train.adapters import unsharded_state
 from guilomo_train.balance import balance_loss
+from guilomo_train.base import check_tokens
 from guilomo_train.batches import Batches, BatchLoader, with_blank
 from guilomo_train.checkpoints import STATE_FILE, Checkpointing, complete, whole
 from guilomo_train.endings import written_ends
 from guilomo_train.errors import ConfigError, DataError, DivergedError
 from guilomo_train.health import RouterFigures, RouterHealth
 from guilomo_train.lora_moe import LoraMoeLayer
-from guilomo_train.models import DEEPSPEED_REFUSED, check_tokens, unsharded_state
+from guilomo_train.loss import completion_nll
+from guilomo_train.packing import PackedCollator, check_packing
+from guilomo_train.processes import DEEPSPEED_REFUSED
 from guilomo_train.rendering import DROPPED
 
 _logger = logging.getLogger(__name__)
@@ -434,23 +436,7 @@ class LoraMoeTrainer(SFTTrainer):
         )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None: a checkpoint is no model to pass on, and `report.py` writes the adapter's card."""
-
-
-class PackedCollator:
-    """Adds `position_ids` to what a collator makes: from 0 in each of the rows that are packed into
-    one, and 0 for padding. (TRL's own does so in some versions alone.)"""
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self.collator = collator
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(rows)
-        positions = torch.zeros_like(batch["input_ids"])
-        for place, row in zip(positions, rows, strict=True):
-            lengths = row.get("seq_lengths", [len(row["input_ids"])])
-            place[: sum(lengths)] = torch.cat([torch.arange(length) for length in lengths])
-        return {**batch, "position_ids": positions}
+        """None: a checkpoint is no model to pass on, and `model_card.py` writes the adapter's."""
 
 
 def _warn(args: SFTConfig, message: str) -> None:
@@ -465,62 +451,3 @@ def _counted(rows: Dataset, which: list[int], what: str) -> str:
 
 def _read_state(checkpoint: str | Path) -> dict[str, Any]:
     return torch.load(Path(checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
-
-
-def completion_nll(
-    model: nn.Module,
-    inputs: dict[str, torch.Tensor],
-    num_items: torch.Tensor | int | None = None,
-) -> torch.Tensor:
-    """Negative log-likelihood of the labelled tokens, per token.
-
-    The output layer runs on the columns alone in which some row of the batch has a label.
-    """
-    targets = inputs["labels"][:, 1:]
-    scored = targets != -100
-    columns = scored.any(dim=0).nonzero().squeeze(-1)
-    positions = inputs.get("position_ids")
-    if positions is None:
-        seen = {"attention_mask": inputs["attention_mask"]}
-    else:  # of packed rows: without a mask transformers keeps apart what begins at 0
-        seen = {"position_ids": positions}
-    logits = model(
-        input_ids=inputs["input_ids"],
-        **seen,
-        logits_to_keep=columns,
-        use_cache=False,
-    ).logits
-    kept = scored[:, columns]
-    wide = logits[kept].to(torch.promote_types(logits.dtype, torch.float32))
-    nll = F.cross_entropy(wide, targets[:, columns][kept], reduction="sum")
-    return nll / (scored.sum() if num_items is None else num_items)
-
-
-@torch.no_grad()
-def check_packing(model: nn.Module, rows: list[list[int]]) -> None:
-    """Checks on two rows that a model keeps packed rows apart.
-
-    Raises:
-        ConfigError: the second row's logits are those of one that sees the first.
-    """
-    first, second = (torch.tensor(ids[:16]) for ids in (rows[0], rows[-1]))
-    positions = torch.cat([torch.arange(len(ids)) for ids in (first, second)])[None]
-    device = next(model.parameters()).device
-    both = torch.cat([first, second])[None].to(device)
-    was_training = model.training
-    model.eval()
-    try:
-        alone = model(input_ids=both[:, len(first) :], use_cache=False).logits
-        joined = model(input_ids=both, use_cache=False).logits[:, len(first) :]
-        packed = model(input_ids=both, position_ids=positions.to(device), use_cache=False).logits
-        error = (packed[:, len(first) :] - alone).abs().mean()
-        apart = bool(error < 0.25 * (joined - alone).abs().mean())
-    except TypeError:  # a model that takes no positions
-        apart = False
-    model.train(was_training)
-    if not apart:
-        kind = getattr(model, "config", None)
-        raise ConfigError(
-            f"packing: in a base of type {getattr(kind, 'model_type', '?')} rows that are packed "
-            "together see one another, with this version of transformers: leave it out"
-        )

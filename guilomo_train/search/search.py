@@ -30,14 +30,15 @@ from datasets import Dataset
 from torch import nn
 
 from guilomo_serve.adapter import Adapter, BaseModel, ModuleWeights
+from guilomo_train.adapters import adapter_of, with_adapter
+from guilomo_train.arguments import log_callbacks, training_arguments
+from guilomo_train.base import Base
 from guilomo_train.batches import Batches, with_blank
 from guilomo_train.checkpoints import Checkpointing
 from guilomo_train.config import CommonConfig, SearchConfig, order_of
 from guilomo_train.data import search_rows
 from guilomo_train.errors import ConfigError
-from guilomo_train.finetune import adapter_of, log_callbacks, training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig
-from guilomo_train.models import Base, with_adapter
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.controls import parameter_budget
 from guilomo_train.search.estimators import Estimator

@@ -32,11 +32,11 @@ from transformers import (
 )
 
 from guilomo_serve.adapter import BaseModel, read_adapter, write_adapter
+from guilomo_train.base import Base, load_base
 from guilomo_train.config import CommonConfig, FinetuneConfig, SearchConfig
 from guilomo_train.data import load_rows
-from guilomo_train.finetune import finetune
+from guilomo_train.finetuning import finetune
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
-from guilomo_train.models import Base, load_base
 from guilomo_train.search.search import search
 from tests.train.tiny import tiny_tokenizer
 

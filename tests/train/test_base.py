@@ -12,10 +12,10 @@ import pytest
 from peft import get_peft_model
 
 from guilomo_serve.adapter import read_spec
+from guilomo_train.base import load_base
 from guilomo_train.cli import main
 from guilomo_train.errors import BaseError
 from guilomo_train.lora_moe import LoraMoeConfig
-from guilomo_train.models import load_base
 from tests.train.tiny import tiny_llama, tiny_tokenizer
 
 COMMIT, OTHER = 40 * "a", 40 * "b"

@@ -11,9 +11,9 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
+from guilomo_train.arguments import training_arguments
 from guilomo_train.config import CommonConfig
 from guilomo_train.errors import ConfigError
-from guilomo_train.finetune import training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.search.search import SearchTrainer
 from guilomo_train.search.selection import SelectionVectors

@@ -17,10 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from guilomo_serve.adapter import read_adapter
-from guilomo_train import models
+from guilomo_train import base
+from guilomo_train.base import load_base
 from guilomo_train.cli import COMMANDS, main
 from guilomo_train.errors import TrainError
-from guilomo_train.models import load_base
 from guilomo_train.search.allocation import Allocation
 
 ROWS = [{"prompt": f"number {i}", "completion": "odd" if i % 2 else "even"} for i in range(48)]
@@ -140,7 +140,7 @@ def test_a_half_precision_base_is_loaded_as_this_machine_is_fast(
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(half)
     found = {}
     for is_slow in (True, False):
-        monkeypatch.setattr(models, "half_precision_is_slow", lambda slow=is_slow: slow)
+        monkeypatch.setattr(base, "half_precision_is_slow", lambda slow=is_slow: slow)
         found[is_slow] = [
             load_base(str(half), dtype).model.dtype for dtype in ("auto", "float32", "bfloat16")
         ]
@@ -150,7 +150,7 @@ def test_a_half_precision_base_is_loaded_as_this_machine_is_fast(
     # A run that goes on elsewhere must not go on in another precision.
     search = ["search", *settings(half, data, tmp_path / "out"), "--search_epochs", 0.2]
     assert call(*search) == 0
-    monkeypatch.setattr(models, "half_precision_is_slow", lambda: True)
+    monkeypatch.setattr(base, "half_precision_is_slow", lambda: True)
     assert call(*search, "--resume") == 2
     assert "--resume: dtype is 'float32', but" in capsys.readouterr().err.splitlines()[-1]
 
@@ -158,7 +158,7 @@ def test_a_half_precision_base_is_loaded_as_this_machine_is_fast(
 def test_a_search_keeps_to_a_budget_of_serving_time(
     tiny_base: Path, data: Path, tmp_path: Path
 ) -> None:
-    linears = models.sizes_of(str(tiny_base), "all-linear")
+    linears = base.sizes_of(str(tiny_base), "all-linear")
     shapes = {"x".join(map(str, shape)) for shape in linears.linears.values()}
     prices = {shape: {"present": 2e-6, "row": 1e-6, "router": 5e-7} for shape in shapes}
     file = tmp_path / "prices.json"

@@ -10,9 +10,9 @@ import pytest
 from peft import get_peft_model
 
 from guilomo_serve.adapter import write_adapter
+from guilomo_train.adapters import adapter_of
 from guilomo_train.cli import main
 from guilomo_train.compare import spearman
-from guilomo_train.finetune import adapter_of
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.search.allocation import Allocation
 from tests.train.test_cli import guilomo_train

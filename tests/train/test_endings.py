@@ -12,13 +12,13 @@ import torch
 from peft import PeftModel
 
 from guilomo_serve.adapter import BaseModel, read_adapter, write_adapter
+from guilomo_train.base import Base, load_base
 from guilomo_train.config import CommonConfig, EvalConfig, FinetuneConfig
 from guilomo_train.data import load_rows
 from guilomo_train.endings import end_tokens, stop_tokens, written_ends
 from guilomo_train.evaluate import completion_loss, evaluate
-from guilomo_train.finetune import FinetuneResult, finetune
-from guilomo_train.models import Base, load_base
-from guilomo_train.report import model_card
+from guilomo_train.finetuning import FinetuneResult, finetune
+from guilomo_train.model_card import model_card
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.trainer import LoraMoeTrainer
 from tests.train.tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -105,7 +105,7 @@ def test_what_is_scored_is_what_is_learned_where_an_end_is_added(tmp_path: Path)
 
 
 def _arguments(folder: Path):
-    from guilomo_train.finetune import training_arguments
+    from guilomo_train.arguments import training_arguments
 
     common = CommonConfig(base="", train="", output="")
     return training_arguments(common, folder, epochs=1, batch_size=2, learning_rate=1e-3)

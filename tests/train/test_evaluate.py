@@ -11,13 +11,9 @@ from trl import SFTConfig, SFTTrainer
 
 from guilomo_train.config import EvalConfig
 from guilomo_train.endings import written_ends
-from guilomo_train.evaluate import (
-    answers_given,
-    completion_loss,
-    evaluate,
-    score,
-)
+from guilomo_train.evaluate import completion_loss, evaluate
 from guilomo_train.rendering import encode, prompt_ids
+from guilomo_train.scoring import answers_given, score
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ from datasets import Dataset
 from peft import get_peft_model
 from trl import SFTConfig
 
+from guilomo_train.balance import balance_loss
 from guilomo_train.health import RouterHealth
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.lora_moe.layer import Routing
 from guilomo_train.lora_moe.routing import masked_top_k_softmax, top_k_softmax
-from guilomo_train.trainer import LoraMoeTrainer, balance_loss
+from guilomo_train.trainer import LoraMoeTrainer
 from tests.train.tiny import tiny_llama, tiny_tokenizer
 
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from guilomo_serve.adapter import BaseModel
+from guilomo_train.arguments import training_arguments
 from guilomo_train.config import CommonConfig
-from guilomo_train.finetune import training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.lora_moe.layer import Masks
 from guilomo_train.search.estimators import Estimator

@@ -11,10 +11,10 @@ from torch import nn
 
 from guilomo_serve.adapter import Expert
 from guilomo_serve.ops import reference
+from guilomo_train.balance import balance_loss
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLinear
 from guilomo_train.lora_moe.layer import Masks, Routing
 from guilomo_train.lora_moe.routing import masked_top_k_softmax
-from guilomo_train.trainer import balance_loss
 from tests.train.routing_reference import masked_routing
 
 IN, OUT, TOKENS = 12, 10, 7

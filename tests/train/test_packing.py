@@ -11,8 +11,9 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from guilomo_train.cli import main
 from guilomo_train.errors import ConfigError
+from guilomo_train.loss import completion_nll
+from guilomo_train.packing import check_packing
 from guilomo_train.search.allocation import Allocation
-from guilomo_train.trainer import check_packing, completion_nll
 from tests.train.tiny import tiny_llama
 
 ROWS = [{"prompt": "n" * (i % 9 + 1), "completion": "odd" if i % 2 else "even"} for i in range(24)]

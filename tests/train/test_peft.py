@@ -27,7 +27,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from guilomo_serve.adapter import AdapterError, BaseModel, read_adapter, write_adapter
-from guilomo_train.finetune import adapter_of
+from guilomo_train.adapters import adapter_of
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.search.allocation import Allocation
 from tests.train.tiny import tiny_llama, tiny_tokenizer

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from guilomo_serve.adapter import read_adapter, write_adapter
-from guilomo_train.finetune import adapter_of
+from guilomo_train.adapters import adapter_of, with_adapter
 from guilomo_train.lora_moe import LoraMoeConfig
-from guilomo_train.models import with_adapter
-from guilomo_train.report import model_card
+from guilomo_train.model_card import model_card
 from tests.serve.hub_stand_in import HubStandIn
 from tests.train.tiny import tiny_llama
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from trl import SFTConfig, SFTTrainer
 
 from guilomo_serve.adapter import BaseModel, read_adapter
+from guilomo_train.arguments import training_arguments
 from guilomo_train.cli import main
 from guilomo_train.config import CommonConfig
-from guilomo_train.finetune import training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.trainer import LoraMoeTrainer
 from tests.train.tiny import tiny_llama, tiny_tokenizer

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from guilomo_serve.adapter import BaseModel
+from guilomo_train.allocation_map import grid
 from guilomo_train.cli import main
-from guilomo_train.report import grid
 from guilomo_train.search.allocation import Allocation
 from tests.train.test_cli import guilomo_train
 from tests.train.tiny import tiny_llama

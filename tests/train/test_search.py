@@ -11,8 +11,8 @@ import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from transformers import TrainerCallback
 
+from guilomo_train.adapters import adapter_of
 from guilomo_train.config import CommonConfig, SearchConfig, order_of
-from guilomo_train.finetune import adapter_of
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.search.search import cut
 from tests.train.test_checkpointing import ROWS, searching, wrapped

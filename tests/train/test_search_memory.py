@@ -19,8 +19,8 @@ from peft import get_peft_model
 from torch.profiler import ProfilerActivity, profile
 
 from guilomo_serve.adapter import BaseModel
+from guilomo_train.arguments import training_arguments
 from guilomo_train.config import CommonConfig
-from guilomo_train.finetune import training_arguments
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.search.search import SearchTrainer
 from guilomo_train.search.selection import SelectionVectors

@@ -12,8 +12,8 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from guilomo_serve.adapter import WEIGHTS_FILE, write_adapter
+from guilomo_train.adapters import adapter_of
 from guilomo_train.cli import main
-from guilomo_train.finetune import adapter_of
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.lora_moe.layer import LoraMoeLayer, Masks
 from guilomo_train.search.allocation import Allocation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,10 +24,12 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from guilomo_serve.adapter import CONFIG_FILE, BaseModel
 from guilomo_serve.precision import half_precision_is_slow
+from guilomo_train.adapters import with_adapter
 from guilomo_train.endings import end_tokens, stop_tokens, written_ends
-from guilomo_train.errors import BaseError, ConfigError
+from guilomo_train.errors import BaseError
 from guilomo_train.limits import enough_memory
 from guilomo_train.lora_moe import LoraMoeConfig
+from guilomo_train.processes import processes
 
 
 @dataclass
@@ -142,18 +141,6 @@ def _check_base_name(name: str, revision: str | None) -> None:
             f"--base {name}: is an adapter and no model; give the base that it was trained on (its "
             f"{CONFIG_FILE} names it), and to go on from its weights use finetune --start"
         )
-
-
-def with_adapter(model: PreTrainedModel, config: LoraMoeConfig) -> PeftModel:
-    """The model wrapped with a new adapter.
-
-    Raises:
-        ConfigError: the model lacks modules that the config names, or they cannot be adapted.
-    """
-    try:
-        return get_peft_model(model, config)
-    except ValueError as e:
-        raise ConfigError(f"--allocation: {e}" if config.experts else f"--{e}") from None
 
 
 def load_base(
@@ -275,58 +262,6 @@ def check_tokens(
             f"of the rows, but its embedding has {embeddings} tokens alone; put the tokenizer "
             "beside the weights that they were trained with"
         )
-
-
-def unsharded_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that are whole in each process, an adapter's among them, by name.
-
-    Given a sharded base PEFT would gather all of it only to leave it out of what is saved.
-    """
-    return {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor)}
-
-
-def processes() -> PartialState:
-    """The processes that `torchrun` or `accelerate launch` started, or this one alone.
-
-    On a machine without a GPU they speak through gloo.
-    """
-    return PartialState(cpu=not torch.cuda.is_available())
-
-
-# ZeRO-3 takes the gradients that second order unrolls, and the weights that an adapter's files have
-# unless they are smaller than its stage3_param_persistence_threshold.
-DEEPSPEED_REFUSED = (
-    "DeepSpeed is asked for, but it leaves each process a part of the adapter, which searches and "
-    "the adapter's files need whole: use `accelerate launch --use_fsdp`, which spreads the base "
-    "alone"
-)
-
-# Of `accelerate launch`'s FSDP settings those that would have to do more than shard.
-_FSDP_BEYOND = {
-    "FSDP_OFFLOAD_PARAMS": "the base stays on its device",
-    "FSDP_ACTIVATION_CHECKPOINTING": "give --gradient_checkpointing instead",
-}
-
-
-def take_sharding_request() -> bool:
-    """Whether `accelerate launch --use_fsdp`, or ACCELERATE_USE_FSDP=true, asks to shard the base.
-
-    The request is taken out of the environment: accelerate, which acts on it on GPUs alone, would
-    shard once more what `load_base` has sharded.
-
-    Raises:
-        ConfigError: it asks for what is not done, or DeepSpeed is asked for.
-    """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ConfigError(DEEPSPEED_REFUSED)
-    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return False
-    for name, remedy in _FSDP_BEYOND.items():
-        if os.environ.get(name, "false").lower() == "true":
-            raise ConfigError(
-                f"FSDP configuration: {name.lower()} is true, expected false: {remedy}"
-            )
-    return processes().num_processes > 1
 
 
 def _quantization(quantize: str, dtype: str) -> BitsAndBytesConfig | None:

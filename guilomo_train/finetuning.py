@@ -1,37 +1,30 @@
-"""Fine-tuning: an allocation and data to an adapter in memory."""
+"""Fine-tuning: an allocation and rows to an adapter in memory."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.integrations import MLflowCallback, TensorBoardCallback, WandbCallback
-from trl import SFTConfig
 
 from guilomo_serve.adapter import (
     Adapter,
-    AdapterSpec,
-    BaseFingerprint,
     BaseModel,
-    Expert,
-    ModuleWeights,
 )
-from guilomo_train.checkpoints import KEPT, Checkpointing
+from guilomo_train.adapters import adapter_of, start_from, with_adapter
+from guilomo_train.arguments import log_callbacks, training_arguments
+from guilomo_train.base import Base
+from guilomo_train.checkpoints import Checkpointing
 from guilomo_train.config import CommonConfig, FinetuneConfig
 from guilomo_train.errors import ConfigError, DivergedError
 from guilomo_train.lora_moe import LoraMoeConfig
-from guilomo_train.models import Base, unsharded_state, with_adapter
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.trainer import LoraMoeTrainer
-
-WARMUP = 0.05  # share of a search's steps over which the learning rate rises
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ def finetune(
     )
     model = with_adapter(base.model, peft_config)
     if start is not None:
-        _start_from(model, start)
+        start_from(model, start)
     looks = _looks(config)
     trainer = LoraMoeTrainer(
         model=model,
@@ -168,134 +161,3 @@ def _stopping(config: FinetuneConfig) -> list[TrainerCallback]:
     if config.early_stopping_patience is None:
         return []
     return [EarlyStoppingCallback(config.early_stopping_patience)]
-
-
-def _start_from(model: PeftModel, start: Adapter) -> None:
-    """Puts an adapter's weights into the model's new one, which has to have the same experts."""
-    name = model.active_adapter
-    config, theirs = model.peft_config[name], start.spec.experts
-    if config.top_k != start.spec.top_k:
-        raise ConfigError(f"--start: its top_k is {start.spec.top_k}, expected {config.top_k}")
-    if config.experts.keys() != theirs.keys():
-        module = sorted(config.experts.keys() ^ theirs.keys())[0]
-        where = "only the adapter" if module in theirs else "only the allocation"
-        raise ConfigError(f"--start: {where} has {module}, expected the modules of the allocation")
-    for module, experts in theirs.items():
-        expected = config.experts_of(module)
-        if experts != expected:
-            raise ConfigError(
-                f"--start: the experts of {module} are {_short(experts)}, expected those of the "
-                f"allocation and --lora_alpha, {_short(expected)}"
-            )
-    set_peft_model_state_dict(model, start.tensors(), adapter_name=name)
-
-
-def _short(experts: Sequence[Expert]) -> str:
-    scaling = ", ".join(f"{s:g}" for s in sorted({e.scaling for e in experts}))
-    return f"of rank {', '.join(str(e.rank) for e in experts)} (scaling {scaling})"
-
-
-def adapter_of(model: PeftModel) -> Adapter:
-    """The active adapter of a PEFT model as the adapter format has it.
-
-    A and B are in the base's precision, in which their products run anyway.
-    """
-    name = model.active_adapter
-    config = model.peft_config[name]
-    experts = {module: config.experts_of(module) for module in config.experts}
-    spec = AdapterSpec(
-        base_model_name_or_path=config.base_model_name_or_path,
-        target_modules=tuple(config.to_dict()["target_modules"]),
-        top_k=config.top_k,
-        lora_alpha=config.lora_alpha,
-        experts=experts,
-        base=BaseFingerprint.from_json(config.base_fingerprint),
-        task_type=config.task_type,
-        search=config.search,
-        stop_token_ids=tuple(config.stop_token_ids or ()),
-        revision=config.revision,
-    )
-    state = get_peft_model_state_dict(
-        model, unsharded_state(model), adapter_name=name, save_embedding_layers=False
-    )
-    dtype = model.dtype
-
-    def tensor(module: str, kind: str) -> torch.Tensor:
-        return state[f"base_model.model.{module}.{kind}.weight"].detach().cpu()
-
-    weights = {
-        module: ModuleWeights(
-            lora_a=tensor(module, "lora_A").to(dtype),
-            lora_b=tensor(module, "lora_B").to(dtype),
-            router=tensor(module, "lora_router").float() if len(listed) > 1 else None,
-        )
-        for module, listed in experts.items()
-    }
-    return Adapter(spec, weights)
-
-
-class _WandbRun(WandbCallback):
-    """A run of its own for each stage; the callback alone would go on with the first."""
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        super().on_train_end(*args, **kwargs)
-        self._wandb.finish()
-
-
-def log_callbacks(common: CommonConfig, stage: str) -> list[TrainerCallback]:
-    """What else than the trainer's own log gets its figures: TensorBoard, below <output>/logs, or
-    a service."""
-    if common.report_to == "none":
-        return []
-    if common.report_to == "wandb":
-        return [_WandbRun()]
-    if common.report_to == "mlflow":
-        return [MLflowCallback()]
-    callback = TensorBoardCallback()
-    callback.logging_dir = str(Path(common.output) / "logs" / stage)
-    return [callback]
-
-
-def training_arguments(
-    common: CommonConfig,
-    work: Path,
-    *,
-    epochs: float,
-    batch_size: int,
-    learning_rate: float,
-    schedule: str = "cosine",
-    gradient_accumulation_steps: int = 1,
-    save_steps: int = 0,
-    **others: Any,
-) -> SFTConfig:
-    """TRL's arguments for a stage. The adapter's weights are float32, the base runs as loaded.
-
-    `others` are further fields of SFTConfig, which win over those here.
-    """
-    fields: dict[str, Any] = {
-        "output_dir": str(work),
-        "run_name": f"{Path(common.output).name}-{work.name}",
-        "num_train_epochs": epochs,
-        "per_device_train_batch_size": batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": schedule,
-        "warmup_steps": WARMUP,
-        "max_length": common.max_length,
-        "completion_only_loss": True,
-        "loss_type": "nll",  # some versions of TRL have another default
-        "gradient_checkpointing": common.gradient_checkpointing,
-        "bf16": False,
-        "seed": common.seed,
-        "logging_steps": 10,
-        "save_strategy": "steps" if save_steps else "no",
-        "save_steps": save_steps or 1,
-        "save_total_limit": KEPT,
-        "use_cpu": not torch.cuda.is_available(),
-        # Masked experts have a gradient, of zeros; looking for weights without one costs a pass
-        # over the graph, and would not see that the load-balance loss uses the routers.
-        "ddp_find_unused_parameters": False,
-        "report_to": "none",
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-    return SFTConfig(**fields | others)

@@ -1,4 +1,4 @@
-"""The stages with their files: what each command of `guilomo-train` does.
+"""A run of `search`, `finetune` or `run`: its stages, one after another, with their files.
 
 <output>/allocation.json   the allocation a search found
 <output>/allocation.png    its heat map
@@ -8,7 +8,7 @@
 <output>/history.json      losses, router health and allocations over the steps; which rows of an
                            evaluation were answered right
 <output>/run.json          settings, seed, versions, times, scores; written when all is done
-<output>/report.md         the report page (page.py), made of all these, with its pictures
+<output>/report.md         the report page (report.py), made of all these, with its pictures
 <output>/checkpoints/      while it runs: see checkpoints.py
 
 Of several processes all train and the first writes.
@@ -33,6 +33,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save
 
 from guilomo_serve.adapter import Adapter, BaseModel, read_adapter, write_adapter
+from guilomo_train.allocation_map import heat_map, table
+from guilomo_train.base import Base, load_base
 from guilomo_train.checkpoints import (
     Checkpointing,
     check_same,
@@ -46,12 +48,13 @@ from guilomo_train.checkpoints import (
 from guilomo_train.config import CommonConfig, EvalConfig, FinetuneConfig, SearchConfig, order_of
 from guilomo_train.data import load_rows
 from guilomo_train.errors import ConfigError, ResumeError
-from guilomo_train.evaluate import Scores, completion_text, evaluate, hits
-from guilomo_train.finetune import FinetuneResult, finetune
+from guilomo_train.evaluate import evaluate, less_memory
+from guilomo_train.finetuning import FinetuneResult, finetune
 from guilomo_train.limits import enough_memory, replace_file
-from guilomo_train.models import Base, load_base, processes, take_sharding_request
-from guilomo_train.page import HISTORY_FILE, RUN_FILE, read_json, write_page
-from guilomo_train.report import finding, heat_map, model_card, table
+from guilomo_train.model_card import finding, model_card
+from guilomo_train.processes import processes, take_sharding_request
+from guilomo_train.report import HISTORY_FILE, RUN_FILE, read_json, write_page
+from guilomo_train.scoring import Scores, completion_text, hits
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.search import SearchResult, search
 from guilomo_train.versions import versions
@@ -124,7 +127,7 @@ class Run:
             "versions": versions(*PACKAGES),
         }
 
-    def search(self, config: SearchConfig) -> SearchResult:
+    def search_stage(self, config: SearchConfig) -> SearchResult:
         """Searches an allocation and writes it, with its picture and the search's weights."""
         if self._finished("search", config):
             say(f"search: finished before, going on with {self.output / ALLOCATION_FILE}")
@@ -171,7 +174,7 @@ class Run:
         self._note("search", facts, result.history)
         return result
 
-    def finetune(
+    def finetune_stage(
         self,
         allocation: Allocation,
         config: FinetuneConfig,
@@ -215,7 +218,7 @@ class Run:
         self._note("finetune", facts, result.history)
         return result
 
-    def evaluate(self, result: FinetuneResult, rows: Dataset, config: EvalConfig) -> None:
+    def evaluate_stage(self, result: FinetuneResult, rows: Dataset, config: EvalConfig) -> None:
         """Scores the new adapter and writes the scores into its card; the first process does."""
         if not self.writes:
             return
@@ -231,7 +234,7 @@ class Run:
         with enough_memory("the evaluation", less_memory(config)):
             scores, texts = evaluate(model, self.base.tokenizer, rows, config)
         self._write_adapter(result.adapter, ADAPTER_FOLDER, scores)
-        print(score_line(scores))
+        print(scores.sentence())
         completions = [completion_text(row["completion"]) for row in rows]
         by_row = hits(texts, completions, rows["answer"])
         self._note("eval", {"scores": scores.to_json()}, by_row)
@@ -371,57 +374,6 @@ def settings_of(record: dict[str, Any], stage: str) -> dict[str, Any]:
     """All that the result of a stage depends on, as `checkpoints.check_same` compares it."""
     config = record["config"]
     return {"common": config["common"], stage: config[stage], "inputs": dict(record["inputs"])}
-
-
-def evaluate_adapter(
-    base_name: str,
-    data: str,
-    adapter: str | None,
-    dtype: str,
-    config: EvalConfig,
-    quantize: str = "none",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> tuple[Scores, list[dict[str, str]]]:
-    """Scores an adapter folder, or the base alone.
-
-    Returns:
-        The scores and, for each row, what was generated and what was expected.
-
-    Raises:
-        TrainError, AdapterError: the base, the data or the adapter cannot be used.
-    """
-    base = load_base(
-        base_name, dtype, quantize, revision=revision, trust_remote_code=trust_remote_code
-    )
-    rows = load_rows(data, base.tokenizer, config.eval_rows)
-    model: Any = base.model
-    if adapter is not None:
-        read_adapter(adapter, BaseModel.from_module(base.model))  # refuses what PEFT would not
-        model = PeftModel.from_pretrained(base.model, adapter)
-    with enough_memory("the evaluation", less_memory(config)):
-        scores, texts = evaluate(model, base.tokenizer, rows, config)
-    answers = [
-        {"generated": text, "answer": answer}
-        for text, answer in zip(texts, rows["answer"], strict=True)
-    ]
-    return scores, answers
-
-
-def less_memory(config: EvalConfig) -> str:
-    """What to lower when memory runs out in an evaluation."""
-    return (
-        f"lower --eval_batch_size ({config.eval_batch_size}) "
-        f"or --max_new_tokens ({config.max_new_tokens})"
-    )
-
-
-def score_line(scores: Scores) -> str:
-    return (
-        f"{scores.rows} rows: exact match {scores.exact_match:.3f}, accuracy "
-        f"{scores.accuracy:.3f} (most frequent answer alone {scores.majority:.3f}), loss "
-        f"{scores.loss:.3f}"
-    )
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:

@@ -1,0 +1,105 @@
+"""The adapter of a PEFT model: put on a base, filled with weights, and taken out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from guilomo_serve.adapter import (
+    Adapter,
+    AdapterSpec,
+    BaseFingerprint,
+    Expert,
+    ModuleWeights,
+)
+from guilomo_train.errors import ConfigError
+from guilomo_train.lora_moe import LoraMoeConfig
+
+
+def with_adapter(model: PreTrainedModel, config: LoraMoeConfig) -> PeftModel:
+    """The model wrapped with a new adapter.
+
+    Raises:
+        ConfigError: the model lacks modules that the config names, or they cannot be adapted.
+    """
+    try:
+        return get_peft_model(model, config)
+    except ValueError as e:
+        raise ConfigError(f"--allocation: {e}" if config.experts else f"--{e}") from None
+
+
+def adapter_of(model: PeftModel) -> Adapter:
+    """The active adapter of a PEFT model as the adapter format has it.
+
+    A and B are in the base's precision, in which their products run anyway.
+    """
+    name = model.active_adapter
+    config = model.peft_config[name]
+    experts = {module: config.experts_of(module) for module in config.experts}
+    spec = AdapterSpec(
+        base_model_name_or_path=config.base_model_name_or_path,
+        target_modules=tuple(config.to_dict()["target_modules"]),
+        top_k=config.top_k,
+        lora_alpha=config.lora_alpha,
+        experts=experts,
+        base=BaseFingerprint.from_json(config.base_fingerprint),
+        task_type=config.task_type,
+        search=config.search,
+        stop_token_ids=tuple(config.stop_token_ids or ()),
+        revision=config.revision,
+    )
+    state = get_peft_model_state_dict(
+        model, unsharded_state(model), adapter_name=name, save_embedding_layers=False
+    )
+    dtype = model.dtype
+
+    def tensor(module: str, kind: str) -> torch.Tensor:
+        return state[f"base_model.model.{module}.{kind}.weight"].detach().cpu()
+
+    weights = {
+        module: ModuleWeights(
+            lora_a=tensor(module, "lora_A").to(dtype),
+            lora_b=tensor(module, "lora_B").to(dtype),
+            router=tensor(module, "lora_router").float() if len(listed) > 1 else None,
+        )
+        for module, listed in experts.items()
+    }
+    return Adapter(spec, weights)
+
+
+def start_from(model: PeftModel, start: Adapter) -> None:
+    """Puts an adapter's weights into the model's new one, which has to have the same experts."""
+    name = model.active_adapter
+    config, theirs = model.peft_config[name], start.spec.experts
+    if config.top_k != start.spec.top_k:
+        raise ConfigError(f"--start: its top_k is {start.spec.top_k}, expected {config.top_k}")
+    if config.experts.keys() != theirs.keys():
+        module = sorted(config.experts.keys() ^ theirs.keys())[0]
+        where = "only the adapter" if module in theirs else "only the allocation"
+        raise ConfigError(f"--start: {where} has {module}, expected the modules of the allocation")
+    for module, experts in theirs.items():
+        expected = config.experts_of(module)
+        if experts != expected:
+            raise ConfigError(
+                f"--start: the experts of {module} are {_short(experts)}, expected those of the "
+                f"allocation and --lora_alpha, {_short(expected)}"
+            )
+    set_peft_model_state_dict(model, start.tensors(), adapter_name=name)
+
+
+def _short(experts: Sequence[Expert]) -> str:
+    scaling = ", ".join(f"{s:g}" for s in sorted({e.scaling for e in experts}))
+    return f"of rank {', '.join(str(e.rank) for e in experts)} (scaling {scaling})"
+
+
+def unsharded_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that are whole in each process, an adapter's among them, by name.
+
+    Given a sharded base PEFT would gather all of it only to leave it out of what is saved.
+    """
+    return {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor)}

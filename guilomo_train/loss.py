@@ -1,0 +1,36 @@
+"""The loss of a model on the completions of a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def completion_nll(
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Negative log-likelihood of the labelled tokens, per token.
+
+    The output layer runs on the columns alone in which some row of the batch has a label.
+    """
+    targets = inputs["labels"][:, 1:]
+    scored = targets != -100
+    columns = scored.any(dim=0).nonzero().squeeze(-1)
+    positions = inputs.get("position_ids")
+    if positions is None:
+        seen = {"attention_mask": inputs["attention_mask"]}
+    else:  # of packed rows: without a mask transformers keeps apart what begins at 0
+        seen = {"position_ids": positions}
+    logits = model(
+        input_ids=inputs["input_ids"],
+        **seen,
+        logits_to_keep=columns,
+        use_cache=False,
+    ).logits
+    kept = scored[:, columns]
+    wide = logits[kept].to(torch.promote_types(logits.dtype, torch.float32))
+    nll = F.cross_entropy(wide, targets[:, columns][kept], reduction="sum")
+    return nll / (scored.sum() if num_items is None else num_items)
