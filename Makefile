@@ -18,7 +18,7 @@ test-kernels: setup
 
 # What needs more than the locks have: Ray.
 test-fleet: setup
-	.venv/bin/python -m pip install --quiet ray==2.60.0
+	.venv/bin/python -m pip install --quiet "ray[serve]==2.60.0" jsonref
 	.venv/bin/python -m pytest -m fleet
 
 lint: setup

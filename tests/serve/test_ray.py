@@ -1,4 +1,5 @@
 """Ray as the executor: its workers have the plugin and the settings, and answer as one process.
+And Ray Serve LLM.
 
 vLLM 0.32 has no Ray workers on a CPU, as its CPU platform names no resource of Ray's. These tests
 give it one by vLLM's own seam for platforms: the CPU platform that calls its workers' resource GPU,
@@ -7,13 +8,17 @@ and a Ray of this machine that is told of two. Ray is no dependency: `make test-
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.serve import hf_reference
 from tests.serve.expert_load import check_load, expected_load, first_sampled
 from tests.serve.helpers import guilomo_serve, serving
 from tests.serve.test_parallel_modes import (
@@ -69,3 +74,25 @@ def test_two_workers_of_ray_answer_as_one_process(
         check_answers(server, tiny_model, {"base": None, **adapters})
         check_refusal(server, tiny_model, tmp_path / "bad")
         check_swaps(server, tiny_model, adapters["first"], adapters["second"])
+
+
+def test_ray_serve_llm_loads_an_adapter_from_storage_on_a_miss(
+    tiny_model: Path, adapters: dict[str, Path]
+) -> None:
+    pytest.importorskip("ray.serve.llm", reason="ray[serve] is not installed: make test-fleet")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.serve.ray_serve_llm"),
+            *(str(tiny_model), str(adapters["first"])),
+        ],
+        env={**os.environ, "RAY_AUTH_MODE": "disabled", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name, folder in (("base", None), ("base:support", adapters["first"])):
+        model = hf_reference.model_with(tiny_model, folder)
+        assert found[name] == hf_reference.greedy(model, found["prompt"], len(found[name]))
