@@ -53,7 +53,7 @@ def server_of(manifests: list[dict[str, Any]]) -> dict[str, Any]:
 
 def parsed(args: list[str]) -> Any:
     """What guilomo-serve makes of a container's arguments. Raises if it does not know one."""
-    given = [re.sub(r"\$\(\w+\)", "s3://bucket", arg) for arg in args]
+    given = [re.sub(r"\$\(\w+\)", "value", arg) for arg in args]
     return flags.parse("guilomo-serve", given, cli._add_flags)
 
 
@@ -98,7 +98,10 @@ def test_guilomo_serve_takes_the_variants_arguments(rendered: list[dict[str, Any
     with pytest.raises((flags.UsageError, SystemExit)):
         parsed([*server["args"], "--no-such-flag=1"])
     volumes = {mount["mountPath"] for mount in server["volumeMounts"]}
-    assert args.state is None or args.state in volumes
+    # One server has its catalogue on a volume, several have copies there and names elsewhere.
+    replicas = of_kind(rendered, "Deployment")["spec"]["replicas"]
+    assert (args.state if replicas == 1 else args.state_files) in volumes
+    assert args.state.startswith("postgresql://") == (replicas > 1)
 
 
 def test_a_pod_has_the_time_that_it_needs_to_end() -> None:
@@ -118,6 +121,7 @@ def test_guilomo_serve_takes_the_arguments_of_compose() -> None:
     args = parsed(replica["command"])
     grace = int(replica["stop_grace_period"].removesuffix("s"))
     assert args.shutdown_timeout + lifecycle._CLOSING_S + lifecycle._STOPPING_S < grace
+    assert args.state.startswith("postgresql://database/")
     for service in compose["services"].values():
         for volume in service.get("volumes", ()):
             if volume.startswith("."):
