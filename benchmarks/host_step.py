@@ -6,6 +6,8 @@ layers' part is 0: their Python runs while a graph is captured. Median of severa
     layer_us    the op of one layer, eager, with adapters in the batch
     idle_us     the op of one layer that no adapter of the batch has
     batch_us    once a step whose tokens use other slots than the last one's
+    activate_us an adapter of 128 layers gets a slot that another one had, but for the copy of its
+                weights: layers are narrow here, and kernel_costs.py has the time of real ones
 """
 
 from __future__ import annotations
@@ -33,11 +35,13 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from guilomo_serve.ops import kernels
 from guilomo_serve.ops.layer import LayerWeights, SliceWeights, TokenBlocks
-from guilomo_serve.ops.triton_slots import TritonSlots
+from guilomo_serve.ops.memory import AdapterMemory
+from guilomo_serve.ops.triton_slots import AdapterSlots, TritonSlots
 from guilomo_serve.runtime import layers
 from guilomo_serve.runtime.manager import TokenSlots
 
 WIDTH, RANKS, SLOTS = 256, (4, 8), 8
+LAYERS, NARROW = 128, 16  # of an 8B base: four in each of 32 blocks
 
 
 class NoLaunch:
@@ -59,12 +63,10 @@ def main() -> None:
         initialize_model_parallel(1, 1)
         slots = TokenSlots(TokenBlocks(2048, SLOTS, "cpu"))
         used, idle = layer(slots), layer(slots)
-    weights = SliceWeights(
-        *(torch.randn(sum(RANKS), WIDTH), torch.randn(WIDTH, sum(RANKS))),
-        *(torch.randn(len(RANKS), WIDTH), RANKS, (1.0, 1.0)),
-    )
     for slot in range(SLOTS):
-        used.set_lora(slot, LayerWeights.stack([weights], [WIDTH], 2, torch.float32), None)
+        stacked = weights(WIDTH)
+        used.slots.set(slot, stacked)
+        used.set_lora(slot, stacked, None)
     ids = tuple(1 + i % SLOTS for i in range(args.tokens))
     mapping = SimpleNamespace(index_mapping=ids)
     of_slot = list(range(1, SLOTS + 1))
@@ -76,10 +78,35 @@ def main() -> None:
             ),
             "layer_us": median_us(lambda: used.add_routed_(y, x), args.rounds),
             "idle_us": median_us(lambda: idle.add_routed_(y, x), args.rounds),
+            "activate_us": median_us(activation(), args.rounds),
         }
     for name, value in result.items():
-        print(f"{name:>10} {value:8.1f}")
+        print(f"{name:>11} {value:8.1f}")
     report(result, args, args.out)
+
+
+def weights(width: int) -> LayerWeights:
+    one = SliceWeights(
+        *(torch.randn(sum(RANKS), width), torch.randn(width, sum(RANKS))),
+        *(torch.randn(len(RANKS), width), RANKS, (1.0, 1.0)),
+    )
+    return LayerWeights.stack([one], [width], 2, torch.float32)
+
+
+def activation() -> Callable[[], None]:
+    """Puts an adapter of a whole model into a slot that has one."""
+    one = {str(i): weights(NARROW) for i in range(LAYERS)}
+    layers = {name: TritonSlots(SLOTS, NARROW, (NARROW,), torch.float32, "cpu") for name in one}
+    slots = AdapterSlots(layers, AdapterMemory(2**24, "cpu"))
+    packed = slots.pack(one)
+    for slot in range(SLOTS):
+        slots.set(slot, packed)
+
+    def activate() -> None:
+        slots.set(0, None)
+        slots.set(0, packed)
+
+    return activate
 
 
 def layer(slots: TokenSlots) -> Any:

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from guilomo_serve.ops import kernels, two_steps
-from guilomo_serve.ops.layer import Batch, TokenBlocks
+from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
+from guilomo_serve.ops.triton_slots import packed_size
 from guilomo_serve.ops.tuning import DEFAULTS, ExpandTuning, ShrinkTuning, Tuning
 from guilomo_serve.ops.two_steps import table_width
 
@@ -52,16 +53,17 @@ class Gpu:
     half: float
     tf32: float
     single: float
+    host: float = 50e9  # bytes a second from pinned memory of the host, of a fifth PCIe
     launch: float = 1.3e-6
     overlapped: float = 0.6e-6  # of a kernel that starts before its predecessor ends
     load: float = 0.7e-6
 
 
 GPUS = {
-    "NVIDIA A100": Gpu(108, 2.0e12, 4.0e12, 312e12, 156e12, 19.5e12, overlapped=1.3e-6),
+    "NVIDIA A100": Gpu(108, 2.0e12, 4.0e12, 312e12, 156e12, 19.5e12, 25e9, overlapped=1.3e-6),
     "NVIDIA H100": Gpu(132, 3.35e12, 5.5e12, 990e12, 495e12, 67e12),
     "NVIDIA H200": Gpu(132, 4.8e12, 5.5e12, 990e12, 495e12, 67e12),
-    "NVIDIA L40S": Gpu(142, 0.86e12, 4.5e12, 362e12, 183e12, 91e12, overlapped=1.3e-6),
+    "NVIDIA L40S": Gpu(142, 0.86e12, 4.5e12, 362e12, 183e12, 91e12, 25e9, overlapped=1.3e-6),
     "NVIDIA B200": Gpu(148, 8.0e12, 10e12, 2250e12, 1100e12, 75e12),
 }
 
@@ -268,6 +270,31 @@ def step(base: str, tokens: int, adapters: int, tuning: Tuning, gpu: Gpu) -> tup
     return count * sum(t[0] for t in times), count * sum(t[1] for t in times)
 
 
+def adapter_bytes(base: str) -> int:
+    """Of one adapter as `Layer.searched` has it, packed: what is copied when it gets a slot."""
+    layers, count = BASES[base]
+    return count * sum(packed_size(_weights(*shape)) for shape in layers.values())
+
+
+def _weights(in_features: int, widths: tuple[int, ...]) -> LayerWeights:
+    """Of `Layer.searched`, without values."""
+    (adapter,) = Layer.searched(in_features, widths, 1).adapters
+    rows, experts = sum(adapter.ranks), sum(adapter.experts)
+    with torch.device("meta"):
+        return LayerWeights(
+            lora_a=torch.empty(rows, in_features, dtype=torch.bfloat16),
+            lora_b=tuple(
+                torch.empty(rank, width, dtype=torch.bfloat16)
+                for rank, width in zip(adapter.ranks, widths, strict=True)
+            ),
+            router=torch.empty(experts, in_features),
+            row_scale=torch.empty(rows),
+            expert_of_row=torch.empty(rows, dtype=torch.int32),
+            top_k=2,
+            layout=(),
+        )
+
+
 def candidates(tokens: int) -> tuple[list[ShrinkTuning], list[ExpandTuning]]:
     """Settings that compile without spills and, for few tokens, leave room for four programs."""
     if tokens <= 256:
@@ -315,6 +342,10 @@ def main() -> None:
         print(json.dumps(everything, indent=1, sort_keys=True))
         return
     gpu = GPUS[f"NVIDIA {args.gpu}"]
+    for base in BASES:
+        size = adapter_bytes(base)
+        ms = 1e3 * size / gpu.host
+        print(f"{base:>4} an adapter into a slot: a copy of {size / 1e6:.0f} MB, {ms:.1f} ms")
     for base, tokens, adapters in itertools.product(BASES, (1, 32, 128, 8192), (1, 8, 32)):
         if adapters <= tokens:
             index = sum(tokens > most for most in (16, 64, 256, 1024))

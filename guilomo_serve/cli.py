@@ -149,7 +149,8 @@ def _add_flags(parser: Any) -> None:
         type=float,
         metavar="GIB",
         help="the most memory that the weights of loaded adapters may take; for one more those "
-        "go that were not used for longest (default: a quarter of the machine's or container's)",
+        "go that were not used for longest (default: a quarter of the machine's or container's, "
+        "and at most a tenth of a GPU's; a GPU's is reserved at the start)",
     )
     parser.add_argument(
         "--expert-load",

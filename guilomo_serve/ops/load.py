@@ -29,15 +29,6 @@ class RouterLoad:
     entropy: torch.Tensor
     tokens: torch.Tensor
 
-    @classmethod
-    def cat(cls, parts: Sequence[RouterLoad]) -> RouterLoad:
-        """Of all routers of the parts, whose E is the same."""
-        return cls(
-            torch.cat([part.chosen for part in parts]),
-            torch.cat([part.entropy for part in parts]),
-            torch.cat([part.tokens for part in parts]),
-        )
-
     def __add__(self, other: RouterLoad) -> RouterLoad:
         return RouterLoad(
             self.chosen + other.chosen, self.entropy + other.entropy, self.tokens + other.tokens

@@ -1,6 +1,6 @@
 """Memory of a GPU for the weights of all resident adapters, reserved once or taken as needed.
 
-An adapter's part of a layer is one range of bytes, of exactly its size. In reserved memory the gaps
+An adapter is one range of bytes, of exactly its size. In reserved memory the gaps
 between ranges are what is free; neighbouring gaps are one gap, as they are not recorded but follow
 from what is taken. A range goes into the smallest gap that holds it; where none does, though there
 is room, the ranges move together. So fragmentation never costs memory, nothing is allocated after
@@ -14,13 +14,12 @@ of the new places (`moved`): no step reads a range that is half moved.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 _ALIGNED = 256  # bytes; where a range begins
-# The most bytes that an adapter's part of a layer takes beside its weights.
-ROUNDED = 2 * _ALIGNED
 _PIECE = 2**20  # bytes that are moved at a time
 
 
@@ -91,7 +90,7 @@ class AdapterMemory:
         free = len(self._reserved) - self.used
         if size > free:
             raise AdapterMemoryError(
-                f"an adapter's part of a layer takes {size} bytes, and {free} of the "
+                f"an adapter's weights take {size} bytes, and {free} of the "
                 f"{len(self._reserved)} bytes for adapters are free (--adapter-memory)"
             )
         begin = self._gap(size)
@@ -102,6 +101,19 @@ class AdapterMemory:
         self._ranges.append(taken)
         self._ranges.sort(key=lambda r: r.begin)
         return taken
+
+    def check(self, sizes: Sequence[int]) -> None:
+        """Refuses ranges that do not fit into the memory together, whatever is taken now.
+
+        Raises:
+            AdapterMemoryError: has the figures.
+        """
+        total = sum(map(_rounded, sizes))
+        if self._reserved is not None and total > len(self._reserved):
+            raise AdapterMemoryError(
+                f"adapters that a batch may have take {total} bytes of memory, expected at most "
+                f"{len(self._reserved)} (--adapter-memory)"
+            )
 
     def free(self, taken: Range) -> None:
         """Gives a range back."""

@@ -1,8 +1,14 @@
-"""The routed product of a layer on a GPU: adapters in memory that layers share, two kernels."""
+"""The routed product of layers on a GPU: adapters in memory that layers share, two kernels.
+
+An adapter is packed once, on the host, beside the steps: the weights of all its layers lie in one
+piece of pinned memory as kernels read them. Putting it into a slot between two steps is then one
+copy of that, and one of what the layers' tables say of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,20 +18,28 @@ from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
 from guilomo_serve.ops.load import RouterLoad
 from guilomo_serve.ops.memory import AdapterMemory, Range
 from guilomo_serve.ops.tuning import TOKEN_CLASSES, tuning_for
-from guilomo_serve.ops.two_steps import LOAD_WIDTH, MAX_EXPERTS, check_size, table_width
+from guilomo_serve.ops.two_steps import (
+    LAYER_FIELDS,
+    LOAD_WIDTH,
+    MAX_EXPERTS,
+    SLICE_FIELDS,
+    check_size,
+    table_width,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LAYER_ADDRESSES = ("lora_a", "router", "gate_rows")
 
 
 class TritonSlots:
-    """The slots of one layer as the kernels read them: in ranges of memory, and a table of where.
+    """The slots of one layer as the kernels read them: a table of where weights are.
 
-    The weights given to `set` are copied and not kept. They take what they weigh, see `memory.py`.
+    Weights come by `AdapterSlots`, for all layers at once.
 
     Attributes:
         table: [slots, ...] int64 on the device, see `two_steps.py`.
         load: [slots, slices, LOAD_WIDTH] float64 on the device, what the routers chose in steps
-            with `TokenBlocks.sampled`; a slot's is 0 when an adapter is put there.
+            with `TokenBlocks.sampled`.
     """
 
     capturable = True
@@ -50,8 +64,6 @@ class TritonSlots:
         """
         self.widths = tuple(widths)
         self._in_features, self._dtype = in_features, dtype
-        self._memory = AdapterMemory(None, device)
-        self._in_slot: list[_Placed | None] = [None] * count
         self.table = torch.zeros(
             count, table_width(len(self.widths)), dtype=torch.int64, device=device
         )
@@ -59,44 +71,17 @@ class TritonSlots:
             count, len(self.widths), LOAD_WIDTH, dtype=torch.float64, device=device
         )
         self._all_reduce = all_reduce
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all adapters in the slots."""
-        return sum(len(placed.range.data) for placed in self._in_slot if placed is not None)
-
-    def keep_in(self, memory: AdapterMemory) -> None:
-        """Has weights kept in memory that layers share. All slots are empty."""
-        assert not any(self._in_slot)
-        self._memory = memory
-        memory.tell(self)
-
-    def moved(self) -> None:
-        """Writes the table anew: weights have other addresses."""
-        self.table.copy_(torch.tensor([self._table_row(s) for s in range(len(self._in_slot))]))
+        self._alone: AdapterSlots | None = None
 
     def set(self, slot: int, weights: LayerWeights | None) -> None:
-        """Puts a copy of an adapter's weights into a slot, or empties it.
-
-        They may be on any device. Not while a CUDA graph is captured.
+        """As `Slots.set`, for a layer by itself; a copy is kept.
 
         Raises:
-            UnsupportedAdapterError: more rows or experts in a slice than the kernels take.
-            torch.OutOfMemoryError: the memory is full. The slot is empty after either.
+            UnsupportedAdapterError: see `AdapterSlots.pack`. The slot is as it was.
         """
-        placed, self._in_slot[slot] = self._in_slot[slot], None
-        self.load[slot] = 0
-        if placed is not None:
-            self._memory.free(placed.range)
-        try:
-            if weights is not None:
-                check_size(weights)
-                self._in_slot[slot] = _Placed(weights, self.widths, self._put(weights))
-        finally:
-            row = torch.tensor(self._table_row(slot))
-            if self.table.is_cuda:
-                row = row.pin_memory()  # kept by torch until the copy is done
-            self.table[slot].copy_(row, non_blocking=True)
+        if self._alone is None:
+            self._alone = AdapterSlots({"": self}, AdapterMemory(None, self.table.device))
+        self._alone.set(slot, None if weights is None else self._alone.pack({"": weights}))
 
     def apply_(self, y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
         """As `Slots.apply_`; y, x and the weights have one dtype, the rows of y and x may be apart.
@@ -127,33 +112,6 @@ class TritonSlots:
             tuning.expand,
         )
 
-    def router(self, slot: int) -> torch.Tensor:
-        """As `Slots.router`; a view, until the next `set`."""
-        placed = self._in_slot[slot]
-        if placed is None:
-            return torch.empty(0, self._in_features, device=self.table.device)
-        return (
-            _parts(placed.range.data, placed.sizes)[1]
-            .view(torch.float32)
-            .view(-1, self._in_features)
-        )
-
-    def load_of(self, slot: int) -> RouterLoad | None:
-        """What the routers of the adapter in a slot chose in sampled steps since it was put there.
-
-        Waits for no device.
-
-        Returns:
-            The counts of its M slices with a router, in their order; None where there are none.
-        """
-        placed = self._in_slot[slot]
-        if placed is None or not placed.routed:
-            return None
-        # Not by a list: an index would be copied to the device, and the copy waited for.
-        counted = torch.stack([self.load[slot, of_slice] for of_slice in placed.routed])
-        chosen, entropy, tokens = counted.split((MAX_EXPERTS, 1, 1), dim=1)
-        return RouterLoad(chosen.long(), entropy[:, 0], tokens[:, 0].long())
-
     def warm_up(self, max_tokens: int) -> None:
         """Compiles the kernels for batches of up to so many tokens, which takes seconds."""
         x = torch.zeros(max_tokens, self._in_features, dtype=self._dtype, device=self.table.device)
@@ -163,90 +121,224 @@ class TritonSlots:
             TokenBlocks(tokens, slots=1, device=x.device).update(nothing)
             self.apply_(y[:tokens], x[:tokens], nothing)
 
-    def _put(self, weights: LayerWeights) -> Range:
-        gate_rows = torch.stack([weights.row_scale, weights.expert_of_row.float()], dim=1)
-        lora_b = [_bytes(b.to(self._dtype)) for b in weights.lora_b]
-        parts = [
-            [_bytes(weights.lora_a.to(self._dtype))],
-            [_bytes(weights.router)],
-            [_bytes(gate_rows)],
-            lora_b,
-        ]
-        sizes = tuple(sum(map(len, part)) for part in parts)
-        taken = self._memory.take(sum(map(_padded, sizes)))
-        # Together first, so that they travel in one copy, which nobody waits for.
-        together = _gathering(len(taken.data), weights.lora_a.device, taken.data.device)
-        for place, part in zip(_parts(together, sizes), parts, strict=True):
-            for target, source in zip(place.split([len(p) for p in part]), part, strict=True):
-                target.copy_(source)
-        taken.data.copy_(together, non_blocking=True)
-        return taken
 
-    def _table_row(self, slot: int) -> list[int]:
-        """See `two_steps.LAYER_FIELDS` and `SLICE_FIELDS`."""
-        placed = self._in_slot[slot]
-        if placed is None:
-            return [0] * self.table.shape[1]
-        *first, lora_b = (part.data_ptr() for part in _parts(placed.range.data, placed.sizes))
-        row = [*first, *placed.counts]
-        for values, elements in zip(placed.slices, placed.lora_b_elements, strict=True):
-            row += [lora_b if elements else 0, *values]
-            lora_b += elements * self._dtype.itemsize
-        return row
-
-
-class _Placed:
-    """What a table's row says of an adapter, and where its weights are.
+@dataclass(frozen=True)
+class PackedLayer:
+    """What a layer's table says of an adapter that lies somewhere.
 
     Attributes:
-        range: A, routers, gate rows and B, one after another, see `_parts`.
-        sizes: of these, in bytes.
+        row: of the table, see `two_steps.py`, with places in the adapter's memory as addresses.
+        is_address: which values of the row are.
+        routed: the slices with a router.
     """
 
-    def __init__(self, weights: LayerWeights, widths: Sequence[int], range_: Range) -> None:
-        self.range = range_
-        item = weights.lora_a.element_size()
-        self.sizes = (
-            weights.lora_a.numel() * item,
-            weights.router.numel() * 4,
-            len(weights.lora_a) * 2 * 4,
-            sum(b.numel() for b in weights.lora_b) * item,
+    row: np.ndarray
+    is_address: np.ndarray
+    routed: tuple[int, ...]
+
+    def at(self, address: int) -> np.ndarray:
+        """The row for an adapter whose memory begins there."""
+        return self.row + address * self.is_address
+
+
+@dataclass(frozen=True)
+class PackedAdapter:
+    """An adapter's weights in one piece of memory, as kernels read them.
+
+    Attributes:
+        data: [bytes] uint8, on the host; pinned if they are for a GPU.
+        layers: what tables say, by layer.
+        weights: the same weights by layer, as views of `data`.
+    """
+
+    data: torch.Tensor
+    layers: Mapping[str, PackedLayer]
+    weights: Mapping[str, LayerWeights]
+
+
+class AdapterSlots:
+    """The slots of all layers of a model: an adapter is in all of its layers, or in none.
+
+    Nothing here waits for the device: what goes there is pinned, and torch keeps it until it is
+    there. To be used between steps, on the thread that starts these, and not while a CUDA graph is
+    captured.
+    """
+
+    def __init__(self, layers: Mapping[str, TritonSlots], memory: AdapterMemory) -> None:
+        """Args:
+        layers: by name, of one device, with as many slots each. Their tables and loads find
+            another place here, for good: before any CUDA graph is captured.
+        memory: for the weights.
+        """
+        self._layers, self._memory = layers, memory
+        memory.tell(self)
+        tables = [layer.table for layer in layers.values()]
+        widest, self._device = max(table.shape[1] for table in tables), tables[0].device
+        self._in_slot: list[tuple[PackedAdapter, Range] | None] = [None] * len(tables[0])
+        # A slot's rows of all tables are one piece.
+        self._table = torch.zeros(
+            len(self._in_slot), len(tables), widest, dtype=torch.int64, device=self._device
         )
-        self.counts = (len(weights.lora_a), len(weights.router), weights.top_k)
-        self.slices: list[tuple[int, ...]] = []
-        self.routed: list[int] = []  # slices with a router
-        self.lora_b_elements: list[int] = []
-        by_column = {layout.columns[0]: layout for layout in weights.layout}
-        column = 0
-        for width in widths:
-            layout = by_column.get(column)
-            rows, experts = (layout.rows, layout.experts) if layout else ((0, 0), (0, 0))
-            columns = layout.columns if layout else (0, 0)
-            self.slices.append((*rows, *experts, *columns))
-            self.lora_b_elements.append((rows[1] - rows[0]) * width)
-            if experts[1] > experts[0]:
-                self.routed.append(len(self.slices) - 1)
-            column += width
+        rows = [len(self._in_slot) * len(layer.widths) for layer in layers.values()]
+        self._load = torch.zeros(sum(rows), LOAD_WIDTH, dtype=torch.float64, device=self._device)
+        self._first_row: dict[str, int] = {}  # of each layer in `_load`
+        first = 0
+        for i, (name, layer) in enumerate(layers.items()):
+            layer.table = self._table[:, i, : layer.table.shape[1]]
+            layer.load = self._load[first : first + rows[i]].view(layer.load.shape)
+            self._first_row[name] = first
+            first += rows[i]
+
+    def pack(self, weights: Mapping[str, LayerWeights]) -> PackedAdapter:
+        """Packs an adapter, which takes about a millisecond a layer, in whatever thread.
+
+        Args:
+            weights: by layer.
+
+        Raises:
+            UnsupportedAdapterError: more rows or experts in a slice than the kernels take.
+        """
+        for of_layer in weights.values():
+            check_size(of_layer)
+        writer = _Writer(sum(map(packed_size, weights.values())), self._device.type == "cuda")
+        packed = {
+            name: _pack(of_layer, self._layers[name].widths, writer)
+            for name, of_layer in weights.items()
+        }
+        return PackedAdapter(
+            writer.data,
+            {name: layer for name, (layer, _) in packed.items()},
+            {name: views for name, (_, views) in packed.items()},
+        )
+
+    def check_room(self, adapters: Sequence[PackedAdapter]) -> None:
+        """Refuses adapters of which some, as many as there are slots, would not fit together.
+
+        Raises:
+            AdapterMemoryError: has the figures.
+        """
+        largest = sorted((len(adapter.data) for adapter in adapters), reverse=True)
+        self._memory.check(largest[: len(self._in_slot)])
+
+    def set(self, slot: int, adapter: PackedAdapter | None) -> None:
+        """Puts a copy of an adapter into a slot, or empties it, for the steps from now on.
+
+        Raises:
+            torch.OutOfMemoryError: the memory is full. The slot is empty then.
+        """
+        placed, self._in_slot[slot] = self._in_slot[slot], None
+        if placed is None and adapter is None:
+            return
+        if placed is not None:
+            self._memory.free(placed[1])
+        try:
+            if adapter is not None:
+                taken = self._memory.take(len(adapter.data))
+                taken.data.copy_(adapter.data, non_blocking=True)
+                self._in_slot[slot] = (adapter, taken)
+                self._load.index_fill_(0, self._rows(slot, adapter, adapter.layers), 0)
+        finally:
+            self._write(slice(slot, slot + 1))
+
+    def load_of(self, slot: int, layers: Sequence[str]) -> RouterLoad | None:
+        """What the routers of the adapter in a slot chose in sampled steps since it was put there.
+
+        Returns:
+            The counts of its slices with a router, in the order of `layers`; None where there are
+            none.
+        """
+        placed = self._in_slot[slot]
+        if placed is None:
+            return None
+        counted = self._load.index_select(0, self._rows(slot, placed[0], layers))
+        if not len(counted):
+            return None
+        chosen, entropy, tokens = counted.split((MAX_EXPERTS, 1, 1), dim=1)
+        return RouterLoad(chosen.long(), entropy[:, 0], tokens[:, 0].long())
+
+    def moved(self) -> None:
+        """Writes all tables anew: weights have other addresses."""
+        self._write(slice(0, len(self._in_slot)))
+
+    def _rows(self, slot: int, adapter: PackedAdapter, layers: Iterable[str]) -> torch.Tensor:
+        """Of `_load`, those of the adapter's routers, on the device."""
+        rows = [
+            self._first_row[name] + slot * len(self._layers[name].widths) + of_slice
+            for name in layers
+            if name in adapter.layers
+            for of_slice in adapter.layers[name].routed
+        ]
+        return self._on_device(torch.tensor(rows, dtype=torch.int64))
+
+    def _write(self, slots: slice) -> None:
+        """What tables say of some slots, in one copy."""
+        target = self._table[slots]
+        rows = np.zeros(target.shape, dtype=np.int64)
+        for of_slot, placed in zip(rows, self._in_slot[slots], strict=True):
+            for row, name in zip(of_slot, self._layers, strict=True):
+                if placed is not None and name in placed[0].layers:
+                    values = placed[0].layers[name].at(placed[1].data.data_ptr())
+                    row[: len(values)] = values
+        target.copy_(self._on_device(torch.from_numpy(rows)))
+
+    def _on_device(self, values: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self._device, non_blocking=True)
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
+class _Writer:
+    """Bytes that are filled from the front; kernels can load 16 at a time where a tensor begins."""
+
+    def __init__(self, size: int, pinned: bool) -> None:
+        self.data = torch.empty(size, dtype=torch.uint8, pin_memory=pinned, device="cpu")
+        self._end = 0
+
+    def put(self, tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """Copies a tensor. Returns: where it begins, and a view of it there."""
+        begin, size = self._end, tensor.numel() * tensor.element_size()
+        view = self.data[begin : begin + size].view(tensor.dtype).view(tensor.shape)
+        view.copy_(tensor)
+        self._end += _padded(size)
+        return begin, view
 
 
-def _gathering(size: int, device: torch.device, target: torch.device) -> torch.Tensor:
-    """Bytes on `device` that go to `target`: pinned if they leave the host."""
-    pinned = device.type == "cpu" and target.type == "cuda"
-    return torch.empty(size, dtype=torch.uint8, device=device, pin_memory=pinned)
+def packed_size(weights: LayerWeights) -> int:
+    """Bytes that a layer takes of an adapter's memory."""
+    gate_rows = 2 * 4 * len(weights.lora_a)
+    tensors = (weights.lora_a, weights.router, *weights.lora_b)
+    return _padded(gate_rows) + sum(_padded(t.numel() * t.element_size()) for t in tensors)
 
 
 def _padded(size: int) -> int:
-    """Kernels load 16 bytes at a time."""
     return -(-size // 16) * 16
 
 
-def _parts(data: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """The bytes of each part of a range."""
-    begins = [0]
-    for size in sizes:
-        begins.append(begins[-1] + _padded(size))
-    return [data[b : b + size] for b, size in zip(begins, sizes, strict=False)]
+def _pack(
+    weights: LayerWeights, widths: Sequence[int], writer: _Writer
+) -> tuple[PackedLayer, LayerWeights]:
+    """One layer. Args: widths: the output columns of all of its slices."""
+    at_a, lora_a = writer.put(weights.lora_a)
+    at_router, router = writer.put(weights.router)
+    gate_rows = torch.stack([weights.row_scale, weights.expert_of_row.float()], dim=1)
+    at_gate_rows, _ = writer.put(gate_rows)
+    row = [at_a, at_router, at_gate_rows, len(lora_a), len(router), weights.top_k]
+    is_address = [name in _LAYER_ADDRESSES for name in LAYER_FIELDS]
+    slices = {p.columns[0]: i for i, p in enumerate(weights.layout)}
+    lora_b, routed, column = [], [], 0
+    for number, width in enumerate(widths):
+        i = slices.get(column)
+        column += width
+        if i is None:
+            row += [0] * len(SLICE_FIELDS)
+            is_address += [False] * len(SLICE_FIELDS)
+            continue
+        layout = weights.layout[i]
+        at_b, factor = writer.put(weights.lora_b[i])
+        lora_b.append(factor)
+        row += [at_b, *layout.rows, *layout.experts, *layout.columns]
+        is_address += [name == "lora_b" for name in SLICE_FIELDS]
+        if layout.experts[1] > layout.experts[0]:
+            routed.append(number)
+    views = replace(weights, lora_a=lora_a, router=router, lora_b=tuple(lora_b))
+    return PackedLayer(np.array(row), np.array(is_address), tuple(routed)), views

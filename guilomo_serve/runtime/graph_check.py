@@ -109,6 +109,17 @@ def random_adapter(plan: ModelPlan) -> dict[str, LayerWeights]:
     }
 
 
+def random_adapter_bytes(plan: ModelPlan) -> int:
+    """The most bytes that `random_adapter` takes of a GPU's memory for adapters."""
+    item = plan.dtype.itemsize
+    total = 256  # to which it is rounded, as are tensors to 16 bytes
+    for layer in plan.layers.values():
+        for part in layer.slices:
+            rows, columns = part.shape
+            total += EXPERTS * (columns * (item + 4) + rows * item + 8) + 4 * 16
+    return total
+
+
 def _random(name: str, rows: int, columns: int) -> SliceWeights:
     """A whole module's, the same in each process. Args: rows, columns: out and in of the module."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)

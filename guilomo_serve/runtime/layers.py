@@ -131,15 +131,19 @@ class RoutedLayer:
         )
 
     def set_lora(self, index: int, lora_a: LayerWeights, lora_b: None) -> None:
-        """Puts an adapter into a slot; `lora_b` is vLLM's, `lora_a` holds both factors."""
+        """Puts an adapter into a slot; `lora_b` is vLLM's, `lora_a` holds both factors.
+
+        Kernels' slots get it in all layers at once, by the manager's `AdapterSlots`.
+        """
         self.filled.discard(index)  # until all of it is there
-        # Kernels' slots copy what they are given: from the host in one piece.
-        self.slots.set(index, lora_a if self.slots.capturable else lora_a.to(self.device))
+        if not self.slots.capturable:
+            self.slots.set(index, lora_a.to(self.device))
         self.filled.add(index)
 
     def reset_lora(self, index: int) -> None:
         self.filled.discard(index)
-        self.slots.set(index, None)
+        if not self.slots.capturable:
+            self.slots.set(index, None)
 
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         # The transformers backend has a batch dimension of one in front.

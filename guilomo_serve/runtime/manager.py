@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,9 +24,11 @@ from guilomo_serve.adapter import CONFIG_FILE, AdapterError, BaseFingerprint, is
 from guilomo_serve.catalogue import Settings
 from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
 from guilomo_serve.ops.load import RouterLoad
-from guilomo_serve.ops.memory import ROUNDED, AdapterMemory
+from guilomo_serve.ops.memory import AdapterMemory
 from guilomo_serve.ops.selfcheck import PRODUCT_TOLERANCE, slot_error
+from guilomo_serve.room import default_memory
 from guilomo_serve.runtime.experts import left_alone
+from guilomo_serve.runtime.graph_check import random_adapter_bytes
 from guilomo_serve.runtime.layers import LAYER_CLASSES, ClassificationHead, RoutedLayer
 from guilomo_serve.runtime.loading import (
     LayerPlan,
@@ -43,6 +45,9 @@ from guilomo_serve.runtime.report import ExpertLoad, Routers, SampledStep, nbyte
 from guilomo_serve.runtime.stages import shapes_elsewhere
 from guilomo_serve.runtime.unsupported import UnsupportedError
 
+if TYPE_CHECKING:  # needs Triton
+    from guilomo_serve.ops.triton_slots import AdapterSlots, PackedAdapter
+
 
 @dataclass(frozen=True)
 class LayerEntry:
@@ -50,6 +55,23 @@ class LayerEntry:
 
     lora_a: LayerWeights
     lora_b: None = None
+
+
+class ReadAdapter(LoRAModel):
+    """An adapter that was read.
+
+    Attributes:
+        packed: for slots of kernels; None where there are none, and for vLLM's dummies.
+    """
+
+    def __init__(self, *args: Any, packed: PackedAdapter | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.packed = packed
+
+    @property
+    def nbytes(self) -> int:
+        """Of its weights in this process."""
+        return nbytes({name: entry.lora_a for name, entry in self.loras.items()})
 
 
 class TokenSlots:
@@ -104,6 +126,14 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
             **self._parts(),
         )
         self._check_graphs(vllm_config)
+        self._slots = self._reserve_memory()
+        # Layers of one shape share their kernels; the first requests should not wait for them.
+        shapes = {
+            (layer.input_size, layer.output_slices, layer.splits_inputs): layer
+            for layer in self._routed.values()
+        }
+        for layer in shapes.values():
+            layer.slots.warm_up(self.max_num_batched_tokens)
         for name, layer in self._routed.items():
             layer.place(name, vllm_config.compilation_config.static_forward_context)
         self.expert_load = ExpertLoad()
@@ -125,13 +155,10 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
 
     def load_of(self, version: int) -> RouterLoad | None:
         """What kernels have counted of a version since it is in a slot; None where none count."""
-        counts = any(slots.blocks is not None for slots in self.punica_wrapper_mapping.values())
-        if not counts or version not in self.lora_index_to_id:
+        if self._slots is None or version not in self.lora_index_to_id:
             return None
         slot = self.lora_index_to_id.index(version)
-        return self.expert_load.of_slot(
-            version, {name: layer.slots for name, layer in self._routed.items()}, slot
-        )
+        return self.expert_load.of_slot(version, self._slots, slot)
 
     def _places(self) -> tuple[dict[str, LayerPlan], dict[str, tuple[str, int]]]:
         layers, module_at = {}, {}
@@ -167,14 +194,6 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
             module for module in self.supported_lora_modules if module not in self._left_alone
         ]
         super()._create_lora_modules()
-        self._reserve_memory()
-        # Layers of one shape share their kernels; the first requests should not wait for them.
-        shapes = {
-            (layer.input_size, layer.output_slices, layer.splits_inputs): layer
-            for layer in self._routed.values()
-        }
-        for layer in shapes.values():
-            layer.slots.warm_up(self.max_num_batched_tokens)
 
     def _match_target_modules(self, module_name: str) -> bool:
         """With --lora-target-modules this alone says what is wrapped."""
@@ -199,41 +218,60 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
 
     def activate_adapter(self, lora_id: int) -> bool:
         activated = super().activate_adapter(lora_id)
-        if activated and not self.get_adapter(lora_id).loras:
-            # vLLM captures graphs with adapters that have no weights. What is to be replayed for
-            # those that come has to run for these too, in every layer.
-            slot = self.lora_index_to_id.index(lora_id)
-            for layer in self._routed.values():
-                if layer.slots.capturable:
+        if activated and self._slots is not None:
+            slot, adapter = self.lora_index_to_id.index(lora_id), self.get_adapter(lora_id)
+            self._slots.set(slot, adapter.packed)
+            if not adapter.loras:
+                # vLLM captures graphs with adapters that have no weights. What is to be replayed
+                # for those that come has to run for these too, in every layer.
+                for layer in self._routed.values():
                     layer.filled.add(slot)
         return activated
 
-    def _reserve_memory(self) -> None:
-        """Takes a GPU's memory for adapters now, before vLLM measures what is left for its cache.
+    def _reserve_memory(self) -> AdapterSlots | None:
+        """Takes a GPU's memory for adapters, before vLLM measures what is left for its cache.
 
-        The front end loads no more than this (server/residency.py), so no step finds it full.
+        The front end loads no more than this (server/residency.py), and a worker lets no adapter
+        in that might not fit beside the others (`check_room`), so no step finds it full.
+
+        Returns:
+            The slots of all layers; None where no kernels compute them.
         """
-        settings = Settings.from_environment()
-        if self.device.type != "cuda" or settings is None or settings.memory is None:
-            return
-        from guilomo_serve.ops.triton_slots import TritonSlots  # needs Triton
+        layers: dict[str, Any] = {
+            name: layer.slots for name, layer in self._routed.items() if layer.slots.capturable
+        }
+        if not layers:
+            return None
+        from guilomo_serve.ops.triton_slots import AdapterSlots  # needs Triton
 
-        layers = [layer.slots for layer in self._routed.values()]
-        # Ranges and their parts begin at multiples of some bytes.
-        slack = len(layers) * self.lora_config.max_loras * ROUNDED
-        memory = AdapterMemory(settings.memory + slack, self.device)
-        for slots in layers:
-            if isinstance(slots, TritonSlots):
-                slots.keep_in(memory)
+        settings = Settings.from_environment()
+        given = None if settings is None else settings.memory
+        room = default_memory() if given is None else given
+        # An adapter takes less of it than the front end counts (inspection.py).
+        memory = AdapterMemory(max(room, random_adapter_bytes(self.plan)), self.device)
+        return AdapterSlots(layers, memory)
+
+    def pack(self, layers: dict[str, LayerWeights]) -> PackedAdapter | None:
+        """An adapter for `activate_adapter`, in the reader's thread; None on a CPU."""
+        return None if self._slots is None else self._slots.pack(layers)
+
+    def check_room(self, adapters: Iterable[ReadAdapter]) -> None:
+        """Refuses adapters that a batch might use together and that do not fit.
+
+        Raises:
+            AdapterMemoryError: has the figures.
+        """
+        if self._slots is not None:
+            self._slots.check_room([a.packed for a in adapters if a.packed is not None])
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         """Nothing to do: weights are stacked by layer when they are read."""
 
     def create_dummy_lora(
         self, lora_id: int, rank: int, embedding_modules: dict[str, str] | None = None
-    ) -> LoRAModel:
+    ) -> ReadAdapter:
         """vLLM's warm-up adapter: without weights, as storage does not depend on it."""
-        return LoRAModel(lora_id, rank, {})
+        return ReadAdapter(lora_id, rank, {})
 
     def check_products(self, lora_id: int) -> None:
         """Compares what an active adapter adds in each layer with the formula.
@@ -265,6 +303,8 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
                 layer.reset_lora(slot)
                 if isinstance(layer, ClassificationHead):
                     layer.reset_module_to_save(slot)
+            if self._slots is not None:
+                self._slots.set(slot, None)
         super()._deactivate_adapter(lora_id)
 
 
@@ -307,8 +347,8 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
-        self._read: dict[int, LoRAModel] = {}
-        self._reader: Reader[tuple[LoRAModel, Routers | None]] = Reader()
+        self._read: dict[int, ReadAdapter] = {}
+        self._reader: Reader[tuple[ReadAdapter, Routers | None]] = Reader()
         self._tasks = tasks_of(vllm_config.model_config)
         self._engine = vllm_config.parallel_config.data_parallel_index
         settings = Settings.from_environment()
@@ -338,8 +378,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
 
     def keep_weights(self, number: int, layers: dict[str, LayerWeights]) -> None:
         """Keeps an adapter that no folder has, for `add_adapter`; see graph_check.py."""
-        entries = {name: LayerEntry(weights) for name, weights in layers.items()}
-        self._keep(number, LoRAModel(number, 1, entries), None)
+        self._keep(number, self._packed(number, 1, layers), None)
 
     def check_products(self, number: int) -> None:
         """See `RoutedModelManager.check_products`."""
@@ -352,38 +391,39 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
             self._reader.begin(number, partial(self._read_adapter, request))
 
     def outcome_of_reading(self, number: int) -> dict[str, Any] | None:
-        """What became of it: None while it is read, then nothing or `refused`, the reason."""
+        """What became of it: None while it is read, then nothing, or as `_refused` has it."""
         if self._reader.is_reading(number):
             return None
         try:
             read = self._reader.take(number)
+            if read is not None:
+                self._keep(number, *read)
         except Exception as e:
-            return {"refused": str(e)}
-        if read is not None:
-            self._keep(number, *read)
+            return _refused(e)
         return {}
 
     def outcome_of_adding(self, name: str, number: int, path: str) -> dict[str, Any]:
-        """Puts an adapter into the layers; `bytes` and `rank` of it, or `refused`, the reason."""
+        """Puts an adapter into the layers; `bytes` and `rank` of it, or as `_refused` has it."""
         try:
             self.add_adapter(LoRARequest(lora_name=name, lora_int_id=number, lora_path=path))
         except Exception as e:
-            return {"refused": str(e)}
+            return _refused(e)
         read = self._read[number]
-        return {"bytes": _nbytes_of(read), "rank": read.rank}
+        return {"bytes": read.nbytes, "rank": read.rank}
 
-    def _load_adapter(self, lora_request: Any) -> LoRAModel:
+    def _load_adapter(self, lora_request: Any) -> ReadAdapter:
         number = lora_request.lora_int_id
         if number not in self._read or lora_request.load_inplace:
             self._keep(number, *self._read_adapter(lora_request))
         return self._read[number]
 
-    def _keep(self, number: int, read: LoRAModel, routers: Routers | None) -> None:
+    def _keep(self, number: int, read: ReadAdapter, routers: Routers | None) -> None:
+        self._adapter_manager.check_room([*self._read.values(), read])
         self._read[number] = read
         if routers is not None:
             self._adapter_manager.expert_load.add(number, routers)
 
-    def _read_adapter(self, lora_request: Any) -> tuple[LoRAModel, Routers | None]:
+    def _read_adapter(self, lora_request: Any) -> tuple[ReadAdapter, Routers | None]:
         """Only reads: it runs in a thread of its own."""
         folder = get_adapter_absolute_path(lora_request.lora_path)
         plan = self.plan
@@ -400,9 +440,16 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
             heads = theirs.modules_to_save
         check_fits(layers, self._adapter_manager.device, folder)
         routers = None if spec is None or not self._samples else Routers.of(spec, plan, layers)
-        entries = {name: LayerEntry(weights) for name, weights in layers.items()}
-        model = LoRAModel(lora_request.lora_int_id, rank, entries, modules_to_save=heads)
-        return model, routers
+        return self._packed(lora_request.lora_int_id, rank, layers, heads), routers
+
+    def _packed(
+        self, number: int, rank: int, layers: dict[str, LayerWeights], heads: Any = None
+    ) -> ReadAdapter:
+        """An adapter with the only copy of its weights. Args: heads: whole modules of it."""
+        packed = self._adapter_manager.pack(layers)
+        weights = layers if packed is None else packed.weights
+        entries = {name: LayerEntry(of_layer) for name, of_layer in weights.items()}
+        return ReadAdapter(number, rank, entries, modules_to_save=heads, packed=packed)
 
     def remove_adapter(self, adapter_id: int) -> bool:
         self._reader.forget(adapter_id)
@@ -437,5 +484,6 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         return [of_version for of_version in found if of_version["tokens"]]
 
 
-def _nbytes_of(read: LoRAModel) -> int:
-    return nbytes({name: entry.lora_a for name, entry in read.loras.items()})
+def _refused(error: Exception) -> dict[str, Any]:
+    """The reason, and whether it is that memory is full: there may be room later."""
+    return {"refused": str(error), "is_full": isinstance(error, torch.OutOfMemoryError)}

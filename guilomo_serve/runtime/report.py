@@ -273,12 +273,12 @@ class ExpertLoad:
             blocks.sampled.fill_(sampled)
         self._counting = sampled
 
-    def of_slot(self, version: int, slots: Mapping[str, Any], slot: int) -> RouterLoad | None:
+    def of_slot(self, version: int, slots: Any, slot: int) -> RouterLoad | None:
         """What the kernels have counted of a version since it is in a slot.
 
         Args:
             version: that is in it.
-            slots: `TritonSlots` of each layer, by its name.
+            slots: `AdapterSlots` of the model.
             slot: the version's.
 
         Returns:
@@ -287,7 +287,8 @@ class ExpertLoad:
         counted = self._versions.get(version)
         if counted is None:
             return None
-        return RouterLoad.cat([slots[layer].load_of(slot) for layer in counted.routers.modules])
+        load: RouterLoad | None = slots.load_of(slot, tuple(counted.routers.modules))
+        return load
 
     def keep(self, version: int, load: RouterLoad | None) -> None:
         """Adds what kernels have counted of a version that leaves its slot."""

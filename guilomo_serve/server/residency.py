@@ -21,6 +21,7 @@ from typing import Any
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from guilomo_serve.adapter import AdapterError
@@ -32,8 +33,9 @@ from guilomo_serve.timing import spent
 logger = init_logger("vllm.guilomo")  # below vLLM's root logger, or nobody would see it
 
 _POLL_S = 0.005  # for the workers, which answer between two steps
-# Bytes of weights that the workers read between two steps, in some 60 ms for half as many. Beside
-# the steps a thread of theirs took ten times as long, as steps leave it little of two cores.
+# Bytes of weights that workers on CPUs read between two steps, in some 60 ms for half as many.
+# Beside the steps a thread of theirs took ten times as long, as steps leave it little of two cores;
+# those of a GPU leave it the host.
 _READ_AT_ONCE = 64 * 2**20
 # How vLLM wraps an error on its way from a worker to the front end.
 _WRAPPING = re.compile(
@@ -232,8 +234,8 @@ class Residency:
     async def _add_to_engine(self, version: LoRARequest, size: int) -> list[Any]:
         """Has the workers read it and put it into the layers.
 
-        A small one in a single call, as each call waits for a step of the engine; its files were
-        just written or read here, so no disk is waited for. Others are read beside the steps.
+        A small one on CPUs in a single call, as each call waits for a step of the engine; its files
+        were just written or read here, so no disk is waited for. Others are read beside the steps.
 
         Returns:
             Of each worker the bytes that its weights take, and its rank.
@@ -242,7 +244,7 @@ class Residency:
         began = time.perf_counter()
         try:
             outcomes = []
-            if not 0 < size <= _READ_AT_ONCE:
+            if not (current_platform.is_cpu() and 0 < size <= _READ_AT_ONCE):
                 await self._ask("guilomo_read", *about)
                 while None in (outcomes := await self._ask("guilomo_has_read", about[1])):
                     await asyncio.sleep(_POLL_S)
@@ -252,6 +254,8 @@ class Residency:
             raise
         except Exception as e:
             outcomes = [{"refused": _reason(e)}]
+        if any(outcome.get("is_full") for outcome in outcomes):
+            raise NoRoom(_refused(outcomes)[0])
         if refused := _refused(outcomes):
             missing = LoRAAdapterNotFoundError(version.lora_name, version.lora_path)
             raise missing if str(missing) in refused[0] else AdapterError(refused[0])

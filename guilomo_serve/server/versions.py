@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
@@ -36,6 +35,7 @@ from guilomo_serve.catalogue import (
     digest_of,
 )
 from guilomo_serve.catalogue.database import CATALOGUE_FILE
+from guilomo_serve.room import default_memory
 from guilomo_serve.runtime.identity import request_of
 from guilomo_serve.server import prometheus
 from guilomo_serve.server.errors import REFUSALS, NoRoom, Unknown
@@ -48,7 +48,6 @@ from guilomo_serve.timing import part
 logger = init_logger("vllm.guilomo")
 
 _GIVEN = "given"  # in what is known of a version: the command line gave it
-_SHARE = 0.25  # of the host's memory that adapters may take unless --adapter-memory says
 
 
 class Versions:
@@ -449,11 +448,3 @@ class Versions:
             self._unwanted.discard(digest)
             if not self.catalogue.has_digest(digest):
                 self._store.discard(digest)
-
-
-def default_memory() -> int:
-    """What adapters may take by default, in bytes: a share of this machine's or container's."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return int(total * _SHARE)

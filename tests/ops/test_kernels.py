@@ -24,7 +24,7 @@ from guilomo_serve.ops import tuning as tuning_module
 from guilomo_serve.ops.layer import Batch, LayerWeights, SliceWeights, Slots, TokenBlocks
 from guilomo_serve.ops.load import router_load
 from guilomo_serve.ops.memory import AdapterMemory, AdapterMemoryError
-from guilomo_serve.ops.triton_slots import TritonSlots
+from guilomo_serve.ops.triton_slots import AdapterSlots, TritonSlots
 from guilomo_serve.ops.tuning import DEFAULTS, ExpandTuning, ShrinkTuning
 from guilomo_serve.runtime.loading import check_fits
 
@@ -201,21 +201,6 @@ def test_kernels_take_the_largest_adapter() -> None:
     assert_near(got, in_torch(y, x, weights, batch), 1e-5)
 
 
-def test_slots_have_their_routers() -> None:
-    """Behind one another in a pool, and in other places once one of them has gone."""
-    weights = [layer and random_layer(i, layer) for i, layer in enumerate(ADAPTERS)]
-    slots = filled(weights)
-    for slot in (None, 1):
-        if slot is not None:
-            slots.set(slot, None)
-            weights[slot] = None
-        for i, of_slot in enumerate(weights):
-            if of_slot is None or not len(of_slot.router):
-                assert len(slots.router(i)) == 0
-            else:
-                assert torch.equal(slots.router(i).cpu(), of_slot.router)
-
-
 def test_a_batch_of_the_base_alone_changes_nothing_in_kernels() -> None:
     x, y = tensors(4)
     slots = filled([random_layer(0, ADAPTERS[0])])
@@ -248,39 +233,85 @@ def bytes_of(weights: LayerWeights) -> int:
     return sum(t.numel() * t.element_size() for t in of_all)
 
 
+def adapter_slots(count, memory, layers=("a", "b")):
+    """Empty slots of layers that share memory."""
+    return AdapterSlots({name: filled([None] * count) for name in layers}, memory)
+
+
 def test_memory_is_what_the_adapters_weigh() -> None:
-    weights = [random_layer(i, a, torch.bfloat16) for i, a in enumerate(ADAPTERS) if a]
-    slots = filled(weights, torch.bfloat16)
-    own = sum(bytes_of(w) for w in weights)
-    assert own <= slots.nbytes <= 1.05 * own
+    weights = [random_layer(i, a) for i, a in enumerate(ADAPTERS) if a]
+    memory = AdapterMemory(None, DEVICE)
+    slots = adapter_slots(len(weights), memory)
+    packed = [slots.pack({"a": of_slot, "b": of_slot}) for of_slot in weights]
+    own = 2 * sum(map(bytes_of, weights))
+    for slot, adapter in enumerate(packed):
+        slots.set(slot, adapter)
+    assert own <= memory.used <= 1.05 * own
     for slot in range(1, len(weights)):
         slots.set(slot, None)
-    slots.set(0, weights[2])
-    assert slots.nbytes <= 2.1 * bytes_of(weights[2])
+    slots.set(0, packed[2])
+    assert memory.used <= 1.1 * 2 * bytes_of(weights[2])
 
 
-def test_layers_share_memory_that_is_reserved_and_kernels_follow_when_it_is_moved() -> None:
+def test_an_adapter_that_was_packed_keeps_its_weights() -> None:
+    """As views of what goes to the GPU: a worker has no other copy."""
+    weights = {"a": random_layer(0, ADAPTERS[0]), "b": random_layer(1, ADAPTERS[1])}
+    packed = adapter_slots(1, AdapterMemory(None, DEVICE)).pack(weights)
+    (begin, end) = packed.data.data_ptr(), packed.data.data_ptr() + len(packed.data)
+    for name, views in packed.weights.items():
+        for view, own in zip(_large_tensors(views), _large_tensors(weights[name]), strict=True):
+            assert torch.equal(view, own)
+            assert begin <= view.data_ptr() < end
+            assert view.data_ptr() % 16 == 0
+
+
+def _large_tensors(weights: LayerWeights) -> list[torch.Tensor]:
+    return [weights.lora_a, weights.router, *weights.lora_b]
+
+
+def test_putting_an_adapter_into_a_slot_copies_its_weights_once() -> None:
+    """And the tables of all layers, whose number changes nothing."""
+    layers = {str(i): random_layer(i, ADAPTERS[i % 2]) for i in range(12)}
+    slots = adapter_slots(3, AdapterMemory(2**21, DEVICE), layers)
+    packed = slots.pack(layers)
+    with _Ops() as ops:
+        slots.set(1, packed)
+    names = [str(func) for func, _, _ in ops.calls]
+    assert "aten._local_scalar_dense.default" not in names
+    assert names.count("aten.copy_.default") == 2
+    copied = max((args[1] for f, args, _ in ops.calls if "copy_" in str(f)), key=torch.numel)
+    assert copied.data_ptr() == packed.data.data_ptr()
+    with _Ops() as ops:
+        slots.load_of(1, list(layers))
+        slots.set(1, None)
+    assert len(ops.calls) < len(layers), "an operation for each layer"
+
+
+def test_adapters_share_memory_that_is_reserved_and_kernels_follow_when_it_is_moved() -> None:
     one, other = random_layer(0, ADAPTERS[0]), random_layer(1, ADAPTERS[1])
-    enough = bytes_of(one) + bytes_of(other) + 4 * 512
-    memory = AdapterMemory(enough, DEVICE)
-    layers = [filled([None, None]) for _ in range(2)]
-    for slots in layers:
-        slots.keep_in(memory)
-    layers[0].set(0, one)
-    layers[1].set(1, other)
+    pack = adapter_slots(1, AdapterMemory(None, DEVICE)).pack
+    small, between, large = pack({"a": one}), pack({"b": other}), pack({"a": one, "b": one})
+    room = 2 * len(small.data) + len(between.data) + 3 * 256  # of which some is lost to rounding
+    slots = adapter_slots(4, AdapterMemory(room, DEVICE))
+    slots.check_room([large, between])
+    with pytest.raises(AdapterMemoryError, match="adapters that a batch may have take"):
+        slots.check_room([large, small, between])
+    for slot, adapter in enumerate((small, between, small)):
+        slots.set(slot, adapter)
     with pytest.raises(AdapterMemoryError, match="bytes for adapters are free"):
-        layers[0].set(1, other)
-    assert layers[0].table[1].eq(0).all()
-    layers[0].set(0, None)
-    layers[1].set(0, one)  # behind the other, or in the gap
-    layers[1].set(1, None)
-    layers[0].set(1, other)
-    layers[1].set(1, None)
+        slots.set(3, small)
+    a, b = slots._layers.values()
+    assert a.table[3].eq(0).all()
+    before = b.table[1].clone()
+    slots.set(0, None)
+    slots.set(2, None)
+    slots.set(3, large)  # larger than either gap
+    assert not torch.equal(b.table[1], before)
     x, y = tensors(4)
-    batch = Batch(np.array([0, 1, 0, -1]))
-    for slots, weights in zip(layers, ([None, other], [one, None]), strict=True):
+    batch = Batch(np.array([0, 1, 3, -1]))
+    for layer, weights in ((a, [None, None, None, one]), (b, [None, other, None, one])):
         got = y.clone().to(DEVICE)
-        slots.apply_(got, x.to(DEVICE), batch)
+        layer.apply_(got, x.to(DEVICE), batch)
         assert_near(got, in_torch(y, x, weights, batch), 1e-5)
 
 
@@ -291,12 +322,12 @@ def test_layers_share_memory_that_is_reserved_and_kernels_follow_when_it_is_move
         ((1,) * 17, "the number of experts of a module is 17, expected at most 16"),
     ],
 )
-def test_an_adapter_that_is_too_large_is_refused_and_the_slot_empty(ranks, message) -> None:
+def test_an_adapter_that_is_too_large_is_refused_and_the_slot_as_it_was(ranks, message) -> None:
     slots = filled([random_layer(0, ADAPTERS[0]), random_layer(1, ADAPTERS[1])])
+    before = slots.table.clone()
     with pytest.raises(two_steps.UnsupportedAdapterError, match=message):
         slots.set(0, random_layer(2, [ranks, (), ()]))
-    assert slots.table[0].eq(0).all()
-    assert slots.table[1].ne(0).any()
+    assert torch.equal(slots.table, before)
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="test_kernels_in_the_interpreter runs it")
@@ -419,7 +450,7 @@ def test_kernels_count_what_routers_choose_in_sampled_steps() -> None:
         blocks.update(batch, sampled)
         slots.apply_(y.clone().to(DEVICE), x.to(DEVICE), batch)
     for slot, of_slot in enumerate(weights):
-        counted = slots.load_of(slot)
+        counted = slots._alone.load_of(slot, [""])
         routed = [p for p in of_slot.layout if p.experts[1] > p.experts[0]] if of_slot else []
         if not routed:
             assert counted is None
@@ -433,7 +464,7 @@ def test_kernels_count_what_routers_choose_in_sampled_steps() -> None:
         assert torch.equal(counted.tokens.cpu(), 2 * want.tokens)
         torch.testing.assert_close(counted.entropy.cpu(), 2 * want.entropy, rtol=1e-5, atol=1e-5)
     slots.set(1, random_layer(9, ADAPTERS[0]))
-    assert not slots.load_of(1).tokens.any()
+    assert not slots._alone.load_of(1, [""]).tokens.any()
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="test_kernels_in_the_interpreter runs it")

@@ -3,8 +3,9 @@
     python -m tests.serve.graphs MODEL '{"first": FOLDER, ...}'
 
 prints as its last line, as JSON, the greedy tokens of each job eager and replayed, what the report
-says of experts, and what the check of graph_check.py finds: without graphs, with such as leave
-adapters out because they were captured before slots could have any, and with right ones. `Graphs`
+says of experts, what a worker says of the adapter "large", for which there is no memory, and what
+the check of graph_check.py finds: without graphs, with such as leave adapters out because they were
+captured before slots could have any, and with right ones. `Graphs`
 stands for CUDA graphs as far as our op goes: of each layer, padded size and case that vLLM would
 capture it records the operations that run then, with vLLM's own adapters without weights, and later
 runs these on the same tensors, without any of our Python.
@@ -17,6 +18,7 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,14 +179,30 @@ def _refusal(manager: Any, vllm_config: Any) -> str:
     return ""
 
 
+def _put(llm: Any, method: str, folder: str) -> Any:
+    """What a worker answers to the front end (server/residency.py) of an adapter it reads so."""
+    about = ("large", 200, folder)
+    (answer,) = llm.collective_rpc(method, args=about)
+    while answer is None:
+        (answer,) = llm.collective_rpc("guilomo_has_read", args=about[1:2])
+    llm.llm_engine.remove_lora(about[1])
+    return answer
+
+
 def main() -> None:
     model, adapters = sys.argv[1], json.loads(sys.argv[2])
+    large = adapters.pop("large")
     _with_kernels()
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     from guilomo_serve.runtime import graph_check
+    from guilomo_serve.runtime import manager as runtime_manager
+    from guilomo_serve.server.inspection import memory_of
 
+    # Of a server that was not told how much: room for the two largest adapters.
+    room = sum(sorted(memory_of(Path(folder), itemsize=4) for folder in adapters.values())[1:])
+    runtime_manager.default_memory = lambda: room
     llm = LLM(
         model,
         **{"dtype": "float32", "enforce_eager": True, "seed": 0, "enable_prefix_caching": False},
@@ -215,6 +233,7 @@ def main() -> None:
     wrong.replays = 0
     eager = [tokens(*names) for names in jobs]
     assert not wrong.replays, "graphs that were found wrong are used"
+    full = [_put(llm, method, large) for method in ("guilomo_add", "guilomo_read")]
     graphs = Graphs(runner)
     found["right"] = graph_check.check(worker)
     load.clock = lambda: math.inf  # each is
@@ -223,7 +242,14 @@ def main() -> None:
     result = {
         **{"runner": type(runner).__mro__[1].__module__, "replays": graphs.replays},
         **{"prompts": [llm.get_tokenizer()(p)["input_ids"] for p in PROMPTS]},
-        **{"jobs": jobs, "check": found, "eager": eager, "replayed": replayed, "report": report},
+        **{
+            "full": full,
+            "jobs": jobs,
+            "check": found,
+            "eager": eager,
+            "replayed": replayed,
+            "report": report,
+        },
     }
     print(json.dumps(result), flush=True)
 

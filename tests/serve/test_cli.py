@@ -14,9 +14,10 @@ from types import ModuleType
 import pytest
 import torch
 from vllm import AsyncEngineArgs
+from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from guilomo_serve import cli, flags
+from guilomo_serve import cli, flags, room
 from guilomo_serve.adapter import CONFIG_FILE
 from guilomo_serve.precision import half_precision_is_slow
 from tests.serve.helpers import random_lora
@@ -189,6 +190,19 @@ def test_a_base_may_be_named_in_a_file(tiny_model, capsys, tmp_path):
     assert (args.model, args.port) == (str(tiny_model), 9)
     assert "which model?" in refused(capsys)
     assert "missing.yaml" in refused(capsys, "--config", str(tmp_path / "missing.yaml"))
+
+
+def test_adapters_take_little_of_a_gpu_by_default(monkeypatch):
+    """What the server lets in and its workers reserve."""
+    of_host = room.default_memory()
+    assert of_host > 0
+    platform_of_a_gpu = type(current_platform)
+    monkeypatch.setattr(platform_of_a_gpu, "is_cuda", lambda platform: True)
+    for total, expected in ((1000, 100), (100 * of_host, of_host)):
+        monkeypatch.setattr(
+            platform_of_a_gpu, "get_device_total_memory", lambda *args, total=total: total
+        )
+        assert room.default_memory() == expected
 
 
 def test_a_cpu_that_is_slow_in_half_precision_gets_float32(

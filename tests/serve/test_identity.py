@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.platforms import current_platform
 from vllm.v1.core import kv_cache_utils
 
 from guilomo_serve.runtime import identity
@@ -52,8 +53,13 @@ def test_blocks_are_hashed_with_the_digest_alone():
 class Engine:
     """What residency asks of vLLM's; nothing but the calls counts here."""
 
+    def __init__(self, **answer: Any) -> None:
+        self.asked: list[str] = []
+        self._answer = {"bytes": 1, "rank": 1, "seconds": 0.0} | answer
+
     async def collective_rpc(self, method: str, args: Any) -> list[Any]:
-        return [{"bytes": 1, "rank": 1, "seconds": 0.0}]
+        self.asked.append(method)
+        return [self._answer]
 
     async def remove_lora(self, number: int) -> None:
         pass
@@ -70,6 +76,29 @@ def test_two_versions_of_one_id_are_not_in_memory_together(monkeypatch):
             await residency.load("b", identity.request_of("b", OTHER, "/b"))
 
     asyncio.run(load_all())
+
+
+@pytest.mark.parametrize(("on_cpu", "between_steps"), [(True, True), (False, False)])
+def test_beside_a_gpu_no_adapter_is_read_between_steps(monkeypatch, on_cpu, between_steps):
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda platform: on_cpu)
+    engine = Engine()
+    residency = Residency(engine, Leases())
+    asyncio.run(residency.load("a", identity.request_of("a", ONE, "/a"), size=1000))
+    beside = [] if between_steps else ["guilomo_read", "guilomo_has_read"]
+    assert engine.asked == [*beside, "guilomo_add"]
+
+
+def test_workers_whose_memory_is_full_are_no_fault_of_the_adapter():
+    """There may be room later: 503, and not 400."""
+
+    async def load() -> None:
+        engine = Engine(refused="it takes more than there is", is_full=True)
+        residency = Residency(engine, Leases())
+        with pytest.raises(NoRoom, match="it takes more than there is"):
+            await residency.load("a", identity.request_of("a", ONE, "/a"))
+        assert residency.resident() == []
+
+    asyncio.run(load())
 
 
 @pytest.mark.parametrize("keeps_names", [False, True])

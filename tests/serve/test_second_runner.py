@@ -15,10 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import transformers
 
+from guilomo_serve.adapter import BaseModel
 from tests.serve import hf_reference
 from tests.serve.expert_load import check_load, expected_load, first_sampled
-from tests.serve.helpers import ask, guilomo_serve, serving
+from tests.serve.helpers import ask, guilomo_serve, random_adapter, serving
 from tests.serve.triton_for_cpu import installed
 
 pytestmark = pytest.mark.slow
@@ -63,9 +65,12 @@ def test_kernels_answer_eager_and_replayed_as_cuda_graphs_are(
         **{**os.environ, **UNBOUND, **installed(tmp_path)},
         **{"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"},
     }
-    folders = json.dumps({name: str(folder) for name, folder in adapters.items()})
+    modules = BaseModel.from_config(transformers.AutoConfig.from_pretrained(tiny_model)).linears
+    ranks = dict.fromkeys(modules, (8,) * 8)
+    large = random_adapter(tiny_model, tmp_path / "large", seed=4, ranks=ranks)
+    folders = {name: str(folder) for name, folder in {**adapters, "large": large}.items()}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.serve.graphs", str(tiny_model), folders],
+        [sys.executable, "-m", "tests.serve.graphs", str(tiny_model), json.dumps(folders)],
         env=environment,
         capture_output=True,
         text=True,
@@ -81,6 +86,9 @@ def test_kernels_answer_eager_and_replayed_as_cuda_graphs_are(
         r"\(torch.float32 on cpu\); add --enforce-eager",
         found["check"]["refused"],
     )
+    for full in found["full"]:  # however it is read
+        assert full["is_full"]
+        assert re.match("adapters that a batch may have take .* [(]--adapter-m", full["refused"])
     # What the check at start says of no graphs, of such as leave adapters out, and of right ones.
     assert found["check"]["none"] is None
     assert "differ from an eager step's by" in found["check"]["wrong"]
