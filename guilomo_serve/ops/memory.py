@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 
 _ALIGNED = 256  # bytes; where a range begins
-_PIECE = 2**20  # bytes that are moved at a time
+_PIECE = 2**20  # bytes that are moved at a time, at least
 
 
 class AdapterMemoryError(torch.OutOfMemoryError):
@@ -133,12 +133,13 @@ class AdapterMemory:
         for taken in self._ranges:
             if taken.begin != position:
                 data = self._reserved[position : position + len(taken.data)]
-                # By way of other memory, as both places may overlap.
-                for source, target in zip(
-                    taken.data.split(_PIECE), data.split(_PIECE), strict=True
-                ):
-                    between = self._between[: len(source)].copy_(source)
-                    target.copy_(between)
+                distance = taken.begin - position
+                piece = max(distance, _PIECE)
+                for source, target in zip(taken.data.split(piece), data.split(piece), strict=True):
+                    # Pieces that are longer than the way overlap: they go by other memory.
+                    if piece > distance:
+                        source = self._between[: len(source)].copy_(source)
+                    target.copy_(source)
                 taken.data, taken.begin = data, position
             position += _size(taken)
         for whom in self._told:

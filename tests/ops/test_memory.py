@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from guilomo_serve.ops.memory import AdapterMemory, AdapterMemoryError
+from guilomo_serve.ops.memory import _PIECE, AdapterMemory, AdapterMemoryError
 
 CAPACITY = 40 * 256
 # A number of bytes loads a new owner, None unloads one of those there are.
@@ -27,10 +29,15 @@ class Told:
         self.times += 1
 
 
-@pytest.mark.parametrize("reserved", [CAPACITY, None])
+@pytest.mark.parametrize(("reserved", "piece"), [(CAPACITY, 2**20), (CAPACITY, 512), (None, 2**20)])
 @given(steps)
 @settings(max_examples=120, deadline=None, derandomize=True)
-def test_every_owner_keeps_its_bytes_and_no_memory_is_lost(reserved, sequence) -> None:
+def test_every_owner_keeps_its_bytes_and_no_memory_is_lost(reserved, piece, sequence) -> None:
+    with mock.patch("guilomo_serve.ops.memory._PIECE", piece):
+        keeps_bytes(reserved, sequence)
+
+
+def keeps_bytes(reserved, sequence) -> None:
     memory, told = AdapterMemory(reserved, "cpu"), Told()
     memory.tell(told)
     ranges = {}
@@ -67,6 +74,29 @@ def test_a_gap_between_ranges_is_reused_in_place() -> None:
     assert memory.used == 15 * 256
     memory.free(a)
     assert memory.take(4 * 256).data.data_ptr() == at - 4 * 256
+
+
+class Copies(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.copy_.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_range_that_moves_far_moves_in_one_copy() -> None:
+    size = 3 * _PIECE
+    memory = AdapterMemory(3 * size, "cpu")
+    first, second, third = (memory.take(size) for _ in range(3))
+    second.data.copy_(torch.arange(size) % 251)
+    memory.free(first)
+    memory.free(third)
+    with Copies() as copies:
+        memory.take(2 * size)
+    assert copies.count == 1
+    assert torch.equal(second.data, (torch.arange(size) % 251).to(torch.uint8))
 
 
 def test_a_range_larger_than_a_piece_moves_over_itself(monkeypatch) -> None:
