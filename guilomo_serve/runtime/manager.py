@@ -236,6 +236,9 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
 
         Returns:
             The slots of all layers; None where no kernels compute them.
+
+        Raises:
+            UnsupportedError: there is not so much.
         """
         layers: dict[str, Any] = {
             name: layer.slots for name, layer in self._routed.items() if layer.slots.capturable
@@ -248,7 +251,14 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         given = None if settings is None else settings.memory
         room = default_memory() if given is None else given
         # An adapter takes less of it than the front end counts (inspection.py).
-        memory = AdapterMemory(max(room, random_adapter_bytes(self.plan)), self.device)
+        room = max(room, random_adapter_bytes(self.plan))
+        try:
+            memory = AdapterMemory(room, self.device)
+        except torch.OutOfMemoryError:
+            raise UnsupportedError(
+                f"beside the base there is no room for {room / 2**30:.2f} GiB of adapters on "
+                f"{self.device}: take another --adapter-memory, or a larger GPU"
+            ) from None
         return AdapterSlots(layers, memory)
 
     def pack(self, layers: dict[str, LayerWeights]) -> PackedAdapter | None:
