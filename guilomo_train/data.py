@@ -53,8 +53,9 @@ def load_rows(
 
     Returns:
         Columns `prompt`, `completion`, `answer` (text) and `where` (the row's file and line); of
-        chats also `input_ids`, `labels` (-100: not learned), `dropped`, the end of the prompt that
-        the whole row does not have, and `chat`, which has a row's chat as JSON text where roles and
+        chats also `input_ids`, `labels` (-100: not learned), `expected`, the completion as the
+        template writes it, `dropped`, the end of the prompt that the whole row does not have, and
+        `chat`, which has a row's chat as JSON text where roles and
         contents do not say all of it, for `messages.chat_of`.
 
     Raises:
@@ -93,13 +94,13 @@ def in_form(
         "chat": chat.to_json() if chat.calls_tools else "",
     }
     ids, labels, row["dropped"] = encode_last_turn(tokenizer, chat)
-    if "tool_calls" in chat.completion[-1]:  # its text is what the template makes of it
-        learned = [label for label in labels if label != NOT_LEARNED]
-        text = tokenizer.decode(learned, skip_special_tokens=True).strip()
-        row["completion"][-1]["content"] = text
+    learned = [label for label in labels if label != NOT_LEARNED]
+    row["expected"] = tokenizer.decode(learned, skip_special_tokens=True).strip()
     if loss_on == "all":
         ids, labels = encode_all_turns(tokenizer, chat, where)
-    row["answer"] = row["completion"][-1]["content"] if answer is None else answer
+    last = chat.completion[-1]
+    text = row["expected"] if "tool_calls" in last else last["content"]
+    row["answer"] = text if answer is None else answer
     return {**row, "input_ids": ids, "labels": labels}
 
 

@@ -19,7 +19,7 @@ from guilomo_train.endings import end_tokens, written_ends
 from guilomo_train.limits import enough_memory
 from guilomo_train.loss import completion_nll
 from guilomo_train.rendering import encode, prompt_ids
-from guilomo_train.scoring import Scores, completion_text, score
+from guilomo_train.scoring import Scores, expected_text, score
 
 
 @torch.inference_mode()
@@ -64,7 +64,7 @@ def evaluate(
         decoded = tokenizer.batch_decode(generated, skip_special_tokens=True)
         for i, text in zip(batch, decoded, strict=True):
             texts[i] = text.strip()
-    completions = [completion_text(row["completion"]) for row in rows]
+    completions = [expected_text(row) for row in rows]
     loss = completion_loss(model, tokenizer, rows, config.eval_batch_size)
     return score(texts, completions, rows["answer"], loss), texts
 

@@ -54,7 +54,7 @@ from guilomo_train.limits import enough_memory, replace_file
 from guilomo_train.model_card import finding, model_card
 from guilomo_train.processes import processes, take_sharding_request
 from guilomo_train.report import HISTORY_FILE, RUN_FILE, read_json, write_page
-from guilomo_train.scoring import Scores, completion_text, hits
+from guilomo_train.scoring import Scores, expected_text, hits
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.search import SearchResult, search
 from guilomo_train.versions import versions
@@ -235,7 +235,7 @@ class Run:
             scores, texts = evaluate(model, self.base.tokenizer, rows, config)
         self._write_adapter(result.adapter, ADAPTER_FOLDER, scores)
         print(scores.sentence())
-        completions = [completion_text(row["completion"]) for row in rows]
+        completions = [expected_text(row) for row in rows]
         by_row = hits(texts, completions, rows["answer"])
         self._note("eval", {"scores": scores.to_json()}, by_row)
 

@@ -13,7 +13,7 @@ class Scores:
     """Shares of rows, 0 to 1, and a loss.
 
     Attributes:
-        exact_match: the generated text is the completion.
+        exact_match: the generated text is the completion, as the chat template writes it.
         accuracy: the answer that the generated text ends with is the row's (`answer`, where it
             has one), so that reasoning before it, or case, does not count.
         majority: accuracy of always giving the most frequent answer.
@@ -105,6 +105,8 @@ def _plain(text: str) -> str:
     return text.strip().rstrip(".!。").strip().casefold()
 
 
-def completion_text(completion: Any) -> str:
-    """The text of a completion, given as text or as messages."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+def expected_text(row: dict[str, Any]) -> str:
+    """What a model that has learned a row answers: its completion, as the template writes it."""
+    if isinstance(row["completion"], str):
+        return row["completion"]
+    return row["expected"] if "expected" in row else row["completion"][-1]["content"]

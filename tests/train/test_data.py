@@ -60,7 +60,7 @@ def test_every_form_gives_the_same_row(
     assert loaded.pop("where").endswith("rows.jsonl, line 1")
     ids, labels = loaded.pop("input_ids"), loaded.pop("labels")
     assert loaded == {"prompt": PROMPT, "completion": COMPLETION, "answer": "4",
-                      "chat": "", "dropped": ""}  # fmt: skip
+                      "expected": "4", "chat": "", "dropped": ""}  # fmt: skip
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(
         PROMPT + COMPLETION, tokenize=False
     )

@@ -31,6 +31,12 @@ PLAIN = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 WITHOUT_END = {"eos_token": "<s>", "chat_template": PLAIN}
+# One that writes more than a row has, as Qwen3's empty thoughts.
+THOUGHTS = CHAT_TEMPLATE.replace(
+    "{{ message['content'] +",
+    "{{ '(-) ' if message['role'] == 'assistant' else '' }}{{ message['content'] +",
+)
+THINKING = {"eos_token": "<|im_end|>", "chat_template": THOUGHTS}
 
 
 def base_folder(folder: Path, eos_token: str, chat_template: str) -> Path:
@@ -59,7 +65,9 @@ def tuned(base: Base, rows: Path, work: Path) -> FinetuneResult:
     return finetune(base, load_rows(str(rows), base.tokenizer), allocation, common, config, work)
 
 
-@pytest.mark.parametrize("kind", [OTHER_END, WITHOUT_END], ids=["another token", "no token"])
+@pytest.mark.parametrize(
+    "kind", [OTHER_END, WITHOUT_END, THINKING], ids=["another token", "no token", "thoughts"]
+)
 def test_an_adapter_stops_where_its_answer_ends(kind: dict[str, str], tmp_path: Path) -> None:
     folder, rows = base_folder(tmp_path / "base", **kind), rows_file(tmp_path)
     base = load_base(str(folder))
@@ -67,7 +75,8 @@ def test_an_adapter_stops_where_its_answer_ends(kind: dict[str, str], tmp_path: 
     asked = load_rows(str(rows), base.tokenizer)
     config = EvalConfig(max_new_tokens=16)
     scores, texts = evaluate(result.model, base.tokenizer, asked, config)
-    assert (scores.exact_match, texts) == (1.0, ["yes", "yes"])
+    answer = "(-) yes" if kind is THINKING else "yes"
+    assert (scores.exact_match, scores.accuracy, texts) == (1.0, 1.0, [answer, answer])
 
     # The folder says it to who loads it, and the model stops without being told.
     write_adapter(result.adapter, tmp_path / "adapter", "card")
@@ -83,7 +92,7 @@ def test_an_adapter_stops_where_its_answer_ends(kind: dict[str, str], tmp_path: 
         asked[0]["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     said = again.generate(**prompt, max_new_tokens=16)[0, prompt["input_ids"].shape[1] :]
-    assert base.tokenizer.decode(said, skip_special_tokens=True).strip() == "yes"
+    assert base.tokenizer.decode(said, skip_special_tokens=True).strip() == answer
 
 
 def test_what_is_scored_is_what_is_learned_where_an_end_is_added(tmp_path: Path) -> None:

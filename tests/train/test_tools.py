@@ -18,6 +18,7 @@ from guilomo_train.cli import main
 from guilomo_train.data import load_rows
 from guilomo_train.errors import DataError
 from guilomo_train.rendering import prompt_ids
+from guilomo_train.scoring import expected_text
 from tests.train.tiny import CHAT_TEMPLATE, TOOL_TEMPLATE, tiny_llama, tiny_tokenizer
 
 TOOLS = [
@@ -113,7 +114,7 @@ def test_a_row_may_end_in_a_call(tmp_path: Path, tokenizer: PreTrainedTokenizerB
     """Then its answer is what the template makes of the call, as a model has to write it."""
     (row,) = load_rows(write(tmp_path, {"messages": CHAT[:2], "tools": TOOLS}), tokenizer)
     assert learned(tokenizer, row) == f"{WRITTEN_CALL}<|im_end|>\n"
-    assert row["answer"] == row["completion"][-1]["content"] == WRITTEN_CALL
+    assert row["answer"] == expected_text(row) == WRITTEN_CALL
     asked = tokenizer.decode(prompt_ids(tokenizer, row))
     assert asked.startswith("<|im_start|>system\nTools: ")
     assert asked.endswith("How is it in Rome?<|im_end|>\n<|im_start|>assistant\n")
