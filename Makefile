@@ -16,10 +16,12 @@ test-peft: setup
 test-kernels: setup
 	GUILOMO_EVERY_KERNEL=1 .venv/bin/python -m pytest -n 2 tests/ops/test_compiled.py
 
-# What needs more than the locks have: Ray.
+# What needs more than the locks have: Ray; PostgreSQL and HAProxy, for three replicas under load while
+# one is stopped, one is killed, one joins and the database restarts.
 test-fleet: setup
 	.venv/bin/python -m pip install --quiet "ray[serve]==2.60.0" jsonref
 	.venv/bin/python -m pytest -m fleet
+	.venv/bin/python benchmarks/fleet.py
 
 lint: setup
 	.venv/bin/ruff check .

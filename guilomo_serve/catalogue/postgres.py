@@ -180,11 +180,11 @@ def prepare(address: str) -> None:
                 db.execute(migration)
             db.execute("UPDATE format SET version = %s", (len(_MIGRATIONS),))
     except psycopg.ProgrammingError as e:
-        raise CatalogueError(f"--state: the database cannot be used ({_in_a_line(e)})") from None
+        raise CatalogueError(f"--state: the database cannot be used ({in_a_line(e)})") from None
     except psycopg.Error as e:
-        raise CatalogueError(f"--state: no database answers there ({_in_a_line(e)})") from None
+        raise CatalogueError(f"--state: no database answers there ({in_a_line(e)})") from None
 
 
-def _in_a_line(error: psycopg.Error) -> str:
+def in_a_line(error: psycopg.Error) -> str:
     """What went wrong; libpq does not repeat passwords."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -27,6 +27,7 @@ import psycopg
 from vllm.logger import init_logger
 
 from guilomo_serve.catalogue import Entry, Version
+from guilomo_serve.catalogue.postgres import in_a_line
 from guilomo_serve.catalogue.replicas import Change, Member, Vote, Withdrawn, listen
 from guilomo_serve.server.errors import REFUSALS, Declined, OutOfTouch, status_of
 
@@ -169,7 +170,7 @@ class Fleet:
         except psycopg.errors.LockNotAvailable:
             raise OutOfTouch("another replica is changing it; try again") from None
         except psycopg.Error as e:
-            logger.warning("The shared catalogue does not answer: %s", e)
+            logger.warning("The shared catalogue does not answer: %s", in_a_line(e))
             raise OutOfTouch(
                 "the shared catalogue does not answer; what was being changed may have been"
             ) from None
@@ -199,7 +200,7 @@ class Fleet:
                 finally:
                     self._voice.submit(self._member.close)
             except psycopg.Error as e:
-                logger.warning("The shared catalogue does not answer: %s", e)
+                logger.warning("The shared catalogue does not answer: %s", in_a_line(e))
             except Exception:
                 logger.exception("What the shared catalogue says cannot be followed")
             await asyncio.sleep(back_off)
