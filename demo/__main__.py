@@ -1,15 +1,18 @@
 """`make demo`: trains two adapters, serves both beside their base, asks all three, swaps one.
 
-1. writes the rows of two tasks (demo/tasks.py) under runs/demo/
-2. `guilomo-train run` for each: search, allocation, fine-tuning
-3. `guilomo-serve` with both adapters
-4. asks base and adapters the same test questions through the openai client
-5. swaps an adapter while a stream runs on it
+1. writes the rows of two tasks (demo/tasks.py) under runs/demo/, and trains both at once:
+   `guilomo-train run`, which is search, allocation, fine-tuning
+2. `guilomo-serve` with both adapters
+3. asks base and adapters test questions through the openai client
+4. swaps an adapter while a stream runs on it
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 import shutil
 import signal
 import socket
@@ -19,11 +22,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
 from openai import OpenAI
+from openai.types.chat import ChatCompletionMessageParam
 from tqdm import tqdm
 
 from demo.tasks import TASKS, Row, Task, write_rows
@@ -33,28 +37,38 @@ BASE = Path(".cache/smollm2-135m-instruct")
 FOLDER = Path("runs/demo")
 SEED = 0
 TRAIN_ROWS, TEST_ROWS = 240, 20
-# About five minutes a task on two cores without AVX-512. Small batches: more steps of the few rows.
+# Chosen on rows of another seed. Small batches: more steps of the few rows.
 SEARCH_EPOCHS, EPOCHS, BATCH_SIZE = 0.4, 1.25, 4
 SHOWN_QUESTIONS = 4
+AT_ONCE = 24  # questions; all 88 at once would answer none for a while, and then all
 MAX_TOKENS = 32  # the longest answer of the two tasks has 30
-STREAM_TOKENS = 160  # long enough that a swap falls into the stream
-SERVER_START_S = 300
+STREAM_TOKENS = 96  # long enough that a swap falls into the stream
+SERVER_START_S, SERVER_USUAL_S = 300, 40
+# What vLLM logs while it starts, what comes after that, and the share of the start over by its end.
+SERVER_STEPS = (
+    ("", "reading the command line", 0.3),
+    ("Using max model len", "starting the engine", 0.65),
+    ("Starting to load model", "loading the base", 0.7),
+    ("Loading weights took", "a first step to warm up", 0.9),
+    ("init engine", "loading the adapters", 0.95),
+)
 
 
 def main() -> None:
     # `kill` ends the demo like Ctrl-C does: through the finally blocks.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("demo: terminated"))
     started = time.monotonic()
-    questions = {}
-    for step, task in enumerate(TASKS, 1):
-        say(f"{step}/5 {task.name}: {task.title}. Search and fine-tuning on {TRAIN_ROWS} rows")
-        questions[task.name] = train(task)
-    say("3/5 Server: the base model and both adapters in one process")
+    say(f"1/4 Training: two adapters at once, search and fine-tuning on {TRAIN_ROWS} rows each")
+    for task in TASKS:
+        print(f"  {task.name}: {task.title}")
+    questions = {task.name: write_data(task) for task in TASKS}
+    train()
+    say("2/4 Server: the base model and both adapters in one process")
     with server() as client:
-        say("4/5 Questions: base and adapters answer the same test questions")
-        answers = ask_all(client, [row for rows in questions.values() for row in rows])
+        say(f"3/4 Questions: base and adapters answer {TEST_ROWS} test questions of each task")
+        answers = ask_all(client, questions)
         show_answers(questions, answers)
-        say("5/5 Swap: a new version of an adapter while a stream runs on the old one")
+        say("4/4 Swap: a new version of an adapter while a stream runs on the old one")
         swap_while_streaming(client, questions)
     say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes; all of it is in {FOLDER}/")
 
@@ -67,19 +81,103 @@ def adapter_folder(task: Task) -> Path:
     return FOLDER / task.name / "adapter"
 
 
-def train(task: Task) -> list[Row]:
-    """Trains the task's adapter and returns its test questions."""
-    folder = FOLDER / task.name
-    shutil.rmtree(folder, ignore_errors=True)
+def data_file(task: Task) -> Path:
+    return FOLDER / f"{task.name}.jsonl"
+
+
+def messages(row: Row) -> list[ChatCompletionMessageParam]:
+    """A row's prompt as a chat: what is asked for, then the text that it is asked of. Without a
+    system message the base's template would write one of its own, a quarter of the tokens."""
+    asked, _, text = row["prompt"].partition("\n")
+    return [{"role": "system", "content": asked}, {"role": "user", "content": text}]
+
+
+def write_data(task: Task) -> list[Row]:
+    """Writes the rows that a task is trained on and returns its test questions."""
+    shutil.rmtree(FOLDER / task.name, ignore_errors=True)
     rows, questions = task.split(TRAIN_ROWS, TEST_ROWS, SEED)
-    data = FOLDER / f"{task.name}.jsonl"
-    write_rows(rows, data)
-    command = [sibling("guilomo-train"), "run", "--base", BASE, "--train", data]
-    command += ["--output", folder, "--seed", str(SEED)]
-    command += ["--search_epochs", str(SEARCH_EPOCHS), "--epochs", str(EPOCHS)]
-    command += ["--batch_size", str(BATCH_SIZE)]
-    subprocess.run(command, check=True)
+    chats = [{"prompt": messages(row), "completion": row["completion"]} for row in rows]
+    write_rows(chats, data_file(task))
     return questions
+
+
+def train() -> None:
+    """Trains an adapter for each task, all at the same time with a part of the cores each: on a
+    model as small as this, cores get more done with a process each than sharing one's work."""
+    threads = max(1, len(os.sched_getaffinity(0)) // len(TASKS))
+    processes = {}
+    try:
+        for task in TASKS:
+            command = [sibling("guilomo-train"), "run", "--base", str(BASE)]
+            command += ["--train", str(data_file(task)), "--output", str(FOLDER / task.name)]
+            command += ["--seed", str(SEED), "--save_steps", "0"]
+            command += ["--search_epochs", str(SEARCH_EPOCHS), "--epochs", str(EPOCHS)]
+            command += ["--search_batch_size", str(BATCH_SIZE), "--batch_size", str(BATCH_SIZE)]
+            with log_file(task.name).open("w") as output:
+                processes[task.name] = subprocess.Popen(
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                )
+        watch_training(processes)
+    finally:
+        for process in processes.values():
+            process.terminate()
+            process.wait()
+    for task in TASKS:
+        record = json.loads((FOLDER / task.name / "run.json").read_text())
+        print(
+            f"  {task.name}: searched for {record['search']['seconds']:.0f} s, fine-tuned for "
+            f"{record['finetune_seconds']:.0f} s, {record['parameters'] / 1e6:.1f} million "
+            f"parameters; {FOLDER / task.name / 'report.md'}"
+        )
+
+
+def watch_training(processes: dict[str, subprocess.Popen[bytes]]) -> None:
+    """One line of progress until all processes have ended."""
+    steps = [math.ceil(TRAIN_ROWS * epochs / BATCH_SIZE) for epochs in (SEARCH_EPOCHS, EPOCHS)]
+    with tqdm(total=len(processes) * sum(steps), unit="step", smoothing=0.1) as progress:
+        while True:
+            running = [process.poll() is None for process in processes.values()]
+            found = {name: progress_of(log_file(name), steps) for name in processes}
+            progress.set_postfix_str("; ".join(f"{n}: {what}" for n, (_, what) in found.items()))
+            progress.update(sum(done for done, _ in found.values()) - progress.n)
+            for name, process in processes.items():
+                if process.poll():
+                    fail(log_file(name), f"guilomo-train failed with status {process.returncode}")
+            if not any(running):
+                return
+            time.sleep(1)
+
+
+def progress_of(log: Path, steps: Sequence[int]) -> tuple[int, str]:
+    """How many steps a training has done by its log, and what it does.
+
+    Args:
+        log: of `guilomo-train run`.
+        steps: of the search and of the fine-tuning.
+    """
+    text = log.read_text(errors="replace")
+    begun = [text.rfind(f"\n{stage}: ") for stage in ("search", "fine-tuning")]
+    if "\nreport: " in text:
+        return sum(steps), "done"
+    if begun[0] < 0:
+        return 0, "loading the base"
+    stage = 1 if begun[1] > 0 else 0
+    counts = re.findall(rf"\b(\d+)/{steps[stage]} \[", text[begun[stage] :])
+    done = int(counts[-1]) if counts else 0
+    before = sum(steps[:stage])
+    return before + done, f"{('search', 'fine-tuning')[stage]} {done}/{steps[stage]}"
+
+
+def log_file(name: str) -> Path:
+    return FOLDER / f"{name}.log"
+
+
+def fail(log: Path, why: str) -> None:
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+    sys.exit(f"{tail}\ndemo: {why}; the whole log is {log}")
 
 
 def sibling(command: str) -> str:
@@ -102,7 +200,7 @@ def server() -> Iterator[OpenAI]:
     # In half precision a token's rounding depends on how many are computed at once, so that a
     # stream would take another word for a near tie whenever a second request runs beside it.
     command += ["--dtype", "float32"]
-    log = FOLDER / "server.log"
+    log = log_file("server")
     with log.open("w") as output:
         # Its own session: Ctrl-C comes to the demo alone, which then stops the server in order.
         process = subprocess.Popen(
@@ -121,62 +219,82 @@ def server() -> Iterator[OpenAI]:
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], health: str, log: Path) -> None:
-    bar = "waiting for the server: {elapsed}"
-    with tqdm(total=SERVER_START_S, bar_format=bar) as progress:
-        for _ in range(SERVER_START_S):
-            if process.poll() is not None:
-                break
+    started = time.monotonic()
+    with tqdm(total=1.0, bar_format="{desc}") as progress:
+        while process.poll() is None and time.monotonic() - started < SERVER_START_S:
             try:
                 urllib.request.urlopen(health, timeout=1).close()
                 return
             except (urllib.error.URLError, OSError):
+                progress.set_description_str(starting(log, time.monotonic() - started))
                 time.sleep(1)
-                progress.update()
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-    sys.exit(f"{tail}\ndemo: the server did not start; the whole log is {log}")
+    fail(log, "the server did not start")
 
 
-def ask(client: OpenAI, model: str, prompt: str) -> str:
+def starting(log: Path, seconds: float) -> str:
+    """What a server does that has been starting for so long, by its log, and how long it will."""
+    text = log.read_text(errors="replace")
+    _, what, over = next(step for step in reversed(SERVER_STEPS) if step[0] in text)
+    whole = max(SERVER_USUAL_S, seconds / over)
+    return f"server: {what}; {seconds:.0f} s, about {whole - seconds:.0f} s left"
+
+
+def ask(client: OpenAI, model: str, row: Row) -> str:
     answer = client.chat.completions.create(
-        model=model,
-        messages=[{"role": "user", "content": prompt}],
-        max_tokens=MAX_TOKENS,
-        temperature=0,
+        model=model, messages=messages(row), max_tokens=MAX_TOKENS, temperature=0
     )
     return (answer.choices[0].message.content or "").strip()
 
 
-def ask_all(client: OpenAI, rows: Sequence[Row]) -> dict[str, dict[str, str]]:
-    """Answers of every model to every question: model -> prompt -> answer."""
-    models = ["base", *(task.name for task in TASKS)]
-    jobs = [(model, row["prompt"]) for row in rows for model in models]
-    answers: dict[str, dict[str, str]] = {model: {} for model in models}
-    with ThreadPoolExecutor(max_workers=12) as pool:
-        texts = pool.map(lambda job: ask(client, *job), jobs)
-        for (model, prompt), text in zip(jobs, tqdm(texts, total=len(jobs)), strict=True):
-            answers[model][prompt] = text
+def ask_all(
+    client: OpenAI, questions: dict[str, list[Row]]
+) -> dict[str, dict[str, dict[str, str]]]:
+    """Answers: task -> model -> prompt -> answer.
+
+    The base and a task's adapter answer all of its questions, the other adapter those that are
+    shown.
+    """
+    jobs = [
+        (task, model, row)
+        for task, rows in questions.items()
+        for model in ("base", *questions)
+        for row in (rows if model in ("base", task) else rows[:SHOWN_QUESTIONS])
+    ]
+    answers: dict[str, dict[str, dict[str, str]]] = {
+        task: {model: {} for model in ("base", *questions)} for task in questions
+    }
+    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
+        asked = {
+            pool.submit(ask, client, model, row): (task, model, row) for task, model, row in jobs
+        }
+        for future in tqdm(as_completed(asked), total=len(jobs), desc="answers", unit="answer"):
+            task, model, row = asked[future]
+            answers[task][model][row["prompt"]] = future.result()
     (FOLDER / "answers.json").write_text(json.dumps(answers, indent=2) + "\n")
     return answers
 
 
-def show_answers(questions: dict[str, list[Row]], answers: dict[str, dict[str, str]]) -> None:
-    """Some answers side by side, then exact match of each model on each task."""
-    for task in TASKS:
-        print(f"\nQuestions of {task.name} (the first {SHOWN_QUESTIONS} of {TEST_ROWS})")
-        for row in questions[task.name][:SHOWN_QUESTIONS]:
+def show_answers(
+    questions: dict[str, list[Row]], answers: dict[str, dict[str, dict[str, str]]]
+) -> None:
+    """Some answers side by side, then exact match of the base and of each task's adapter."""
+    for task, rows in questions.items():
+        print(f"\nQuestions of {task} (the first {SHOWN_QUESTIONS} of {TEST_ROWS})")
+        for row in rows[:SHOWN_QUESTIONS]:
             print(f"\n  {row['prompt'].splitlines()[-1]}")
             print(f"    {'expected':<10}   {row['completion']}")
-            for model, by_prompt in answers.items():
+            for model, by_prompt in answers[task].items():
                 found = by_prompt[row["prompt"]]
                 mark = "=" if found == row["completion"] else " "
                 print(f"    {model:<10} {mark} {shortened(found)}")
-    print(f"\n{'Exact match':<22}" + "".join(f"{model:>12}" for model in answers))
-    for task in TASKS:
-        cells = ""
-        for by_prompt in answers.values():
-            hits = sum(by_prompt[r["prompt"]] == r["completion"] for r in questions[task.name])
-            cells += f"{f'{hits} of {TEST_ROWS}':>12}"
-        print(f"{task.name + ' questions':<22}{cells}")
+    print(f"\n{'Exact match':<22}{'base':>12}{'its adapter':>14}")
+    for task, rows in questions.items():
+        hits = [
+            sum(answers[task][model][row["prompt"]] == row["completion"] for row in rows)
+            for model in ("base", task)
+        ]
+        cells = [f"{number} of {TEST_ROWS}" for number in hits]
+        print(f"{task + ' questions':<22}{cells[0]:>12}{cells[1]:>14}")
 
 
 def shortened(text: str) -> str:
@@ -188,9 +306,9 @@ def swap_while_streaming(client: OpenAI, questions: dict[str, list[Row]]) -> Non
     """Gives the first adapter's name to the second one's weights and back, under a stream."""
     first, second = TASKS
     row = questions[first.name][0]
-    undisturbed = "".join(stream(client, first.name, row["prompt"]))
+    undisturbed = "".join(stream(client, first.name, row))
     parts = []
-    for part in stream(client, first.name, row["prompt"]):
+    for part in stream(client, first.name, row):
         parts.append(part)
         if len(parts) == 10:
             load(client, first.name, adapter_folder(second))
@@ -203,10 +321,10 @@ def swap_while_streaming(client: OpenAI, questions: dict[str, list[Row]]) -> Non
     show_one(client, first.name, row, "after swapping back")
 
 
-def stream(client: OpenAI, model: str, prompt: str) -> Iterator[str]:
+def stream(client: OpenAI, model: str, row: Row) -> Iterator[str]:
     chunks = client.chat.completions.create(
         model=model,
-        messages=[{"role": "user", "content": prompt}],
+        messages=messages(row),
         max_tokens=STREAM_TOKENS,
         temperature=0,
         stream=True,
@@ -224,7 +342,7 @@ def load(client: OpenAI, name: str, folder: Path) -> None:
 
 
 def show_one(client: OpenAI, model: str, row: Row, when: str) -> None:
-    print(f"  {when}, {model} answers: {shortened(ask(client, model, row['prompt']))}")
+    print(f"  {when}, {model} answers: {shortened(ask(client, model, row))}")
 
 
 if __name__ == "__main__":
@@ -232,5 +350,3 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("demo: interrupted")
-    except subprocess.CalledProcessError as e:
-        sys.exit(f"demo: {Path(e.cmd[0]).name} failed with status {e.returncode}")

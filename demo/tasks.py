@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -208,7 +208,7 @@ TASKS = (
 )
 
 
-def write_rows(rows: list[Row], path: Path) -> None:
+def write_rows(rows: Iterable[Mapping[str, object]], path: Path) -> None:
     """Writes rows as JSONL."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
