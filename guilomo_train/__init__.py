@@ -17,6 +17,7 @@ adapters.py the adapter of a PEFT model: put on, filled, taken out
 arguments.py what TRL's trainer is told
 loss.py     the loss on the completions of a batch
 packing.py  several rows in one
+progress.py the progress line of a training
 trainer.py  that loss and the load-balance loss, on TRL's trainer
 batches.py  which rows a step takes, for any number of processes
 checkpoints.py  which checkpoint to go on from, and whether it fits

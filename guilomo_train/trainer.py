@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
@@ -41,6 +42,7 @@ from guilomo_train.lora_moe import LoraMoeLayer
 from guilomo_train.loss import completion_nll
 from guilomo_train.packing import PackedCollator, check_packing
 from guilomo_train.processes import DEEPSPEED_REFUSED
+from guilomo_train.progress import ProgressLine
 from guilomo_train.rendering import DROPPED
 
 _logger = logging.getLogger(__name__)
@@ -126,6 +128,8 @@ class LoraMoeTrainer(SFTTrainer):
         strategy, args.save_strategy = args.save_strategy, SaveStrategy.NO
         super().__init__(model, args, **kwargs)
         self.args.save_strategy, self.args.packing = strategy, packing
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ProgressLine())
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get(
             "use_reentrant"
         ):

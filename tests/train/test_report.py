@@ -39,6 +39,9 @@ def run(tiny_base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.search(r"'router_entropy': '0\.\d+', 'max_load': '\d", done.stdout + done.stderr)
+    for stage, steps in (("search", 15), ("finetune", 24)):  # how far, how long still, how fast
+        line = rf"{stage}:[^\r\n]* \d+/{steps} \[\d\d:\d\d<[\d:?]+, [^\r\n]*, \d+ tokens/s\]"
+        assert re.search(line, done.stderr)
     return output
 
 
