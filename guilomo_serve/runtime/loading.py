@@ -22,9 +22,10 @@ from guilomo_serve.adapter import (
     AdapterSpec,
     BaseFingerprint,
     BaseModel,
-    read_adapter,
+    is_finite,
     read_config,
     read_spec,
+    read_weights,
 )
 from guilomo_serve.adapter.plain import GENERATING, POOLING, check_plain_config
 from guilomo_serve.adapter.spec import TENSOR_PREFIX
@@ -157,7 +158,7 @@ def load_routed(folder: str | Path, plan: ModelPlan) -> tuple[AdapterSpec, dict[
     plan.check_parts(spec.experts, str(folder))
     shapes = {module: plan.shape_of(module) for module in spec.experts}
     known = {module: shape for module, shape in shapes.items() if shape is not None}
-    adapter = read_adapter(folder, BaseModel(plan.fingerprint, known))
+    adapter = read_weights(folder, spec, BaseModel(plan.fingerprint, known))
     modules = {
         module: SliceWeights.of(adapter.weights[module], experts)
         for module, experts in adapter.spec.experts.items()
@@ -256,7 +257,7 @@ def convert_plain(loras: Mapping[str, Any], plan: ModelPlan, where: str) -> dict
                     f"{where}: {name} of {module} has shape {list(tensor.shape)}, "
                     f"expected {expected}"
                 )
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise AdapterError(f"{where}: {name} of {module} has values that are not finite")
         modules[module] = SliceWeights(
             lora.lora_a, lora.lora_b, None, (lora.rank,), (float(lora.scaling),)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from guilomo_serve.adapter import (
@@ -15,6 +14,7 @@ from guilomo_serve.adapter import (
     WEIGHTS_FILE,
     AdapterError,
     BaseModel,
+    is_finite,
     is_guilomo_adapter,
     read_adapter,
     read_config,
@@ -121,7 +121,7 @@ def _ranks_of_plain(path: Path) -> dict[str, list[int]]:
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
             tensor = file.get_tensor(name)
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise AdapterError(f"{path}: {name} has values that are not finite")
             if name.endswith(_RANK):
                 module = name.removeprefix("base_model.model.").removesuffix(_RANK)

@@ -174,8 +174,7 @@ class ManagedServingModels(VersionedServingModels):
             if known is None or request.load_inplace:
                 await self.versions.put(name, source)
             else:
-                found = await self.versions.put(name, source, dry_run=True)
-                if found.digest != known.current.digest:
+                if await self.versions.digest_at(name, source) != known.current.digest:
                     return has_been_loaded(name)
                 await self.versions.bring_in(name, None)
         except REFUSALS as e:

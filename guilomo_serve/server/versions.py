@@ -170,6 +170,16 @@ class Versions:
                 prometheus.swapped(name, began)
             return version
 
+    async def digest_at(self, name: str, source: Source) -> str:
+        """The digest of an adapter that may be put; a folder is only read, and not copied.
+
+        Raises:
+            AdapterError, OSError: it has none.
+        """
+        if isinstance(source, Path):
+            return await asyncio.to_thread(digest_of, source)
+        return (await self.put(name, source, dry_run=True)).digest
+
     async def rollback(self, name: str) -> Version:
         """Makes the version before the current one the current one, as a new version.
 

@@ -24,6 +24,7 @@ from guilomo_serve.adapter import (
     Expert,
     ModuleWeights,
     files,
+    is_finite,
     is_guilomo_adapter,
     read_adapter,
     read_config,
@@ -450,6 +451,19 @@ ERRORS: dict[str, tuple[Spoil, str]] = {
         f"{TENSOR}.lora_router.weight has values that are not finite",
     ),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_one_value_that_is_not_finite_is_seen_wherever_it_is(dtype: torch.dtype) -> None:
+    assert is_finite(torch.empty(0, 4, dtype=dtype))
+    for size in (1, 3, 16, 33, 1001):
+        tensor = torch.linspace(-1, 1, size).to(dtype)
+        assert is_finite(tensor)
+        for value in (float("nan"), float("inf"), float("-inf")):
+            for place in {0, size // 2, size - 1}:
+                spoilt = tensor.clone()
+                spoilt[place] = value
+                assert not is_finite(spoilt), (size, place, value)
 
 
 @pytest.mark.parametrize(("spoil", "message"), ERRORS.values(), ids=ERRORS.keys())
