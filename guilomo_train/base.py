@@ -84,18 +84,24 @@ class Sizes:
     adapted: tuple[str, ...]
 
 
-def sizes_of(name: str, target_modules: str | list[str]) -> Sizes:
+def sizes_of(
+    name: str,
+    target_modules: str | list[str],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Sizes:
     """The sizes of a base and of its layers to adapt, from its config alone.
 
     Args:
         name: a folder or hub name.
         target_modules: as PEFT takes them.
+        revision, trust_remote_code: as those of `load_base`.
 
     Raises:
         BaseError: there is no such model.
         ConfigError: it has no such modules.
     """
-    model = without_weights(name)
+    model = without_weights(name, revision, trust_remote_code)
     parameters = model.num_parameters()
     linears = BaseModel.from_module(model).linears
     # Wrapped as a search wraps it, so that both mean the same layers.

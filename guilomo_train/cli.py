@@ -3,6 +3,7 @@
 search     data -> allocation.json and its picture
 finetune   data and an allocation -> adapter folder, and an evaluation
 run        both
+plan       memory and time of a run, before it starts
 push       an adapter to the Hugging Face Hub
 data       how training reads rows: some as the model sees them, counts, what is left out
 eval       scores of an adapter, or of the base alone, by its answers
@@ -42,6 +43,7 @@ from guilomo_train.config import (
     ExportConfig,
     FinetuneConfig,
     ImportConfig,
+    PlanConfig,
     PreviewConfig,
     PushConfig,
     SearchConfig,
@@ -173,6 +175,24 @@ def _run(
     run.finish()
 
 
+def _plan(
+    common: CommonConfig,
+    search: SearchConfig,
+    chosen: FreshOption,
+    finetune: FinetuneConfig,
+    held_out: HeldOutOption,
+    evaluation: EvalConfig,
+    machine: PlanConfig,
+) -> None:
+    from guilomo_train.plan import plan
+    from guilomo_train.run import write_json
+
+    planned = plan(common, search, finetune, machine)
+    if machine.json is not None:
+        write_json(Path(machine.json), planned.to_json())
+    print(planned.table())
+
+
 def _held_out(run: Run, held_out: HeldOutOption, evaluation: EvalConfig) -> Dataset | None:
     """Rows to evaluate on: read before hours of training, not after them."""
     if held_out.eval is None:
@@ -292,6 +312,19 @@ COMMANDS = {
         "search, fine-tune and evaluate",
         (CommonConfig, SearchConfig, FreshOption, FinetuneConfig, HeldOutOption, EvalConfig),
         _run,
+    ),
+    "plan": Command(
+        "memory and time of a run, before it starts",
+        (
+            CommonConfig,
+            SearchConfig,
+            FreshOption,
+            FinetuneConfig,
+            HeldOutOption,
+            EvalConfig,
+            PlanConfig,
+        ),
+        _plan,
     ),
     "push": Command("upload an adapter to the Hugging Face Hub", (PushConfig,), _push),
     "data": Command("show how training reads rows", (PreviewConfig,), _data),

@@ -307,6 +307,32 @@ class EvalConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What a plan assumes of machine and data, where it is not to find out."""
+
+    processes: int = option(1, "Processes that train, each with a device of its own.")
+    fsdp: bool = option(False, "The base is spread over the processes.")
+    tokens: int | None = option(
+        None, "Tokens of all training rows; then neither --train nor a tokenizer is read."
+    )
+    rate: float | None = option(
+        None,
+        "Tokens a second of one process, such as a run's progress line has; by default blocks of "
+        "the base are measured here.",
+    )
+    json: str | None = option(None, "Write the plan into this file, too.")
+
+    def __post_init__(self) -> None:
+        at_least("processes", self.processes, 1)
+        if self.tokens is not None:
+            at_least("tokens", self.tokens, 1)
+        if self.rate is not None:
+            positive("rate", self.rate)
+        if self.fsdp and self.processes == 1:
+            raise ConfigError("fsdp is given with one process, expected --processes 2 or more")
+
+
+@dataclass
 class PushConfig:
     """An adapter for the Hugging Face Hub."""
 

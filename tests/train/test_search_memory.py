@@ -33,10 +33,10 @@ COPIES = 3.0  # the weights before the unrolled step, their gradient, and the di
 STEPS = 2  # the second has Adam's moments
 
 
-def trained(search: bool, rank: int, length: int, folder: Path) -> int:
+def trained(search: bool, rank: int, length: int, folder: Path, layers: int = 1) -> int:
     """Trains for some steps; the bytes of the adapter's parameters."""
     tokenizer = tiny_tokenizer()
-    base = tiny_llama(len(tokenizer), layers=1, hidden_size=64).bfloat16()
+    base = tiny_llama(len(tokenizer), layers, hidden_size=64).bfloat16()
     linears = BaseModel.from_module(base).linears
     config = LoraMoeConfig(num_experts=EXPERTS, expert_rank=rank, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
@@ -75,11 +75,11 @@ def trained(search: bool, rank: int, length: int, folder: Path) -> int:
     return sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
 
 
-def peak(search: bool, rank: int, length: int, folder: Path) -> tuple[int, int]:
+def peak(search: bool, rank: int, length: int, folder: Path, layers: int = 1) -> tuple[int, int]:
     """The most bytes that were live at once, model and optimiser among them; and the adapter's."""
     gc.collect()  # what others left is not to be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        adapter = trained(search, rank, length, folder)
+        adapter = trained(search, rank, length, folder, layers)
         gc.collect()
     trace = folder / "trace.json"
     profiled.export_chrome_trace(str(trace))
