@@ -223,6 +223,7 @@ def load_tokenizer(
     Raises:
         BaseError: there is none.
     """
+    _check_base_name(name, revision)
     try:
         return AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code

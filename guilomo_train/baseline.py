@@ -26,7 +26,8 @@ def baseline(config: BaselineConfig) -> Allocation:
     Raises:
         TrainError: the base, a file or the size cannot be used; nothing is written then.
     """
-    sizes = sizes_of(config.base, targets_of(config.target_modules or "all-linear"))
+    targets = targets_of(config.target_modules or "all-linear")
+    sizes = sizes_of(config.base, targets, config.revision, config.trust_remote_code)
     modules, top_k, rank, parameters = sizes.adapted, config.top_k, config.rank, None
     if config.budget is not None:
         parameters = parameter_budget(config.budget, sizes.parameters)

@@ -55,6 +55,8 @@ class RowsConfig:
     )
     max_length: int = option(1024, "Tokens of a row; longer ones are cut at the end.")
     seed: int = option(0, "Seeds data order, weights and choices: same seed, same result.")
+    revision: str | None = option(None, REVISION)
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
 
     def __post_init__(self) -> None:
         given: Any = self.train
@@ -91,8 +93,6 @@ class CommonConfig(RowsConfig):
     quantize: Literal["none", "4bit", "8bit"] = option(
         "none", "Load the base's linear layers quantised, by bitsandbytes; the adapter is not."
     )
-    revision: str | None = option(None, REVISION)
-    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
     attn_implementation: str | None = option(
         None,
         "How the base computes attention: eager, sdpa, flash_attention_2 or what else transformers "
@@ -242,7 +242,7 @@ class FinetuneConfig:
     packing: bool = option(
         False,
         "Put whole rows one after another, up to --max_length tokens, that do not see one another: "
-        "no padding. --batch_size then counts packed rows.",
+        "no padding. --batch_size then counts packed rows. A search before it is not packed.",
     )
     learning_rate: float = option(1e-3, "Of the adapter's weights, at its highest.")
     lr_scheduler_type: Literal[
@@ -426,6 +426,8 @@ class BaselineConfig:
     rank_file: str | None = option(None, "authors: their rank.json.")
     expert_file: str | None = option(None, "authors: their expert.json.")
     seed: int = option(0, "random: another seed, another allocation.")
+    revision: str | None = option(None, REVISION)
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
 
     def __post_init__(self) -> None:
         check_seed(self.seed)

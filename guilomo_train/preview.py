@@ -35,7 +35,7 @@ def preview(config: PreviewConfig) -> Iterator[str]:
         BaseError: there is no such tokenizer.
         DataError: a source cannot be read, or rows of it are ones that training refuses.
     """
-    tokenizer = load_tokenizer(config.base)
+    tokenizer = load_tokenizer(config.base, config.revision, config.trust_remote_code)
     written = written_ends(tokenizer)
     found = _Found()
     for where, raw in chosen(config.train, config.train_rows, config.seed, config.train_weights):

@@ -82,7 +82,7 @@ def test_an_adapter_in_the_hubs_cache_is_evaluated(tmp_path: Path) -> None:
     assert main(["eval", *(str(x) for pair in given.items() for x in pair)]) == 0
 
 
-def test_code_of_a_base_runs_only_if_it_may(tmp_path: Path) -> None:
+def test_code_of_a_base_runs_only_if_it_may(tmp_path: Path, capsys) -> None:
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     folder = write_base(tmp_path / "base", model_type="own", auto_map=classes)
     (folder / "own.py").write_text(MODULE)
@@ -90,6 +90,28 @@ def test_code_of_a_base_runs_only_if_it_may(tmp_path: Path) -> None:
         load_base(str(folder))
     base = load_base(str(folder), trust_remote_code=True)
     assert type(base.model).__name__ == "OwnForCausalLM"
+    allocation = tmp_path / "allocation.json"
+    command = ["baseline", "--base", folder, "--kind", "uniform", "--output", allocation]
+    command = [str(part) for part in command]
+    assert main(command) != 0
+    assert "trust_remote_code" in capsys.readouterr().err
+    assert main([*command, "--trust_remote_code"]) == 0
+    assert allocation.is_file()
+
+
+@pytest.mark.parametrize("command", ["baseline", "data"])
+def test_a_folder_has_no_revisions(tmp_path: Path, capsys, command: str) -> None:
+    """The flag means what it does in training, in commands that read no weights too."""
+    base = write_base(tmp_path / "base")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1", "completion": "odd"}')
+    rest = {
+        "baseline": ("--kind", "uniform", "--output", tmp_path / "allocation.json"),
+        "data": ("--train", rows),
+    }[command]
+    given = [command, "--base", base, *rest, "--revision", "older"]
+    assert main([str(part) for part in given]) != 0
+    assert "of which there is one version" in capsys.readouterr().err
 
 
 def test_attention_is_computed_as_it_is_said(tmp_path: Path) -> None:
