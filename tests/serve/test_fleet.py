@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import pytest
 import requests
@@ -249,6 +251,15 @@ def test_leases_end_and_come_back_with_the_database(database, address, monkeypat
         assert one.serves == other.serves == {"a": "z"}
 
     together(address, changing, count=2)
+
+
+@pytest.fixture(scope="module")
+def root(adapters, tmp_path_factory) -> Path:
+    """An adapter root of these tests alone: others take adapters out of theirs."""
+    folder = tmp_path_factory.mktemp("root-of-replicas")
+    for name, adapter in adapters.items():
+        shutil.copytree(adapter, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="module")
