@@ -103,7 +103,7 @@ AMPLE = (0.01, 0.03)
 OTHERS = tuple(arm for arm in ARMS if arm not in PRIMARY)
 STAGES = {
     "pilot": Stage(PRIMARY, TIGHT, PILOT_SEEDS, "dev"),
-    "primary": Stage(PRIMARY, TIGHT, tuple(range(20))),
+    "primary": Stage(PRIMARY, TIGHT, tuple(range(14))),  # the first look; 40 is the second
     "ample": Stage(PRIMARY, AMPLE, tuple(range(6))),
     "others": Stage(OTHERS, (0.003,), tuple(range(5))),
     "confirm": Stage(PRIMARY, (0.003,), tuple(range(5)), tasks=("banking77", "mixture")),
