@@ -106,6 +106,8 @@ class VersionedServingModels(OpenAIServingModels):
         """
         if name is None or name not in self.residency.current:
             return None
+        if self.residency.is_resident(self.residency.current[name]):
+            return None  # without the lock, which whoever loads the name anew has meanwhile
         async with self.lora_resolver_lock[name]:
             version = self.residency.current[name]
             if self.residency.is_resident(version):

@@ -99,7 +99,6 @@ class Resident:
     name: str
     room: int
     bytes: int = 0
-    is_there: bool = False
     rank: int = 0
 
 
@@ -179,11 +178,6 @@ class Residency:
         resident.bytes = sum(outcome["bytes"] for outcome in outcomes)
         resident.rank = outcomes[0]["rank"]
 
-    def has(self, version: LoRARequest) -> bool:
-        """Whether a version's weights are in memory, whole."""
-        resident = self._resident.get(version.lora_int_id)
-        return resident is not None and resident.is_there and resident.version == version
-
     def unload(self, version: LoRARequest) -> None:
         """Takes out a version that was loaded, unless it is what a name stands for, or stood for
         and still has requests."""
@@ -209,9 +203,9 @@ class Residency:
         self._drop(version)
 
     def is_resident(self, version: LoRARequest) -> bool:
-        """Whether its weights are in memory."""
+        """Whether its weights are in memory, whole."""
         resident = self._resident.get(version.lora_int_id)
-        return resident is not None and resident.bytes > 0
+        return resident is not None and resident.version == version and resident.bytes > 0
 
     def resident(self) -> list[Resident]:
         """All versions in memory: those that names stand for, and those that retire."""

@@ -62,7 +62,7 @@ class SharedVersions(Versions):
             return
         self._unwanted.update(self.catalogue.set(name, entry))
         loaded = self.request_of(entry.current)
-        if not self.residency.has(loaded):
+        if not self.residency.is_resident(loaded):
             self.residency.withdraw(name)  # it is loaded when it is asked for
         elif self.residency.current.get(name) != loaded:
             self._start_serving(entry.current, loaded)
@@ -76,7 +76,7 @@ class SharedVersions(Versions):
 
     def drop(self, version: Version) -> None:
         loaded = self.request_of(version)
-        if self.residency.has(loaded):
+        if self.residency.is_resident(loaded):
             self.residency.unload(loaded)
         self._discard(version.digest)
 

@@ -296,6 +296,10 @@ def test_what_one_replica_is_told_both_serve(replicas, root):
     assert first[0] == first[1] != text_of(other, "base", PROMPT)
     answer = other.put("support", root / "second")
     assert answer.status_code == 200, answer.text
+    # Each serves what it has prepared, before anybody asks for it.
+    for server in replicas:
+        metrics = requests.get(f"{server.url}/metrics", timeout=30).text
+        assert 'vllm:lora_adapter_loaded{adapter_name="support"' in metrics, server.log.name
     second = [text_of(server, "support", PROMPT) for server in replicas]
     assert second[0] == second[1] != first[0]
     assert state_of(one, "support") == state_of(other, "support")
