@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,8 +41,7 @@ from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.lora_moe.layer import Masks
 from guilomo_train.processes import processes
 from guilomo_train.rendering import encode
-from guilomo_train.search.search import search_budget
-from guilomo_train.search.space import SearchSpace, latency_prices
+from guilomo_train.search.search import search_budget, search_space
 
 GIB = 2**30
 LENGTHS = (32, 64, 128)  # of the rows that are tried; three tell a, b and c
@@ -166,13 +164,7 @@ def plan(
     dtype = _dtype(common, config)
     whole.to(dtype)
     linears = {module: sizes.linears[module] for module in sizes.adapted}
-    space = SearchSpace(
-        linears,
-        search.max_experts,
-        search.max_rank,
-        common.top_k,
-        prices=latency_prices(linears, Path(search.prices)) if search.prices else None,
-    )
+    space = search_space(linears, common, search)
     share = search_budget(space, search.budget, sizes.parameters) / space.cost(
         search.max_experts, search.max_rank
     )

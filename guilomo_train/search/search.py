@@ -44,7 +44,7 @@ from guilomo_train.search.controls import parameter_budget
 from guilomo_train.search.estimators import Estimator
 from guilomo_train.search.hypergradient import UnrolledStep, adam_scales
 from guilomo_train.search.selection import SelectionVectors
-from guilomo_train.search.space import SearchSpace, latency_prices
+from guilomo_train.search.space import Linears, SearchSpace, latency_prices
 from guilomo_train.search.upper import UpperLevel
 from guilomo_train.trainer import LoraMoeTrainer
 
@@ -265,13 +265,7 @@ def search(
     )
     model = with_adapter(base.model, peft_config)
     adapted = {module: linears[module] for module in model.peft_config["default"].experts}
-    space = SearchSpace(
-        adapted,
-        config.max_experts,
-        config.max_rank,
-        common.top_k,
-        prices=latency_prices(adapted, Path(config.prices)) if config.prices else None,
-    )
+    space = search_space(adapted, common, config)
     budget = search_budget(space, config.budget, base_parameters)
     trainer = SearchTrainer(
         model=model,
@@ -352,6 +346,17 @@ def cut(adapter: Adapter, allocation: Allocation) -> Adapter:
         )
     targets = tuple(sorted({module.split(".")[-1] for module in experts}))
     return Adapter(replace(adapter.spec, experts=experts, target_modules=targets), weights)
+
+
+def search_space(linears: Linears, common: CommonConfig, config: SearchConfig) -> SearchSpace:
+    """What a search with these settings can choose. Args: linears: (out, in) of each module."""
+    return SearchSpace(
+        linears,
+        config.max_experts,
+        config.max_rank,
+        common.top_k,
+        prices=latency_prices(linears, Path(config.prices)) if config.prices else None,
+    )
 
 
 def search_budget(space: SearchSpace, budget: str | None, base_parameters: int) -> float:
