@@ -7,7 +7,7 @@ than two experts, as a search may draw it too, has none. Over several processes 
 choices of all, and P_e, in which the loss is then linear, is a sum over processes.
 
 Supervised training has it in `LoraMoeTrainer`. Any other trainer of TRL gets it from a class of two
-lines:
+lines, of which `RouterWatch` is what both share:
 
     class BalancedDPO(BalanceLoss, DPOTrainer):
         balance_coefficient = 0.01
@@ -29,13 +29,9 @@ from guilomo_train.lora_moe import LoraMoeLayer
 from guilomo_train.lora_moe.layer import Routing
 
 
-class BalanceLoss:
-    """Adds the load-balance loss to a trainer's own; to be named before it among the bases.
-
-    It takes the routers' choices in each forward pass that a gradient will go through, so neither
-    those of a reference model nor of generation; where a step has several, their mean counts. The
-    trainer's log gets `balance` and the routers' health, as fine-tuning's has them.
-    """
+class RouterWatch:
+    """A trainer's part that knows the routers of its model: what they do in a forward pass, the
+    load-balance loss of that, and their health. To be named before the trainer among the bases."""
 
     balance_coefficient = 0.01
 
@@ -44,28 +40,89 @@ class BalanceLoss:
         trainer: Any = self
         self.layers = [m for m in trainer.model.modules() if isinstance(m, LoraMoeLayer)]
         self.health = RouterHealth()
+
+    def keep_routings(self, keep: bool) -> None:
+        """Whether the next forward pass keeps what the routers do.
+
+        In that pass alone: gradient checkpointing runs layers again in the backward pass, and what
+        they would keep then holds their activations until the next step.
+        """
+        for layer in self.layers:
+            layer.keep_routing = keep
+
+    def kept_routings(self) -> list[Routing]:
+        """What was kept; the layers let go of it."""
+        routings = [layer.routing for layer in self.layers if layer.routing is not None]
+        for layer in self.layers:
+            layer.keep_routing, layer.routing = False, None
+        return routings
+
+    def balance_of(
+        self, routings: list[Routing], tokens: torch.Tensor, health: RouterHealth | None
+    ) -> torch.Tensor:
+        """The load-balance loss; its mean over the processes is that of the batch of them all.
+
+        Args: as those of `balance_loss`.
+        """
+        accelerator: Any = self.accelerator  # type: ignore[attr-defined]
+        return accelerator.num_processes * balance_loss(
+            routings, tokens, lambda t: accelerator.reduce(t, reduction="sum"), health
+        )
+
+    def weighted(self, balance: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+        """The summand of a step's loss, or of a part of it; the next log line has `balance`.
+
+        Args:
+            balance: of `balance_of`.
+            num_items: as the trainer's `compute_loss` is told it.
+        """
+        mine: Any = self
+        mine._metrics["train"]["balance"].append(
+            mine.accelerator.reduce(balance.detach(), reduction="mean").item()
+        )
+        # Either transformers takes the mean over accumulated parts, or the loss has to.
+        scaled = getattr(mine, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = mine.compute_loss_func is not None or (
+                mine.model_accepts_loss_kwargs and num_items is not None
+            )
+        parts = mine.current_gradient_accumulation_steps if scaled else 1
+        return self.balance_coefficient * balance / parts
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        trainer: Any = self
+        if trainer.model.training:
+            logs.update(self.health.scalars(lambda t: trainer.accelerator.reduce(t, "sum")))
+        parent: Any = super()
+        parent.log(logs, start_time)
+
+
+class BalanceLoss(RouterWatch):
+    """Adds the load-balance loss to a trainer's own; to be named before it among the bases.
+
+    It takes the routers' choices in each forward pass that a gradient will go through, so neither
+    those of a reference model nor of generation; where a step has several, their mean counts. The
+    trainer's log gets `balance` and the routers' health, as fine-tuning's has them.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
         self.balances: list[torch.Tensor] = []  # of the forward passes since the last loss
         trainer.model.register_forward_pre_hook(self._begin)
         trainer.model.register_forward_hook(self._end, with_kwargs=True)
 
     def _begin(self, model: nn.Module, args: Any) -> None:
-        for layer in self.layers:
-            layer.keep_routing = model.training and torch.is_grad_enabled()
+        self.keep_routings(model.training and torch.is_grad_enabled())
 
     def _end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
-        routings = [layer.routing for layer in self.layers if layer.routing is not None]
-        for layer in self.layers:
-            layer.keep_routing, layer.routing = False, None
+        routings = self.kept_routings()
         if not routings:
             return
         tokens = kwargs.get("attention_mask")
         if tokens is None:
             tokens = torch.ones(routings[0].logits.shape[:2], device=routings[0].logits.device)
-        accelerator: Any = self.accelerator  # type: ignore[attr-defined]
-        balance = balance_loss(
-            routings, tokens, lambda t: accelerator.reduce(t, reduction="sum"), self.health
-        )
-        self.balances.append(accelerator.num_processes * balance)
+        self.balances.append(self.balance_of(routings, tokens, self.health))
 
     def compute_loss(
         self,
@@ -80,26 +137,8 @@ class BalanceLoss:
         if not self.balances:  # an evaluation
             return found
         balance, self.balances = torch.stack(self.balances).mean(), []
-        mine: Any = self
-        mine._metrics["train"]["balance"].append(
-            mine.accelerator.reduce(balance.detach(), reduction="mean").item()
-        )
-        # Either transformers takes the mean over accumulated parts, or the loss has to.
-        scaled = getattr(mine, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            scaled = mine.compute_loss_func is not None or (
-                mine.model_accepts_loss_kwargs and num_items_in_batch is not None
-            )
-        parts = mine.current_gradient_accumulation_steps if scaled else 1
-        added = self.balance_coefficient * balance / parts
+        added = self.weighted(balance, num_items_in_batch)
         return (found[0] + added, found[1]) if return_outputs else found + added
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        trainer: Any = self
-        if trainer.model.training:
-            logs.update(self.health.scalars(lambda t: trainer.accelerator.reduce(t, "sum")))
-        parent: Any = super()
-        parent.log(logs, start_time)
 
 
 def balance_loss(

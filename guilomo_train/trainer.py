@@ -31,7 +31,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from guilomo_train.adapters import unsharded_state
-from guilomo_train.balance import balance_loss
+from guilomo_train.balance import RouterWatch
 from guilomo_train.base import check_tokens
 from guilomo_train.batches import Batches, BatchLoader, with_blank
 from guilomo_train.checkpoints import STATE_FILE, Checkpointing, complete, whole
@@ -57,6 +57,7 @@ _OF_OTHER_TRAINERS: dict[str, tuple[Any, ...]] = {
     "loss_type": ("nll",),
     "use_liger_kernel": (False,),
     "average_tokens_across_devices": (True,),
+    "router_aux_loss_coef": (None, 0.0),
     # Of other orders of rows.
     "data_seed": (None,),
     "dataloader_drop_last": (False,),
@@ -64,7 +65,7 @@ _OF_OTHER_TRAINERS: dict[str, tuple[Any, ...]] = {
 }
 
 
-class LoraMoeTrainer(SFTTrainer):
+class LoraMoeTrainer(RouterWatch, SFTTrainer):
     """TRL's SFTTrainer with the load-balance loss.
 
     The loss itself is computed here and not by TRL: on a CPU TRL scores every position against
@@ -77,8 +78,9 @@ class LoraMoeTrainer(SFTTrainer):
 
     Raises:
         ConfigError: DeepSpeed is asked for, gradient checkpointing in its reentrant form, an option
-            of TRL's own losses, several GPUs in one process, float16 without loss scaling, or
-            packing on a base that does not keep packed rows apart.
+            of TRL's own losses (that of a base's own routers among them), several GPUs in one
+            process, float16 without loss scaling, or packing on a base that does not keep packed
+            rows apart.
         DataError: no row of a data set has a token to learn from.
         BaseError: a row has a token that the base has no embedding of.
     """
@@ -121,6 +123,7 @@ class LoraMoeTrainer(SFTTrainer):
                 "compute_metrics is given, but held-out rows are watched by their loss alone: "
                 "score the finished adapter with guilomo_train.evaluate"
             )
+        _leave_out_auxiliary_loss(model, args)
         # TRL's own packing computes with FlashAttention alone.
         packing, args.packing = args.packing, False
         # On a base that is sharded as it is loaded transformers refuses checkpoints, for it cannot
@@ -144,8 +147,6 @@ class LoraMoeTrainer(SFTTrainer):
             self._pack()
         self.balance_coefficient = balance_coefficient
         self.checkpointing = checkpointing or Checkpointing(0, {}, None)
-        self.layers = [m for m in self.model.modules() if isinstance(m, LoraMoeLayer)]
-        self.health = RouterHealth()
         for parameter in self.model.parameters():
             if parameter.requires_grad:  # TRL makes them bfloat16 where the base is quantised
                 parameter.data = parameter.data.float()
@@ -312,16 +313,14 @@ class LoraMoeTrainer(SFTTrainer):
             return nll
         # With a token count of the whole accumulated batch, the sum over its parts is the mean.
         parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        both = self.accelerator.reduce(torch.stack([parts * nll, balance]).detach(), "mean")
-        self._metrics["train"]["nll"].append(self._finite(both[0], "the loss"))
-        self._metrics["train"]["balance"].append(both[1].item())
-        return nll + self.balance_coefficient * balance / parts
+        mean = self.accelerator.reduce(parts * nll.detach(), reduction="mean")
+        self._metrics["train"]["nll"].append(self._finite(mean, "the loss"))
+        return nll + self.weighted(balance, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.model.training:  # of held-out rows
             super().log(logs, start_time)
             return
-        logs.update(self.health.scalars(self._over_processes))
         now, tokens = time.monotonic(), self._over_processes(self.tokens).item()
         if tokens:
             logs["tokens_per_second"] = round(tokens / (now - self.window_began))
@@ -359,20 +358,16 @@ class LoraMoeTrainer(SFTTrainer):
         scored = inputs["labels"][:, 1:] != -100
         if num_items is None:
             num_items = self._over_processes(scored.sum())
-        # Kept in this forward pass alone: gradient checkpointing runs layers again in the backward
-        # pass, and what they would keep then holds their activations until the next step.
-        for layer in self.layers:
-            layer.keep_routing = self.balance_coefficient > 0 or health is not None
+        watched = self.balance_coefficient > 0 or health is not None
+        self.keep_routings(watched)
         nll = processes * completion_nll(model, inputs, num_items)
-        if self.balance_coefficient == 0 and health is None:
+        routings = self.kept_routings()
+        if not watched:
             return nll, nll.new_zeros(())
-        routings = [layer.routing for layer in self.layers if layer.routing is not None]
         # A row without labels is there only to fill a batch.
         tokens = inputs["attention_mask"].bool() & scored.any(dim=-1, keepdim=True)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.balance_coefficient > 0):
-            balance = processes * balance_loss(routings, tokens, self._over_processes, health)
-        for layer in self.layers:
-            layer.keep_routing, layer.routing = False, None
+            balance = self.balance_of(routings, tokens, health)
         return nll, balance
 
     def _over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -441,6 +436,21 @@ class LoraMoeTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: a checkpoint is no model to pass on, and `model_card.py` writes the adapter's."""
+
+
+def _leave_out_auxiliary_loss(model: PeftModel, args: SFTConfig) -> None:
+    """The load-balance loss of a base's own routers, which TRL would have the base compute even
+    where its config does not ask for it."""
+    text = model.config.get_text_config()
+    if getattr(text, "output_router_logits", False):
+        _warn(
+            args,
+            "the base's config has output_router_logits, for the load-balance loss of its own "
+            "routers: they are frozen here, and that loss is left out",
+        )
+        text.output_router_logits = False
+    if hasattr(args, "router_aux_loss_coef"):  # not every version has it
+        args.router_aux_loss_coef = 0.0
 
 
 def _warn(args: SFTConfig, message: str) -> None:

@@ -214,6 +214,26 @@ def test_the_attention_of_a_mixture_of_experts_can_be_adapted(tmp_path: Path) ->
     assert torch.equal(logits(again), logits(trained))
 
 
+def test_the_loss_of_a_bases_own_routers_is_left_out_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TRL has the base compute it, even for a config that does not ask for it."""
+
+    def asking(vocab_size: int) -> Any:
+        config = MOE["qwen3-moe"](vocab_size)
+        config.output_router_logits = True
+        return config
+
+    folder = folder_of(asking, tmp_path / "base")
+    common = CommonConfig(
+        base=str(folder), train=str(rows_file(tmp_path)), output="", target_modules=ATTENTION
+    )
+    model = train(load_base(str(folder)), common, tmp_path)
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("the base's config has output_router_logits" in text for text in said) == 1
+    assert model(input_ids=torch.arange(5, 9)[None]).aux_loss is None
+
+
 def test_the_command_refuses_a_mixture_of_experts_in_one_line(tmp_path: Path) -> None:
     folder = folder_of(MOE["mixtral"], tmp_path / "base")
     done = subprocess.run(

@@ -156,7 +156,8 @@ def test_a_prompt_that_ends_otherwise_than_a_whole_row_is_said(
 @pytest.mark.parametrize(
     ("option", "value"),
     [("packing_strategy", "wrapped"), ("padding_free", True), ("label_smoothing_factor", 0.1),
-     ("loss_type", "dft"), ("dataloader_drop_last", True), ("data_seed", 3),
+     ("loss_type", "dft"), ("router_aux_loss_coef", 0.01), ("dataloader_drop_last", True),
+     ("data_seed", 3),
      ("train_sampling_strategy", "sequential"), ("average_tokens_across_devices", False)],
 )  # fmt: skip
 def test_an_option_of_other_losses_is_refused_by_name(
