@@ -32,7 +32,7 @@ from torch.distributed import TCPStore
 from transformers import HfArgumentParser
 
 import guilomo_serve
-from guilomo_serve.adapter import AdapterError, BaseModel, read_adapter, read_spec
+from guilomo_serve.adapter import AdapterError, BaseModel, read_adapter
 from guilomo_train.allocation_map import allocation_of, heat_map, table
 from guilomo_train.config import (
     REVISION,
@@ -279,9 +279,12 @@ def _report(run: str, chosen: ReportOptions) -> None:
 def _inspect(chosen: InspectOptions) -> None:
     path = Path(chosen.path)
     if path.is_dir():
-        spec = read_spec(path)
+        from guilomo_train.adapters import read_trained_spec
+
+        spec, whole = read_trained_spec(path)
         allocation = allocation_of(spec)
-        print(f"adapter for {spec.base_model_name_or_path}, top {spec.top_k} experts a token")
+        also = f"; trained whole: {', '.join(whole)}" if whole else ""
+        print(f"adapter for {spec.base_model_name_or_path}, top {spec.top_k} experts a token{also}")
     else:
         allocation = Allocation.load(path)
     print(table(allocation))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from guilomo_serve.adapter import read_spec
+from guilomo_train.adapters import read_trained_spec
 from guilomo_train.allocation_map import allocation_of, grid
 from guilomo_train.errors import AllocationError
 from guilomo_train.pictures import cells_of, heat, save, subplots
@@ -159,7 +159,7 @@ def _read(path: Path) -> tuple[Allocation, str | None]:
     """An allocation, and what is known of its base."""
     if not path.is_dir():
         return Allocation.load(path), None
-    spec = read_spec(path)
+    spec, _ = read_trained_spec(path)
     base = spec.base
     if base is None:
         return allocation_of(spec), None

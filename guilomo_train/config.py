@@ -85,6 +85,9 @@ class CommonConfig(RowsConfig):
     )
     top_k: int = option(2, "Experts that a token uses in a layer.")
     lora_alpha: float = option(16.0, "Every expert is scaled by lora_alpha / max_rank.")
+    use_rslora: bool = option(
+        False, "Scale by lora_alpha / sqrt(max_rank) instead (rsLoRA, arXiv 2312.03732)."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
         "Precision of the base model; auto is the one it is stored in, or float32 on a CPU without "
@@ -133,6 +136,10 @@ class CommonConfig(RowsConfig):
     def targets(self) -> str | list[str]:
         """`target_modules` as PEFT takes them."""
         return targets_of(self.target_modules)
+
+    def alpha(self, max_rank: int) -> float:
+        """What divided by `max_rank` is the scaling of every expert."""
+        return self.lora_alpha * max_rank**0.5 if self.use_rslora else self.lora_alpha
 
 
 @dataclass
@@ -268,6 +275,11 @@ class FinetuneConfig:
         "End when the loss on --dev has not fallen for so many looks; the best weights are taken.",
     )
     lora_dropout: float = option(0.0, "Dropout on the input of the experts.")
+    modules_to_save: str | None = option(
+        None,
+        "Modules of the base to train whole beside the experts, by name, with commas: embed_tokens "
+        "and lm_head for tokens that are new to it. PEFT loads such an adapter; servers refuse it.",
+    )
     balance_coefficient: float = option(0.01, "Weight of the load-balance loss.")
 
     def __post_init__(self) -> None:
@@ -289,6 +301,10 @@ class FinetuneConfig:
             )
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout}, expected 0 <= p < 1")
+
+    def whole_modules(self) -> list[str] | None:
+        """`modules_to_save` as PEFT takes them."""
+        return names_of(self.modules_to_save) if self.modules_to_save is not None else None
 
 
 @dataclass
@@ -449,7 +465,12 @@ def targets_of(target_modules: str) -> str | list[str]:
     """`target_modules` of the command line as PEFT takes them."""
     if target_modules == "all-linear":
         return target_modules
-    return [name.strip() for name in target_modules.split(",")]
+    return names_of(target_modules)
+
+
+def names_of(text: str) -> list[str]:
+    """Names with commas between them."""
+    return [name.strip() for name in text.split(",")]
 
 
 def at_least(name: str, value: float, least: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationMixin, PreTrainedTokenizerBase
 
-from guilomo_serve.adapter import BaseModel, read_adapter
+from guilomo_train.adapters import put_on
 from guilomo_train.base import check_tokens, load_base
 from guilomo_train.config import EvalConfig
 from guilomo_train.data import load_rows
@@ -125,8 +126,7 @@ def evaluate_adapter(
     rows = load_rows(data, base.tokenizer, config.eval_rows)
     model: Any = base.model
     if adapter is not None:
-        read_adapter(adapter, BaseModel.from_module(base.model))  # refuses what PEFT would not
-        model = PeftModel.from_pretrained(base.model, adapter)
+        model, _ = put_on(base.model, Path(adapter))
     with enough_memory("the evaluation", less_memory(config)):
         scores, texts = evaluate(model, base.tokenizer, rows, config)
     answers = [

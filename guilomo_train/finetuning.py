@@ -16,7 +16,7 @@ from guilomo_serve.adapter import (
     Adapter,
     BaseModel,
 )
-from guilomo_train.adapters import adapter_of, start_from, with_adapter
+from guilomo_train.adapters import adapter_of, check_whole_modules, start_from, with_adapter
 from guilomo_train.arguments import log_callbacks, training_arguments
 from guilomo_train.base import Base
 from guilomo_train.checkpoints import Checkpointing
@@ -71,7 +71,8 @@ def finetune(
 
     Raises:
         DivergedError: the loss is not finite.
-        ConfigError: the allocation names a module that the base lacks, or `start` has another one.
+        ConfigError: the allocation names a module that the base lacks, `start` has another one, or
+            a module cannot be trained whole.
         AllocationError: the allocation has no expert in any module.
     """
     started = time.monotonic()
@@ -80,20 +81,23 @@ def finetune(
     for module in allocation.ranks:
         if module not in linears:
             raise ConfigError(f"--allocation: the base has no linear layer {module!r}")
-    experts = allocation.experts(common.lora_alpha)
+    alpha = common.alpha(allocation.max_rank)
+    experts = allocation.experts(alpha)
     peft_config = LoraMoeConfig(
         task_type="CAUSAL_LM",
         top_k=allocation.top_k,
-        lora_alpha=common.lora_alpha,
+        lora_alpha=alpha,
         lora_dropout=config.lora_dropout,
         experts={
             module: [{"rank": e.rank, "scaling": e.scaling} for e in listed]
             for module, listed in experts.items()
         },
+        modules_to_save=config.whole_modules(),
         stop_token_ids=list(base.stop_token_ids),
         revision=base.commit,
         search=search_record,
     )
+    check_whole_modules(base.model, config.whole_modules() or (), experts)
     model = with_adapter(base.model, peft_config)
     if start is not None:
         start_from(model, start)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,13 @@ def finding(search: Mapping[str, Any]) -> str:
 
 
 def model_card(
-    spec: AdapterSpec, data: str, parameters: int, metrics: Mapping[str, Any] | None
+    spec: AdapterSpec,
+    data: str,
+    parameters: int,
+    metrics: Mapping[str, Any] | None,
+    whole: Sequence[str] = (),
 ) -> str:
-    """The README.md of an adapter folder."""
+    """The README.md of an adapter folder. Args: whole: modules of the base trained beside it."""
     allocation, stops = allocation_of(spec), spec.stop_token_ids
     lines = [
         "---",
@@ -47,6 +51,8 @@ def model_card(
         f"- Experts: {spec.total_experts} in {len(spec.experts)} layers, "
         f"top {spec.top_k} a token; total rank {spec.total_rank}; {parameters:,} parameters",
     ]
+    if whole:
+        lines.append(f"- Trained whole: {', '.join(whole)}")
     if spec.search is not None:
         found = ", ".join(f"{k} {v}" for k, v in spec.search.items())
         lines.append(f"- Allocation: searched ({found}). {finding(spec.search)}".rstrip())
@@ -58,7 +64,9 @@ def model_card(
         )
     lines += [
         "",
-        "Serve it: `guilomo-serve BASE --adapter name=THIS_FOLDER`, or load it:",
+        "Load it (servers refuse adapters with modules that were trained whole):"
+        if whole
+        else "Serve it: `guilomo-serve BASE --adapter name=THIS_FOLDER`, or load it:",
         "",
         "```python",
         "import guilomo  # tells PEFT of the method; pip install guilomo",

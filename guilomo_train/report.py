@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guilomo_serve.adapter import read_spec
+from guilomo_train.adapters import read_trained_spec
 from guilomo_train.allocation_map import allocation_of, grid, heat_map
 from guilomo_train.config import FRESH, WITHOUT_EFFECT
 from guilomo_train.errors import ConfigError
@@ -51,7 +51,7 @@ class Finished:
         record, history = (read_json(folder / name) for name in (RUN_FILE, HISTORY_FILE))
         if "finetune" in history:
             modules = history["finetune"].get("modules", ())  # a run of before has none
-            allocation = allocation_of(read_spec(folder / "adapter"), modules)
+            allocation = allocation_of(read_trained_spec(folder / "adapter")[0], modules)
         else:
             allocation = Allocation.load(folder / "allocation.json")
         return cls(folder, record, history, allocation)

@@ -33,6 +33,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save
 
 from guilomo_serve.adapter import Adapter, BaseModel, read_adapter, write_adapter
+from guilomo_train.adapters import put_on, write_with_whole_modules
 from guilomo_train.allocation_map import heat_map, table
 from guilomo_train.base import Base, load_base
 from guilomo_train.checkpoints import (
@@ -194,8 +195,7 @@ class Run:
             folder = self.output / ADAPTER_FOLDER
             say(f"fine-tuning: finished before, going on with {folder}")
             self._note("finetune", {})
-            adapter = read_adapter(folder, BaseModel.from_module(self.base.model))
-            model = PeftModel.from_pretrained(self.base.model, folder)
+            model, adapter = put_on(self.base.model, folder)
             seconds, loss = self.record["finetune_seconds"], self.record["training_loss"]
             return FinetuneResult(adapter, model, seconds, loss, self.history["finetune"])
         say(f"fine-tuning: {len(self.train)} rows, {config.epochs:g} epochs{self._shards()}")
@@ -207,7 +207,7 @@ class Run:
                 self.base, self.train, allocation, self.common, config, work, search_record,
                 start, checkpointing, dev,
             )  # fmt: skip
-        self._write_adapter(result.adapter, ADAPTER_FOLDER, None)
+        self._write_adapter(result.adapter, ADAPTER_FOLDER, None, result.model)
         say(f"fine-tuning took {result.seconds:.0f} s: {self.output / ADAPTER_FOLDER}")
         facts = {
             "finetune_seconds": round(result.seconds, 1),
@@ -233,7 +233,7 @@ class Run:
             model = PeftModel.from_pretrained(whole, self.output / ADAPTER_FOLDER)
         with enough_memory("the evaluation", less_memory(config)):
             scores, texts = evaluate(model, self.base.tokenizer, rows, config)
-        self._write_adapter(result.adapter, ADAPTER_FOLDER, scores)
+        self._write_adapter(result.adapter, ADAPTER_FOLDER, scores, result.model)
         print(scores.sentence())
         completions = [expected_text(row) for row in rows]
         by_row = hits(texts, completions, rows["answer"])
@@ -331,14 +331,21 @@ class Run:
             remedy += ", or give --gradient_checkpointing"
         return remedy if common.quantize == "4bit" else f"{remedy}, or --quantize 4bit"
 
-    def _write_adapter(self, adapter: Adapter, folder: str, scores: Scores | None) -> None:
+    def _write_adapter(
+        self, adapter: Adapter, folder: str, scores: Scores | None, model: PeftModel | None = None
+    ) -> None:
+        """Args: model: has the modules that were trained whole, if any were."""
         if not self.writes:
             return
         spec = adapter.spec
+        whole = [] if model is None else sorted(model.active_peft_config.modules_to_save or ())
         parameters = sum(tensor.numel() for tensor in adapter.tensors().values())
         data = f"{', '.join(self.common.train)} ({len(self.train)} rows)"
-        card = model_card(spec, data, parameters, scores.to_json() if scores else None)
-        write_adapter(adapter, self.output / folder, card)
+        card = model_card(spec, data, parameters, scores.to_json() if scores else None, whole)
+        if model is not None and whole:
+            write_with_whole_modules(model, self.output / folder, card)
+        else:
+            write_adapter(adapter, self.output / folder, card)
 
     def _sizes(self, allocation: Allocation) -> dict[str, int]:
         modules = tuple(allocation.ranks)

@@ -32,9 +32,9 @@ _REQUIRED_KEYS = (
 _IGNORED_KEYS = frozenset({"auto_mapping", "inference_mode", "peft_version"})
 # Training settings that must have their neutral value, or the adapter would compute more than
 # its experts do.
-_NEUTRAL_KEYS: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "modules_to_save": (None, []),
+_NEUTRAL_KEYS: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "bias": (("none",), ""),
+    "modules_to_save": ((None, []), ", or the modules put into the base (docs/new_tokens.md)"),
 }
 _TRAINING_KEYS = frozenset({"lora_dropout", "num_experts", "expert_rank", "exclude_modules"})
 _MODULE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
@@ -155,11 +155,11 @@ class AdapterSpec:
                 f"{where}: unknown key {unknown[0]!r}: this guilomo would not apply it, "
                 "so the adapter is refused"
             )
-        for key, neutral in _NEUTRAL_KEYS.items():
+        for key, (neutral, otherwise) in _NEUTRAL_KEYS.items():
             if key in value and value[key] not in neutral:
                 raise AdapterError(
                     f"{where}: {key} is {value[key]!r}, which a LoRA-MoE adapter cannot apply; "
-                    f"expected {neutral[0]!r}"
+                    f"expected {neutral[0]!r}{otherwise}"
                 )
 
         name = value["base_model_name_or_path"]

@@ -259,7 +259,7 @@ def search(
         num_experts=config.max_experts,
         expert_rank=config.max_rank,
         top_k=common.top_k,
-        lora_alpha=common.lora_alpha,
+        lora_alpha=common.alpha(config.max_rank),
         stop_token_ids=list(base.stop_token_ids),
         revision=base.commit,
     )

@@ -275,6 +275,7 @@ def test_one_file_says_a_run_flags_win_and_its_run_json_repeats_it(
         f"weight_decay: 0.1\nmax_grad_norm: 0.5\ndev: {data}\neval_steps: 4\n"
         f"early_stopping_patience: 1\neval: {data}\neval_rows: 4\nmax_new_tokens: 2\n"
         "report_to: tensorboard\nadapter: null\nbudget: 300\n"  # budget is of baseline too
+        "use_rslora: true\nlora_alpha: 8\n"
     )
     # The rate of 2 spoils the weights, so that the first look at --dev stays the best.
     given = ["--config", config, "--learning_rate", 2, "--seed", 3]
@@ -285,6 +286,11 @@ def test_one_file_says_a_run_flags_win_and_its_run_json_repeats_it(
     assert run["config"]["common"]["target_modules"] == "q_proj,v_proj"
     assert run["config"]["finetune"]["learning_rate"] == 2
     assert run["search"]["steps"] == 6  # half of 48 rows by 2 parts of 2
+    for folder in ("start", "adapter"):
+        experts = read_adapter(first / folder).spec.experts.values()
+        assert {round(e.scaling, 6) for listed in experts for e in listed} == {
+            5.656854
+        }  # 8/sqrt(2)
     log = json.loads((first / "history.json").read_text())["finetune"]["log"]
     looks = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
     assert run["best"] == {"step": min(looks, key=looks.get), "dev_loss": min(looks.values())}
