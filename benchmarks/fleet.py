@@ -56,6 +56,7 @@ START_S = 600
 # When, as a share of all swaps.
 STOP, RESTART, KILL, JOIN = 0.2, 0.4, 0.55, 0.6
 
+# A request whose body comes after its headers is only asked again elsewhere if it was waited for.
 HAPROXY = """
 defaults
     mode http
@@ -68,6 +69,7 @@ defaults
     retry-on conn-failure empty-response 503
 frontend front
     bind 127.0.0.1:{port}
+    option http-buffer-request
     default_backend replicas
 backend replicas
     balance roundrobin
@@ -201,6 +203,8 @@ def main() -> None:
         if args.vllm_router:
             router = stack.enter_context(vllm_router(args.vllm_router, replicas, scratch))
             fronts[router] = "vllm-router"
+        for url, name in fronts.items():
+            print(f"{name} is {url}", flush=True)
         seen = campaign(list(fronts), replicas, database, adapters, args.swaps)
         result = judged(seen, texts, sum(replica.usable for replica in replicas))
         for url, name in fronts.items():

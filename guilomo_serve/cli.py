@@ -27,6 +27,9 @@ from guilomo_serve.flags import UsageError
 
 _DATABASES = ("postgresql://", "postgres://")
 _ENDING_S = 5.0  # for threads that still wait for a storage, once nobody waits for them
+# Longer than load balancers keep a connection that nobody uses (nginx and AWS 60 s, Google 600 s):
+# one that the server closes just when a request comes over it loses the request.
+_KEEP_ALIVE_S = 620
 
 
 if multiprocessing.parent_process() is not None:  # vLLM's, which imports what it was started by
@@ -70,6 +73,7 @@ def _run(arguments: Sequence[str]) -> int:
     settings.export(os.environ)
     # Loading and unloading while serving; vLLM keeps the routes away without it.
     os.environ.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(_KEEP_ALIVE_S))
     # The last one is the outermost: what the others refuse has a lease too, and counts.
     ours = (
         "access.AdminGuard",

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import re
 import shutil
+import socket
 import subprocess
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import yaml
 
 from guilomo_serve import cli, flags
 from guilomo_serve.server import access, lifecycle
+from tests.serve.helpers import eventually
 
 pytestmark = pytest.mark.slow  # vLLM's parser
 
@@ -136,17 +143,76 @@ def test_compose_and_its_router_and_prometheus_name_the_same_replicas() -> None:
         assert set(re.findall(r"(replica-\d):8000", text)) == replicas
 
 
-def test_haproxy_takes_its_configuration(tmp_path: Path) -> None:
-    haproxy = shutil.which("haproxy")
+class Stand(BaseHTTPRequestHandler):
+    """A replica to a load balancer: ready, but who is bad answers no request."""
+
+    protocol_version = "HTTP/1.1"
+    bad = ""  # "503", as a replica that ends or has lost its lease; "gone", as one that is killed
+
+    def do_GET(self) -> None:
+        self._answer(200)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.bad == "gone":
+            self.close_connection = True
+        else:
+            self._answer(503 if self.bad else 200)
+
+    def _answer(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Says nothing."""
+
+
+@pytest.mark.parametrize("bad", ["503", "gone"])
+def test_haproxy_asks_another_replica_for_what_one_does_not_answer(
+    bad: str, tmp_path: Path
+) -> None:
+    haproxy = shutil.which("haproxy", path="/usr/sbin:/usr/bin")
     if haproxy is None:
         pytest.skip("haproxy is not installed")
-    text = (DEPLOY / "compose" / "haproxy.cfg").read_text()
+    kinds = [type("Bad", (Stand,), {"bad": bad}), Stand, Stand]
+    stands = [ThreadingHTTPServer(("127.0.0.1", 0), kind) for kind in kinds]
+    for stand in stands:
+        threading.Thread(target=stand.serve_forever, daemon=True).start()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    text = (DEPLOY / "compose" / "haproxy.cfg").read_text().replace("bind :8000", f"bind :{port}")
+    for n, stand in enumerate(stands, 1):
+        text = text.replace(f"replica-{n}:8000", f"127.0.0.1:{stand.server_port}")
     config = tmp_path / "haproxy.cfg"
-    config.write_text(re.sub(r"replica-\d:", "127.0.0.1:", text))  # names that can be resolved here
-    done = subprocess.run(
-        [haproxy, "-c", "-f", str(config)], capture_output=True, text=True, check=False, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
+    config.write_text(text)
+    balancer = subprocess.Popen([haproxy, "-db", "-f", str(config)], stderr=subprocess.DEVNULL)
+    try:
+        eventually(lambda: answers(f"http://127.0.0.1:{port}"), "HAProxy answers", 20)
+        for n in range(12):  # names, of whom each replica has some
+            # Longer than HAProxy keeps by itself; and clients send it after the headers.
+            body = json.dumps({"model": f"adapter-{n}", "prompt": 60_000 * "x"}).encode()
+            client = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            client.putrequest("POST", "/v1/completions")
+            client.putheader("Content-Length", str(len(body)))
+            client.endheaders()
+            client.send(body)
+            assert client.getresponse().status == 200, n
+            client.close()
+    finally:
+        balancer.terminate()
+        balancer.wait()
+        for stand in stands:
+            stand.shutdown()
+            stand.server_close()
+
+
+def answers(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=5).ok
+    except requests.ConnectionError:
+        return False
 
 
 def test_vllm_takes_what_the_examples_give_it(tiny_model: Path) -> None:

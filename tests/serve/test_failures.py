@@ -6,6 +6,7 @@ One server (`limited`) is abused by all tests but the last, and killed at the en
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import resource
@@ -13,10 +14,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import openai
@@ -162,6 +164,19 @@ def test_a_client_that_leaves_gives_its_place_back(limited):
         until_running(limited, "limited", 0)
     eventually(lambda: complete(limited, "limited").status_code == 200, "a place is given back")
     assert generated_tokens(limited) - before < all_of_it
+
+
+def test_a_connection_outlives_the_pause_between_requests_of_a_load_balancer(limited):
+    """vLLM alone closes it after five seconds; a request that comes just then is lost."""
+    connection = http.client.HTTPConnection("127.0.0.1", limited.port, timeout=30)
+    with closing(connection):
+        connection.connect()
+        socket_of_ours = connection.sock
+        for pause in (6, 0):
+            connection.request("GET", "/ready")
+            assert connection.getresponse().read()
+            time.sleep(pause)
+        assert connection.sock is socket_of_ours
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(limited):
