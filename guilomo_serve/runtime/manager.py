@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -349,8 +350,12 @@ def _classification_head(layer: torch.nn.Module, *args: Any) -> ClassificationHe
 class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
     """vLLM's manager of adapters in a worker; reads our format and keeps what it has read.
 
-    An adapter stays in host memory until it is unloaded, whatever the LRU does: a request keeps
-    the weights it began with, and a folder that has changed or gone cannot hurt it.
+    An adapter that a server loads stays in host memory until it unloads it, whatever the LRU does:
+    a request keeps the weights it began with, and a folder that has changed or gone cannot hurt it.
+    Others come with a request, or with `add_lora`, in programs that have vLLM's engine and no
+    server (`vllm.LLM`). They go by last use, to keep to `--max-cpu-loras` and to this process's
+    part of `default_memory`, but for those of the step at hand; as in vLLM alone they are read
+    again when they are asked for.
     """
 
     _manager_cls = RoutedModelManager
@@ -358,6 +363,10 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self._read: dict[int, ReadAdapter] = {}
+        self._of_server: set[int] = set()  # which it has loaded, and unloads
+        self._of_requests: OrderedDict[int, int] = OrderedDict()  # their bytes, by last use
+        self._in_step: set[int] = set()
+        self._room = default_memory() // vllm_config.parallel_config.world_size_across_dp
         self._reader: Reader[tuple[ReadAdapter, Routers | None]] = Reader()
         self._tasks = tasks_of(vllm_config.model_config)
         self._engine = vllm_config.parallel_config.data_parallel_index
@@ -367,6 +376,8 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         self._samples = wanted and get_tensor_model_parallel_rank() == 0
 
     def add_adapter(self, lora_request: Any) -> bool:
+        if lora_request.lora_int_id in self._of_requests:
+            self._of_requests.move_to_end(lora_request.lora_int_id)
         is_new = self._checks and lora_request.lora_int_id not in self.list_adapters()
         loaded = super().add_adapter(lora_request)
         if is_new:
@@ -378,6 +389,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         return loaded
 
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
+        self._in_step = {request.lora_int_id for request in requests}
         super().set_active_adapters(requests, mapping)
         self._adapter_manager.begin_step()
 
@@ -396,6 +408,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
 
     def begin_reading(self, name: str, number: int, path: str) -> None:
         """Reads an adapter beside the steps, for `add_adapter` later."""
+        self._of_server.add(number)
         request = LoRARequest(lora_name=name, lora_int_id=number, lora_path=path)
         if number not in self._read:
             self._reader.begin(number, partial(self._read_adapter, request))
@@ -414,6 +427,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
 
     def outcome_of_adding(self, name: str, number: int, path: str) -> dict[str, Any]:
         """Puts an adapter into the layers; `bytes` and `rank` of it, or as `_refused` has it."""
+        self._of_server.add(number)
         try:
             self.add_adapter(LoRARequest(lora_name=name, lora_int_id=number, lora_path=path))
         except Exception as e:
@@ -428,10 +442,25 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         return self._read[number]
 
     def _keep(self, number: int, read: ReadAdapter, routers: Routers | None) -> None:
+        if number not in self._of_server:
+            self._make_room(number, read.nbytes)
         self._adapter_manager.check_room([*self._read.values(), read])
         self._read[number] = read
+        if number not in self._of_server:
+            self._of_requests[number] = read.nbytes
         if routers is not None:
             self._adapter_manager.expert_load.add(number, routers)
+
+    def _make_room(self, number: int, size: int) -> None:
+        """Frees adapters that no server has loaded, for one that takes `size` bytes."""
+        manager = self._adapter_manager
+        pinned = manager._registered_adapters.pinned_items
+        others = {n: bytes_ for n, bytes_ in self._of_requests.items() if n != number}
+        for other in [n for n in others if n not in self._in_step and n not in pinned]:
+            if sum(others.values()) + size <= self._room and len(others) < manager.capacity:
+                break
+            del others[other]
+            self.remove_adapter(other)
 
     def _read_adapter(self, lora_request: Any) -> tuple[ReadAdapter, Routers | None]:
         """Only reads: it runs in a thread of its own."""
@@ -464,6 +493,8 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
     def remove_adapter(self, adapter_id: int) -> bool:
         self._reader.forget(adapter_id)
         self._read.pop(adapter_id, None)
+        self._of_server.discard(adapter_id)
+        self._of_requests.pop(adapter_id, None)
         self._adapter_manager.expert_load.remove(adapter_id)
         return super().remove_adapter(adapter_id)
 

@@ -12,7 +12,7 @@ this does nothing.
 vllm/entrypoints/serve/engine/serving.py; what pooling has in its place says nothing). Here it names
 those that are like it among what /v1/models lists. If `_check_model` is renamed, vLLM's text stays.
 
-*A name whose weights went for others* (`--max-cpu-loras`) gets them back (models.py) when vLLM has
+*A name whose weights went for others* gets them back (models.py) when vLLM has
 checked it, as vLLM asks `resolve_lora` only for names that it does not know. If `_check_model` is
 renamed, the worker reads them again by itself, whatever they are by then.
 """
@@ -24,7 +24,7 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import HTTPException
-from vllm.exceptions import VLLMNotFoundError
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 
 _HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
 _COMPARED = 1000  # names, in about 10 ms
@@ -88,12 +88,12 @@ async def _check_pooling_or_suggest(serving: Any, request: Any) -> Any:
 
     Raises:
         VLLMNotFoundError: the model is not served.
-        ValueError: it cannot be brought in.
+        GracefulHTTPError: it cannot be brought in.
     """
     error = await _check_of_pooling(serving, request)
     refused = await serving.models.bring_in(request.model)
     if refused is not None:
-        raise ValueError(refused.error.message)
+        raise GracefulHTTPError(refused.error.message, HTTPStatus(refused.error.code))
     try:
         serving._maybe_get_adapters(request)
     except VLLMNotFoundError:

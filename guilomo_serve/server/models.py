@@ -4,11 +4,13 @@ own routes, in any server that has the plugin."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -19,8 +21,11 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from guilomo_serve.adapter import AdapterError
 from guilomo_serve.catalogue import digest_of
+from guilomo_serve.room import default_memory
 from guilomo_serve.runtime.identity import digest_in, public_name, request_of
 from guilomo_serve.server import model_names
+from guilomo_serve.server.errors import status_of
+from guilomo_serve.server.inspection import memory_of
 from guilomo_serve.server.leases import leases
 from guilomo_serve.server.residency import Residency
 
@@ -44,7 +49,8 @@ class VersionedServingModels(OpenAIServingModels):
         return Residency(
             self.engine_client,
             leases,
-            most=self.engine_client.vllm_config.lora_config.max_cpu_loras,
+            default_memory(),
+            self.engine_client.vllm_config.lora_config.max_cpu_loras,
             pinned=lambda: self._kept,
             keeps_names=True,
         )
@@ -67,11 +73,11 @@ class VersionedServingModels(OpenAIServingModels):
 
         Returns:
             A message, or an error response: 400 with the reason if the adapter is refused, 404
-            if there is none at the path.
+            if there is none at the path, 503 if there is no room for it.
         """
         name = request.lora_name
         async with self.lora_resolver_lock[name]:
-            digest = await asyncio.to_thread(_digest_of, request.lora_path)
+            digest, size = await asyncio.to_thread(self._look_at, request.lora_path)
             known = self.residency.current.get(name)
             if digest and known is not None and digest == digest_in(known.lora_name):
                 return f"Success: LoRA adapter '{name}' added successfully."
@@ -83,7 +89,7 @@ class VersionedServingModels(OpenAIServingModels):
             if base_model_name is not None and self.is_base_model(base_model_name):
                 loaded.base_model_name = base_model_name
             try:
-                await self.residency.load(name, loaded)
+                await self.residency.load(name, loaded, size)
                 if digest != await asyncio.to_thread(_digest_of, request.lora_path):
                     self.residency.unload(loaded)
                     raise AdapterError("its files were written while they were read")
@@ -114,8 +120,9 @@ class VersionedServingModels(OpenAIServingModels):
                 return None
             digest = digest_in(version.lora_name)
             try:
-                if digest == await asyncio.to_thread(_digest_of, version.lora_path):
-                    await self.residency.load(name, version)
+                found, size = await asyncio.to_thread(self._look_at, version.lora_path)
+                if digest == found:
+                    await self.residency.load(name, version, size)
                     if digest == await asyncio.to_thread(_digest_of, version.lora_path):
                         return None
                     self.residency.free(version)
@@ -123,8 +130,20 @@ class VersionedServingModels(OpenAIServingModels):
                     f"its files in {version.lora_path} are not those that were loaded; load it "
                     "again"
                 )
-            except (AdapterError, LoRAAdapterNotFoundError) as e:
+            except LoRAAdapterNotFoundError as e:
+                return _refused(name, AdapterError(str(e)))
+            except AdapterError as e:
                 return _refused(name, e)
+
+    def _look_at(self, path: str) -> tuple[str | None, int]:
+        """An adapter's digest, and the memory that it takes; 0 where that cannot be told."""
+        digest = _digest_of(path)
+        size = 0
+        if digest is not None:
+            with contextlib.suppress(OSError, SafetensorError):  # the engine says what is wrong
+                folder = Path(get_adapter_absolute_path(path))
+                size = memory_of(folder, self.model_config.dtype.itemsize)
+        return digest, size
 
     async def unload_lora_adapter(self, request: Any) -> Any:
         name = request.lora_name
@@ -153,10 +172,11 @@ def cannot_be_found(name: str) -> ErrorResponse:
 
 
 def _refused(name: str, error: Exception) -> ErrorResponse:
+    status = status_of(error)
     return create_error_response(
         message=f"The adapter '{name}' is refused: {error}",
-        err_type="BadRequestError",
-        status_code=HTTPStatus.BAD_REQUEST,
+        err_type="BadRequestError" if status < 500 else "InternalServerError",
+        status_code=status,
     )
 
 

@@ -142,12 +142,14 @@ class Residency:
         self.current = Current(fresh)
         self._resident: dict[int, Resident] = {}
         self._removing: dict[int, asyncio.Task[None]] = {}
+        if bound is not None:
+            logger.info("Adapters may take %.2f GiB of memory (--adapter-memory)", bound / 2**30)
         leases.when_ended.append(self._free_if_done)
 
     async def load(self, name: str, version: LoRARequest, size: int = 0) -> None:
         """Loads weights that take `size` bytes; names that were not used for longest go for them.
 
-        0 stands for a size that is not known.
+        0 stands for a size that is not known before they are there.
 
         Requests do not get the version before `switch`.
 
@@ -176,6 +178,7 @@ class Residency:
             self._drop(version)
             raise
         resident.bytes = sum(outcome["bytes"] for outcome in outcomes)
+        resident.room = resident.room or resident.bytes
         resident.rank = outcomes[0]["rank"]
 
     def unload(self, version: LoRARequest) -> None:

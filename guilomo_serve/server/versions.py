@@ -83,7 +83,6 @@ class Versions:
         self._store = Store(state / "adapters", settings.roots)
         self.sources = Sources(self._store, settings.remote_roots)
         bound = default_memory() if settings.memory is None else settings.memory
-        logger.info("Adapters may take %.2f GiB of memory (--adapter-memory)", bound / 2**30)
         self.residency = Residency(
             engine_client,
             leases,

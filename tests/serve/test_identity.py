@@ -101,6 +101,21 @@ def test_workers_whose_memory_is_full_are_no_fault_of_the_adapter():
     asyncio.run(load())
 
 
+def test_what_has_a_size_only_once_it_is_there_counts_then():
+    """As what plain `vllm serve` takes from the Hub, under its default bound."""
+
+    async def load_all() -> None:
+        residency = Residency(Engine(bytes=40, rank=1), Leases(), bound=100, keeps_names=True)
+        for name in ("a", "b", "c", "d"):
+            version = identity.request_of(name, ONE, f"/{name}")
+            await residency.load(name, version)
+            residency.switch(name, version)
+        assert {resident.name for resident in residency.resident()} == {"b", "c", "d"}
+        assert set(residency.current) == {"a", "b", "c", "d"}
+
+    asyncio.run(load_all())
+
+
 @pytest.mark.parametrize("keeps_names", [False, True])
 def test_no_more_versions_are_kept_than_may_be(keeps_names):
     """What is in use or pinned stays above them, until it is not."""

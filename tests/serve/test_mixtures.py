@@ -73,16 +73,23 @@ BASES: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any], tupl
 # One process for all bases: most of the time goes into imports.
 PROGRAM = """
 import gc, json, sys
+from pathlib import Path
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
+from guilomo_serve.runtime import manager
 
 prompt, tokens, jobs = json.loads(sys.argv[1])
 parameters = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=0)
 found = {}
+memory = manager.default_memory
 for base, adapters in jobs.items():
+    # Two adapters may be kept: of the first base by memory, of others by number.
+    most = 2 if found else 5
+    size = Path(adapters[0], "adapter_model.safetensors").stat().st_size if adapters else 0
+    manager.default_memory = memory if found else lambda: int(2.5 * size)
     llm = LLM(base, enable_lora=True, max_lora_rank=64, enforce_eager=True, dtype="float32",
-              max_model_len=256, max_num_seqs=4)
+              max_model_len=256, max_num_seqs=4, max_cpu_loras=most)
     for number, adapter in enumerate([base, *adapters]):
         lora = LoRARequest(adapter, number, adapter) if number else None
         asked = {"prompt_token_ids": prompt}
@@ -99,6 +106,12 @@ for base, adapters in jobs.items():
     # What engines do that wait for one another: a batch that is none.
     llm.collective_rpc("execute_dummy_batch")
     found[f"{base} keeps"] = sorted(llm.llm_engine.list_loras())
+    one = SamplingParams(max_tokens=1)
+    for number in range(10, 14) if adapters else ():
+        lora = LoRARequest(f"{number}", number, adapters[0])
+        llm.generate(asked, one, use_tqdm=False, lora_request=lora)
+    gc.collect()
+    found[f"{base} holds"] = sum(isinstance(o, manager.ReadAdapter) for o in gc.get_objects())
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
@@ -185,6 +198,7 @@ def test_mixtures_of_experts_take_adapters_on_what_every_token_uses(tmp_path: Pa
         assert module in found[adapter], found[adapter]
     for kind in BASES:
         assert found[f"{bases[kind]} keeps"] == [1]
+        assert found[f"{bases[kind]} holds"] == 2, "of the five that were asked for"
     for kind in ("qwen3", "qwen2", "mixtral", "gpt_oss"):
         for adapter in (None, adapters[kind]):
             tokens, scores = found[str(adapter or bases[kind])]

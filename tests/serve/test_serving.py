@@ -345,6 +345,7 @@ def test_plain_vllm_serve_in_compiled_mode(tiny_model, adapters, tmp_path):
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     with serving(command, tmp_path / "compiled.log", environment) as server:
         assert "enforce_eager=False" in server.log.read_text()
+        assert "Adapters may take" in server.log.read_text()
         check_against_hf(server, tiny_model, adapters, FLOAT32_TOLERANCE)
         check_mixed(server, ("base", *adapters))
 
