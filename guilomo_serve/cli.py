@@ -125,8 +125,9 @@ def _add_flags(parser: Any) -> None:
     )
     parser.add_argument(
         "--state-files",
-        metavar="FOLDER",
-        help="where replicas that share a database keep adapters' files: a folder that all see",
+        metavar="FOLDER|ADDRESS",
+        help="where replicas that share a database keep adapters' files: a folder that all see, "
+        "or s3://BUCKET[/PREFIX]",
     )
     parser.add_argument(
         "--admin-key",
@@ -197,14 +198,24 @@ def _add_flags(parser: Any) -> None:
     )
 
 
-def _remote_root(root: str) -> Address:
+def _address(flag: str, text: str) -> Address:
+    """An address that a flag names, of a storage that can be asked."""
     try:
-        address = Address.parse(root)
+        address = Address.parse(text)
         storage_class(address.scheme)
     except AdapterError as e:
-        raise UsageError(f"--adapter-root: {e}") from None
+        raise UsageError(f"{flag}: {e}") from None
     if address.revision is not None:
-        raise UsageError(f"--adapter-root {root}: a root has no revision; its adapters may")
+        raise UsageError(f"{flag} {text}: a root has no revision; its adapters may")
+    return address
+
+
+def _shared_files(place: str) -> Path | Address:
+    if not is_address(place):
+        return _folder("--state-files", place)
+    address = _address("--state-files", place)
+    if address.scheme != "s3":
+        raise UsageError(f"--state-files {place}: expected a folder or s3://BUCKET[/PREFIX]")
     return address
 
 
@@ -212,7 +223,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     roots, remote_roots = [], []
     for root in args.adapter_root:
         if is_address(root):
-            remote_roots.append(_remote_root(root))
+            remote_roots.append(_address("--adapter-root", root))
             continue
         if not Path(root).is_dir():
             raise UsageError(f"--adapter-root {root}: there is no such folder")
@@ -229,10 +240,10 @@ def _settings(args: argparse.Namespace) -> Settings:
     state = _folder("--state", args.state) if args.state and not shared else None
     if bool(shared) != bool(args.state_files):
         raise UsageError(
-            "--state-files: a database of --state needs it, a folder that all replicas see, and "
-            "nothing else does"
+            "--state-files: a database of --state needs it, a folder that all replicas see or "
+            "s3://BUCKET[/PREFIX], and nothing else does"
         )
-    files = _folder("--state-files", args.state_files) if shared else None
+    files = _shared_files(args.state_files) if shared else None
     budget = None if memory is None else int(memory * 2**30)
     drain = args.shutdown_timeout
     if drain < 0:

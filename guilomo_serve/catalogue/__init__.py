@@ -10,6 +10,7 @@
     database.py   the catalogue of one server, in SQLite
     postgres.py   the catalogue that replicas share, in PostgreSQL
     replicas.py   what replicas say to one another there
+    shared_files.py  where they keep adapters' files: a folder that all see, or S3
     command.py    `guilomo-serve adapters ls|put|rm|rollback`
 
 A name points to its current version and remembers the one before; a version is a number, a digest

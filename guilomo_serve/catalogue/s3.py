@@ -1,4 +1,4 @@
-"""Adapters in S3 and in what speaks its protocol, over s3fs.
+"""Adapters in S3 and in what speaks its protocol, over s3fs: read, and written for replicas.
 
 Endpoint, region and credentials come from where AWS's own tools have them (AWS_ENDPOINT_URL,
 AWS_ACCESS_KEY_ID, profiles, roles) or from fsspec's settings (FSSPEC_S3_ANON=true for public
@@ -8,8 +8,9 @@ condition that it still has the entity tag that was seen.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import s3fs
@@ -35,6 +36,7 @@ from guilomo_serve.catalogue.remote import (
 from guilomo_serve.catalogue.store import FILES, Missing
 
 _PIECE = 2**20
+_WRITE_S = 500.0  # for all of a file; S3 that says nothing is given up sooner (read_timeout)
 
 T = TypeVar("T")
 
@@ -75,11 +77,59 @@ class S3:
         finally:
             self._ask(address, pieces.aclose)
 
+    def metadata(self, address: Address, name: str) -> Mapping[str, str]:
+        """What was said of a file when it was written.
+
+        Raises:
+            Missing: there is none; Unavailable: the storage is down.
+        """
+        found: Mapping[str, str] = self._ask(address, self._asked_of, address, name)["Metadata"]
+        return found
+
+    def write(self, address: Address, folder: Path, metadata: Mapping[str, str]) -> None:
+        """Writes an adapter's files, each of them whole or not at all.
+
+        Args:
+            address: without a revision.
+            folder: has the files.
+            metadata: is said of each of them.
+
+        Raises:
+            Unavailable: the storage is down, or does not take them.
+        """
+        for name in FILES:
+            place = "/".join((*address.parts, name))
+            self._ask(
+                address, self._put, str(folder / name), place, dict(metadata), timeout=_WRITE_S
+            )
+
+    def delete(self, address: Address) -> None:
+        """Deletes an adapter's files; it does not matter whether they are there.
+
+        Raises:
+            Unavailable: the storage is down, or does not do it.
+        """
+        for name in FILES:
+            self._ask(address, self._delete, address, name)
+
     async def _head(self, address: Address, name: str) -> tuple[str, int]:
         """A file's entity tag and size."""
-        client = await self._files.set_session()
-        head = await client.head_object(Bucket=address.parts[0], Key=_key(address, name))
+        head = await self._asked_of(address, name)
         return head["ETag"].strip('"'), head["ContentLength"]
+
+    async def _asked_of(self, address: Address, name: str) -> dict[str, Any]:
+        client = await self._files.set_session()
+        head: dict[str, Any] = await client.head_object(
+            Bucket=address.parts[0], Key=_key(address, name)
+        )
+        return head
+
+    async def _put(self, path: str, place: str, metadata: dict[str, str]) -> None:
+        await self._files._put_file(path, place, Metadata=metadata)  # in parts, if it is large
+
+    async def _delete(self, address: Address, name: str) -> None:
+        client = await self._files.set_session()
+        await client.delete_object(Bucket=address.parts[0], Key=_key(address, name))
 
     async def _pieces(self, address: Address, name: str) -> AsyncGenerator[bytes, None]:
         assert address.revision is not None
@@ -92,10 +142,16 @@ class S3:
             while piece := await body.read(_PIECE):
                 yield piece
 
-    def _ask(self, address: Address, ask: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Runs a coroutine in fsspec's own thread, for as long as a storage may be silent."""
+    def _ask(
+        self,
+        address: Address,
+        ask: Callable[..., Awaitable[T]],
+        *args: Any,
+        timeout: float = ANSWER_S,  # for as long as a storage may be silent
+    ) -> T:
+        """Runs a coroutine in fsspec's own thread."""
         with _errors(address):
-            answer: T = sync(self._files.loop, ask, *args, timeout=ANSWER_S)
+            answer: T = sync(self._files.loop, ask, *args, timeout=timeout)
             return answer
 
 
@@ -111,11 +167,14 @@ async def _next(pieces: AsyncGenerator[bytes, None]) -> bytes:
 def _errors(address: Address) -> Iterator[None]:
     """Says in our words what went wrong; messages of the library may have the endpoint's URL."""
     try:
-        yield
+        try:
+            yield
+        except OSError as e:  # s3fs's own words for what S3 has said
+            raise (e.__cause__ if isinstance(e.__cause__, ClientError) else e) from None
     except ClientError as e:
         status = e.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         code = str(e.response.get("Error", {}).get("Code", ""))[:80]
-        if status == 404:
+        if status == 404 and code != "NoSuchBucket":
             raise Missing(f"{address}: no such adapter") from None
         if status == 412:
             raise Missing(f"{address}: the files changed while they were read") from None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from guilomo_serve.adapter import AdapterError
-from guilomo_serve.catalogue.remote import Address
+from guilomo_serve.catalogue.remote import Address, is_address
 
 ADMIN_KEY = "GUILOMO_ADMIN_KEY"
 _SETTINGS = "GUILOMO_SERVE"
@@ -34,7 +34,7 @@ class Settings:
         remote_roots: addresses below which adapters may be taken from; nothing else remote may.
         state: folder of the catalogue; None for one that is gone when the server ends.
         shared: address of the database whose catalogue replicas share; None for one of our own.
-        files: folder of the shared catalogue's files, which all replicas see.
+        files: of the shared catalogue: a folder that all replicas see, or an address in S3.
         evict_idle: seconds without a request after which a name's weights are freed; None: never.
         memory: bytes that the weights of loaded adapters may take; None: no bound.
         check_adapters: compare each adapter's products with the formula as it is loaded.
@@ -50,7 +50,7 @@ class Settings:
 
     admin_key: str = field(repr=False)
     shared: str | None = field(default=None, repr=False)  # it may have a password in it
-    files: Path | None = None
+    files: Path | Address | None = None
     roots: tuple[Path, ...] = ()
     state: Path | None = None
     evict_idle: float | None = None
@@ -97,7 +97,7 @@ class Settings:
             roots=tuple(Path(root) for root in value["roots"]),
             state=Path(value["state"]) if value["state"] else None,
             shared=value["shared"],
-            files=Path(value["files"]) if value["files"] else None,
+            files=_place(value["files"]) if value["files"] else None,
             evict_idle=value["evict_idle"],
             memory=value["memory"],
             check_adapters=value["check_adapters"],
@@ -110,6 +110,10 @@ class Settings:
             remote_roots=tuple(Address.parse(root) for root in value["remote_roots"]),
             expert_load=value["expert_load"],
         )
+
+
+def _place(text: str) -> Path | Address:
+    return Address.parse(text) if is_address(text) else Path(text)
 
 
 def check_name(name: str) -> None:

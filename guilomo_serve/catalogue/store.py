@@ -114,19 +114,22 @@ class Store:
                         return list(names)
         return list(names)
 
-    def add(self, source: Path, check: Callable[[Path], T]) -> tuple[Stored, T]:
+    def add(
+        self, source: Path, check: Callable[[Path], T], digest: str | None = None
+    ) -> tuple[Stored, T]:
         """Copies an adapter's files and keeps them once `check` has accepted the copy.
 
         Args:
             source: the adapter folder.
             check: raises AdapterError for a folder that cannot be served.
+            digest: what the adapter's has to be; None: anything.
 
         Returns:
             The copy, and what `check` returned.
 
         Raises:
-            AdapterError: a file is missing, no plain file, too large, no safetensors file, or
-                refused by `check`. Nothing is kept.
+            AdapterError: a file is missing, no plain file, too large, no safetensors file,
+                refused by `check`, or of another digest. Nothing is kept.
             OSError: the disk is full, or cannot be read.
         """
         with self.temporary() as partial:
@@ -141,6 +144,11 @@ class Store:
             except AdapterError as e:
                 raise AdapterError(str(e).replace(str(partial), str(source))) from None
             stored = Stored(_combined(sums), (partial / WEIGHTS_FILE).stat().st_size)
+            if digest not in (None, stored.digest):
+                raise AdapterError(
+                    f"{source}: its digest is {stored.digest}, expected {digest}: its files have "
+                    "changed"
+                )
             with part("copy"):
                 self._keep(partial, stored.digest)
         return stored, checked

@@ -2,8 +2,8 @@
 
 What is known of names here is a copy of the shared catalogue, which follows it: so requests and
 listings ask no database. A change is made in the database, with all replicas, and comes here on the
-same way as everybody's. Files are copied from the shared folder into a store of the server's own,
-so that nothing is deleted that it still reads.
+same way as everybody's. Files are copied from where replicas share them into a store of the
+server's own, so that nothing is deleted that it still reads.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from guilomo_serve.adapter import AdapterError
-from guilomo_serve.catalogue import Entry, Settings, Source, Store, Version
+from guilomo_serve.catalogue import Entry, Settings, Source, Version
 from guilomo_serve.catalogue.replicas import Change
+from guilomo_serve.catalogue.shared_files import shared_files
 from guilomo_serve.server import lifecycle
 from guilomo_serve.server.fleet import Fleet
 from guilomo_serve.server.versions import Versions
@@ -38,7 +39,7 @@ class SharedVersions(Versions):
         super().__init__(settings, *args)
         assert settings.shared is not None
         assert settings.files is not None
-        self._files = Store(settings.files)
+        self._files = shared_files(settings.files)
         self._fleet = Fleet(settings.shared, self)
         self._making: dict[str, _Making] = {}
 
@@ -127,20 +128,11 @@ class SharedVersions(Versions):
             await self._fleet.ask(making.change.discard, forgotten, self._files.discard)
 
     def _publish(self, digest: str) -> None:
-        """Has an adapter's files in the shared folder."""
-        try:
-            self._files.verify(digest)
-        except (AdapterError, OSError):
-            self._files.add(self._store.folder_of(digest), lambda copy: None)
+        """Has an adapter's files where all replicas find them."""
+        self._files.publish(digest, self._store.folder_of(digest))
 
     def _have(self, digest: str) -> None:
         try:
             self._store.verify(digest)
         except (AdapterError, OSError):
-            shared = self._files.folder_of(digest)
-            stored, _ = self._store.add(shared, lambda copy: None)
-            if stored.digest != digest:
-                self._store.discard(stored.digest)
-                raise AdapterError(
-                    f"{shared}: the files have changed; put the adapter again"
-                ) from None
+            self._files.fetch_into(self._store, digest)

@@ -19,6 +19,7 @@ from guilomo_serve import cli
 from guilomo_serve.catalogue import Version
 from tests.serve.helpers import Server, eventually, guilomo_serve, serving, text_of
 from tests.serve.postgres import Postgres, postgres, why_not
+from tests.serve.s3_stand_in import s3
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,6 +28,7 @@ pytestmark = [
 
 PROMPT = "A customer writes: my card has not arrived!"
 KEY = "the-key-of-all-replicas"
+BUCKET = "fleet"
 
 
 @pytest.fixture(scope="module")
@@ -264,23 +266,24 @@ def root(adapters, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def replicas(database, tiny_model, adapters, root, tmp_path_factory) -> Iterator[list[Server]]:
-    """Two servers of a catalogue."""
+    """Two servers of a catalogue, whose files are in S3."""
     folder = tmp_path_factory.mktemp("fleet")
     command = guilomo_serve(
         tiny_model,
         {},
-        *("--state", new_catalogue(database), "--state-files", str(folder / "files")),
+        *("--state", new_catalogue(database), "--state-files", f"s3://{BUCKET}/files"),
         *("--adapter-root", str(root), "--enforce-eager", "--dtype", "float32"),
         *("--served-model-name", "base"),
     )
 
     def start(name: str) -> Server:
         log = folder / f"{name}.log"
-        server = stack.enter_context(serving(command, log, {"GUILOMO_ADMIN_KEY": KEY}))
+        environment = {**storage.environment, "GUILOMO_ADMIN_KEY": KEY}
+        server = stack.enter_context(serving(command, log, environment))
         server.admin_key = KEY
         return server
 
-    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+    with s3(BUCKET) as storage, ExitStack() as stack, ThreadPoolExecutor() as pool:
         yield list(pool.map(start, ("one", "other")))
 
 

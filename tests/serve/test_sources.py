@@ -22,7 +22,6 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
-import boto3
 import openai
 import pytest
 import requests
@@ -35,6 +34,7 @@ from guilomo_serve.catalogue import sources as catalogue_sources
 from guilomo_serve.catalogue.remote import Address, Found, Unavailable, seconds_of
 from tests.serve.helpers import Server, eventually, guilomo_serve, random_adapter, serving, text_of
 from tests.serve.hub_stand_in import HubStandIn
+from tests.serve.s3_stand_in import s3
 
 pytestmark = pytest.mark.slow
 
@@ -74,20 +74,6 @@ class World:
 def world(tiny_model, adapters, tmp_path_factory) -> Iterator[World]:
     root = tmp_path_factory.mktemp("root")
     shutil.copytree(adapters["plain"], root / "in-both")
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    moto._port = port  # where it will be again once it was stopped
-    endpoint = f"http://{host}:{port}"
-    s3 = boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="any",
-        aws_secret_access_key="any",
-    )
-    for bucket in (BUCKET, f"{BUCKET}-2"):
-        s3.create_bucket(Bucket=bucket)
     command = guilomo_serve(
         tiny_model,
         {},
@@ -97,17 +83,15 @@ def world(tiny_model, adapters, tmp_path_factory) -> Iterator[World]:
         *("--enforce-eager", "--dtype", "float32", "--served-model-name", "base"),
     )
     log = tmp_path_factory.mktemp("log") / "sources.log"
-    with HubStandIn() as hub:
+    with HubStandIn() as hub, s3(BUCKET, f"{BUCKET}-2") as storage:
         environment = {
+            **storage.environment,
             **SECRETS,
             "HF_HUB_OFFLINE": "0",
             "HF_ENDPOINT": hub.url,
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_DEFAULT_REGION": "us-east-1",
         }
         with serving(command, log, environment) as server:
-            yield World(server, hub, s3, moto)
-    moto.stop()
+            yield World(server, hub, storage.client, storage.moto)
 
 
 def served(world: World, name: str) -> dict[str, Any]:
@@ -212,10 +196,10 @@ def test_a_fetch_ends_in_time_and_whole(tmp_path, monkeypatch):
     ):
         (tmp_path / str(i)).mkdir()
         with pytest.raises(error, match=why):
-            catalogue_sources._fetch(_Slow(*pieces), address, tmp_path / str(i))
-    monkeypatch.setattr(catalogue_sources, "_FETCH_S", -1.0)
+            catalogue_sources.fetch(_Slow(*pieces), address, tmp_path / str(i))
+    monkeypatch.setattr(catalogue_sources, "FETCH_S", -1.0)
     with pytest.raises(Unavailable, match="not fetched within"):
-        catalogue_sources._fetch(_Slow(b"12345678"), address, tmp_path)
+        catalogue_sources.fetch(_Slow(b"12345678"), address, tmp_path)
 
 
 def test_made_up_names_wait_in_no_endless_queue(tmp_path):
