@@ -23,8 +23,7 @@ import numpy as np
 import torch
 
 from guilomo_serve.ops import kernels, two_steps
-from guilomo_serve.ops.layer import Batch, LayerWeights, TokenBlocks
-from guilomo_serve.ops.triton_slots import packed_size
+from guilomo_serve.ops.layer import Batch, TokenBlocks
 from guilomo_serve.ops.tuning import DEFAULTS, ExpandTuning, ShrinkTuning, Tuning
 from guilomo_serve.ops.two_steps import table_width
 
@@ -215,7 +214,8 @@ class Layer:
         table = torch.empty(
             len(self.adapters), table_width(len(self.widths)), dtype=torch.int64, device="meta"
         )
-        h, z = two_steps.empty_results(x, len(self.widths), tuning.shrink.splits)
+        results = two_steps.Results("meta")
+        h, z = results.of(batch.size, len(self.widths), tuning.shrink.splits)
         cut = blocks.of_size[tuning.shrink.block_tokens]
         shrink = kernels.shrink_launch(x, blocks.order, cut, table, h, z, tuning.shrink)
         cut = blocks.of_size[tuning.expand.block_tokens]
@@ -273,26 +273,12 @@ def step(base: str, tokens: int, adapters: int, tuning: Tuning, gpu: Gpu) -> tup
 def adapter_bytes(base: str) -> int:
     """Of one adapter as `Layer.searched` has it, packed: what is copied when it gets a slot."""
     layers, count = BASES[base]
-    return count * sum(packed_size(_weights(*shape)) for shape in layers.values())
-
-
-def _weights(in_features: int, widths: tuple[int, ...]) -> LayerWeights:
-    """Of `Layer.searched`, without values."""
-    (adapter,) = Layer.searched(in_features, widths, 1).adapters
-    rows, experts = sum(adapter.ranks), sum(adapter.experts)
-    with torch.device("meta"):
-        return LayerWeights(
-            lora_a=torch.empty(rows, in_features, dtype=torch.bfloat16),
-            lora_b=tuple(
-                torch.empty(rank, width, dtype=torch.bfloat16)
-                for rank, width in zip(adapter.ranks, widths, strict=True)
-            ),
-            router=torch.empty(experts, in_features),
-            row_scale=torch.empty(rows),
-            expert_of_row=torch.empty(rows, dtype=torch.int32),
-            top_k=2,
-            layout=(),
-        )
+    total = 0
+    for in_features, widths in layers.values():
+        (one,) = Layer.searched(in_features, widths, 1).adapters
+        slices = list(zip(one.ranks, one.experts, widths, strict=True))
+        total += two_steps.packed_bytes(in_features, slices, torch.bfloat16)
+    return count * total
 
 
 def candidates(tokens: int) -> tuple[list[ShrinkTuning], list[ExpandTuning]]:

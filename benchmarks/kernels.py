@@ -273,6 +273,8 @@ def time_ours(
 ) -> float:
     """Seconds of both our kernels over all of the layers."""
     of_layers = [layer.ours() for layer in layers]
+    for slots in of_layers:
+        slots.results = of_layers[0].results  # as layers of a model share it
     check(layers[0], of_layers[0], y, x, batch)
 
     def run() -> None:
@@ -361,15 +363,20 @@ def tune(repeats: int) -> None:
         slots = [layer.ours() for layer in layers]
         tensors = [layer.tensors(tokens, "cuda") for layer in layers]
         blocks = case.batch().blocks(torch.device("cuda", torch.cuda.current_device()))
+        results = two_steps.Results("cuda")
 
         def run(
-            tuning: Tuning, slots: Any = slots, tensors: Any = tensors, blocks: Any = blocks
+            tuning: Tuning,
+            slots: Any = slots,
+            tensors: Any = tensors,
+            blocks: Any = blocks,
+            results: Any = results,
         ) -> None:
             shrink, expand = tuning.shrink, tuning.expand
             for of_layer, (y, x) in zip(slots, tensors, strict=True):
                 order, table, widths = blocks.order, of_layer.table, of_layer.widths
                 cut = blocks.of_size[shrink.block_tokens]
-                h, z = two_steps.empty_results(x, len(widths), shrink.splits)
+                h, z = results.of(len(x), len(widths), shrink.splits)
                 kernels.shrink_launch(x, order, cut, table, h, z, shrink).run()
                 cut = blocks.of_size[expand.block_tokens]
                 counts = (blocks.sampled, of_layer.load)

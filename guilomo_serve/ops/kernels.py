@@ -350,7 +350,7 @@ def shrink_launch(
     z: torch.Tensor,
     tuning: ShrinkTuning,
 ) -> Launch:
-    """`two_steps.shrink` with these settings; `blocks` are of the settings' size."""
+    """`two_steps.shrink` with these settings; `blocks`, h and z are of theirs."""
     tokens, in_features = x.shape
     programs = TokenBlocks.count(tokens, len(table), tuning.block_tokens)
     aligned = in_features * x.element_size() % 16 == 0
@@ -438,15 +438,15 @@ def shrink(
     order: torch.Tensor,
     blocks: torch.Tensor,
     table: torch.Tensor,
-    slices: int,
+    h: torch.Tensor,
+    z: torch.Tensor,
     tuning: ShrinkTuning,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`two_steps.shrink` with these settings; `blocks` are of the settings' size."""
+) -> None:
+    """`two_steps.shrink` with these settings; `blocks`, h and z are of theirs."""
     if not (x.is_cuda or INTERPRETED):
-        return two_steps.shrink(x, order, blocks, table, slices, tuning.splits)
-    h, z = two_steps.empty_results(x, slices, tuning.splits)
+        two_steps.shrink(x, order, blocks, table, h, z)
+        return
     shrink_launch(x, order, blocks, table, h, z, tuning).run()
-    return h, z
 
 
 def expand(

@@ -9,13 +9,16 @@ the start, and what vLLM leaves to its KV cache is what is left beside the adapt
 When ranges move: only inside `take`, which runs between steps on the thread that also starts the
 steps. A move is a copy queued behind the steps that were started before it, and so are the tables
 of the new places (`moved`): no step reads a range that is half moved.
+
+Bytes come into a range beside the steps (`fill`, `Beside`), and the first step that reads them
+waits for them (`arrive`): other requests' steps go on meanwhile.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -32,11 +35,48 @@ class Range:
 
     Attributes:
         data: [its bytes] uint8, where they are now: another tensor once they have moved.
+        coming: the copy into them that no step waits for yet; see `Beside`.
     """
 
     def __init__(self, data: torch.Tensor, begin: int) -> None:
         self.data = data
         self.begin = begin
+        self.coming: Any = None
+
+
+class Beside:
+    """A queue of copies beside the steps of a device: on a GPU a stream of its own.
+
+    The steps are what is queued on the current stream. A CPU does all in order, at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Any:
+        """Begins a copy, after all steps that were started before. Returns: it, for `wait`.
+
+        Args:
+            target: on the device.
+            source: pinned for a GPU; torch keeps it until it is there.
+        """
+        if self._stream is None:
+            return target.copy_(source, non_blocking=True)
+        self._stream.wait_stream(torch.cuda.current_stream(target.device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        target.record_stream(self._stream)  # or its memory would be free too early
+        return self._stream.record_event()
+
+    def wait(self, copy: Any) -> None:
+        """The steps that are started from now on come after the copy; the host goes on."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(copy)
+
+    def wait_for_all(self) -> None:
+        """The same of all copies that were begun."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
 class Moved(Protocol):
@@ -63,6 +103,7 @@ class AdapterMemory:
             nbytes = _rounded(nbytes)
             self._reserved = torch.empty(nbytes, dtype=torch.uint8, device=device)
             self._between = torch.empty(_PIECE, dtype=torch.uint8, device=device)
+        self._beside = Beside(self._device)
         self._ranges: list[Range] = []  # by begin
         self._told: weakref.WeakSet[Moved] = weakref.WeakSet()
 
@@ -115,6 +156,21 @@ class AdapterMemory:
                 f"{len(self._reserved)} (--adapter-memory)"
             )
 
+    def fill(self, taken: Range, source: torch.Tensor) -> None:
+        """Copies bytes into a range, in one copy beside the steps; call `arrive` before their use.
+
+        Args:
+            taken: a range.
+            source: as long, pinned for a GPU.
+        """
+        taken.coming = self._beside.copy(taken.data, source)
+
+    def arrive(self, taken: Range) -> None:
+        """The steps that are started from now on find in a range what it was filled with."""
+        if taken.coming is not None:
+            self._beside.wait(taken.coming)
+            taken.coming = None
+
     def free(self, taken: Range) -> None:
         """Gives a range back."""
         self._ranges.remove(taken)
@@ -129,8 +185,10 @@ class AdapterMemory:
 
     def _move_together(self) -> None:
         assert self._reserved is not None
+        self._beside.wait_for_all()  # also for what still comes into ranges that were freed
         position = 0
         for taken in self._ranges:
+            taken.coming = None
             if taken.begin != position:
                 data = self._reserved[position : position + len(taken.data)]
                 distance = taken.begin - position

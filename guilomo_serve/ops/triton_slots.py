@@ -2,7 +2,7 @@
 
 An adapter is packed once, on the host, beside the steps: the weights of all its layers lie in one
 piece of pinned memory as kernels read them. Putting it into a slot between two steps is then one
-copy of that, and one of what the layers' tables say of it.
+copy of that, beside the steps, and one of what the layers' tables say of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from guilomo_serve.ops.two_steps import (
     LOAD_WIDTH,
     MAX_EXPERTS,
     SLICE_FIELDS,
+    Results,
     check_size,
+    packed_bytes,
+    padded,
     table_width,
 )
 
@@ -40,6 +43,7 @@ class TritonSlots:
         table: [slots, ...] int64 on the device, see `two_steps.py`.
         load: [slots, slices, LOAD_WIDTH] float64 on the device, what the routers chose in steps
             with `TokenBlocks.sampled`.
+        results: memory between the two kernels; one for all layers of a model.
     """
 
     capturable = True
@@ -70,6 +74,7 @@ class TritonSlots:
         self.load = torch.zeros(
             count, len(self.widths), LOAD_WIDTH, dtype=torch.float64, device=device
         )
+        self.results = Results(device)
         self._all_reduce = all_reduce
         self._alone: AdapterSlots | None = None
 
@@ -82,6 +87,7 @@ class TritonSlots:
         if self._alone is None:
             self._alone = AdapterSlots({"": self}, AdapterMemory(None, self.table.device))
         self._alone.set(slot, None if weights is None else self._alone.pack({"": weights}))
+        self._alone.use([slot])
 
     def apply_(self, y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
         """As `Slots.apply_`; y, x and the weights have one dtype, the rows of y and x may be apart.
@@ -89,12 +95,14 @@ class TritonSlots:
         Where the layer's inputs are split, what is added is this process's part of a sum.
         """
         tuning, blocks = tuning_for(x.device, x.shape[0]), batch.blocks(x.device)
-        h, z = kernels.shrink(
+        h, z = self.results.of(x.shape[0], len(self.widths), tuning.shrink.splits)
+        kernels.shrink(
             x,
             blocks.order,
             blocks.of_size[tuning.shrink.block_tokens],
             self.table,
-            len(self.widths),
+            h,
+            z,
             tuning.shrink,
         )
         if self._all_reduce is not None:
@@ -166,8 +174,8 @@ class AdapterSlots:
 
     def __init__(self, layers: Mapping[str, TritonSlots], memory: AdapterMemory) -> None:
         """Args:
-        layers: by name, of one device, with as many slots each. Their tables and loads find
-            another place here, for good: before any CUDA graph is captured.
+        layers: by name, of one device, with as many slots each. Their tables, loads and results
+            find another place here, for good: before any CUDA graph is captured.
         memory: for the weights.
         """
         self._layers, self._memory = layers, memory
@@ -175,6 +183,7 @@ class AdapterSlots:
         tables = [layer.table for layer in layers.values()]
         widest, self._device = max(table.shape[1] for table in tables), tables[0].device
         self._in_slot: list[tuple[PackedAdapter, Range] | None] = [None] * len(tables[0])
+        self._coming: set[int] = set()  # slots whose weights no step has waited for
         # A slot's rows of all tables are one piece.
         self._table = torch.zeros(
             len(self._in_slot), len(tables), widest, dtype=torch.int64, device=self._device
@@ -182,8 +191,9 @@ class AdapterSlots:
         rows = [len(self._in_slot) * len(layer.widths) for layer in layers.values()]
         self._load = torch.zeros(sum(rows), LOAD_WIDTH, dtype=torch.float64, device=self._device)
         self._first_row: dict[str, int] = {}  # of each layer in `_load`
-        first = 0
+        first, results = 0, Results(self._device)
         for i, (name, layer) in enumerate(layers.items()):
+            layer.results = results
             layer.table = self._table[:, i, : layer.table.shape[1]]
             layer.load = self._load[first : first + rows[i]].view(layer.load.shape)
             self._first_row[name] = first
@@ -200,7 +210,7 @@ class AdapterSlots:
         """
         for of_layer in weights.values():
             check_size(of_layer)
-        writer = _Writer(sum(map(packed_size, weights.values())), self._device.type == "cuda")
+        writer = _Writer(sum(map(_size, weights.values())), self._device.type == "cuda")
         packed = {
             name: _pack(of_layer, self._layers[name].widths, writer)
             for name, of_layer in weights.items()
@@ -223,9 +233,12 @@ class AdapterSlots:
     def set(self, slot: int, adapter: PackedAdapter | None) -> None:
         """Puts a copy of an adapter into a slot, or empties it, for the steps from now on.
 
+        Steps that use the slot have to be announced (`use`).
+
         Raises:
             torch.OutOfMemoryError: the memory is full. The slot is empty then.
         """
+        self._coming.discard(slot)
         placed, self._in_slot[slot] = self._in_slot[slot], None
         if placed is None and adapter is None:
             return
@@ -234,11 +247,20 @@ class AdapterSlots:
         try:
             if adapter is not None:
                 taken = self._memory.take(len(adapter.data))
-                taken.data.copy_(adapter.data, non_blocking=True)
+                self._memory.fill(taken, adapter.data)
                 self._in_slot[slot] = (adapter, taken)
+                self._coming.add(slot)
                 self._load.index_fill_(0, self._rows(slot, adapter, adapter.layers), 0)
         finally:
             self._write(slice(slot, slot + 1))
+
+    def use(self, slots: Iterable[int]) -> None:
+        """The next steps use these slots: they wait for weights that are still coming."""
+        for slot in self._coming.intersection(slots):
+            placed = self._in_slot[slot]
+            assert placed is not None
+            self._memory.arrive(placed[1])
+            self._coming.remove(slot)
 
     def load_of(self, slot: int, layers: Sequence[str]) -> RouterLoad | None:
         """What the routers of the adapter in a slot chose in sampled steps since it was put there.
@@ -288,7 +310,7 @@ class AdapterSlots:
 
 
 class _Writer:
-    """Bytes that are filled from the front; kernels can load 16 at a time where a tensor begins."""
+    """Bytes that are filled from the front."""
 
     def __init__(self, size: int, pinned: bool) -> None:
         self.data = torch.empty(size, dtype=torch.uint8, pin_memory=pinned, device="cpu")
@@ -299,19 +321,16 @@ class _Writer:
         begin, size = self._end, tensor.numel() * tensor.element_size()
         view = self.data[begin : begin + size].view(tensor.dtype).view(tensor.shape)
         view.copy_(tensor)
-        self._end += _padded(size)
+        self._end += padded(size)
         return begin, view
 
 
-def packed_size(weights: LayerWeights) -> int:
-    """Bytes that a layer takes of an adapter's memory."""
-    gate_rows = 2 * 4 * len(weights.lora_a)
-    tensors = (weights.lora_a, weights.router, *weights.lora_b)
-    return _padded(gate_rows) + sum(_padded(t.numel() * t.element_size()) for t in tensors)
-
-
-def _padded(size: int) -> int:
-    return -(-size // 16) * 16
+def _size(weights: LayerWeights) -> int:
+    slices = [
+        (len(lora_b), layout.experts[1] - layout.experts[0], lora_b.shape[1])
+        for layout, lora_b in zip(weights.layout, weights.lora_b, strict=True)
+    ]
+    return packed_bytes(weights.lora_a.shape[1], slices, weights.lora_a.dtype)
 
 
 def _pack(

@@ -66,29 +66,45 @@ def table_width(slices: int) -> int:
     return len(LAYER_FIELDS) + slices * len(SLICE_FIELDS)
 
 
+def packed_bytes(
+    in_features: int, slices: Sequence[tuple[int, int, int]], dtype: torch.dtype
+) -> int:
+    """What a layer takes of an adapter's memory, where a table's addresses lead.
+
+    Args:
+        in_features: of the layer.
+        slices: of each that the adapter adapts its total rank, experts of its router and columns.
+        dtype: of A and B.
+    """
+    rows, experts = (sum(of_slice[i] for of_slice in slices) for i in (0, 1))
+    of_b = (rank * columns * dtype.itemsize for rank, _, columns in slices)
+    tensors = (rows * in_features * dtype.itemsize, experts * in_features * 4, rows * 2 * 4, *of_b)
+    return sum(map(padded, tensors))
+
+
+def padded(size: int) -> int:
+    """Bytes up to where the next tensor begins: kernels load 16 at a time."""
+    return -(-size // 16) * 16
+
+
 def shrink(
     x: torch.Tensor,
     order: torch.Tensor,
     blocks: torch.Tensor,
     table: torch.Tensor,
-    slices: int,
-    splits: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    h: torch.Tensor,
+    z: torch.Tensor,
+) -> None:
     """The first product of each token's adapter, and its router logits.
+
+    What no block and no row of its slot covers is not written.
 
     Args:
         x: [T, in], the layer's input.
         order, blocks: of `TokenBlocks`; tokens in `order` are below T.
         table: [slots, table_width(slices)] int64, on x's device.
-        slices: of the layer.
-        splits: parts in which a sum is handed over.
-
-    Returns:
-        h [T, splits, slices * MAX_RANK] and z [T, splits, slices * MAX_EXPERTS], float32, whose
-        sums over the splits are the results. What no block and no row of its slot
-        covers is not written.
+        h, z: of `Results`; their sums over the splits are the results.
     """
-    h, z = empty_results(x, slices, splits)
     for slot, begin, end in _filled(blocks):
         weights = _Row.of(table, slot)
         inputs = x[order[begin:end].long()]
@@ -98,7 +114,6 @@ def shrink(
         z[begin:end, :, : weights.experts] = 0
         h[begin:end, 0, : weights.rows] = inputs.float() @ lora_a.float().t()
         z[begin:end, 0, : weights.experts] = inputs.float() @ router.t()
-    return h, z
 
 
 def expand(
@@ -146,13 +161,39 @@ def expand(
             y[tokens, columns] = (y[tokens, columns].float() + added).to(y.dtype)
 
 
-def empty_results(x: torch.Tensor, slices: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for `shrink`'s results, of the largest size that an adapter may have."""
-    shape = (x.shape[0], splits)
-    return (
-        x.new_empty(*shape, slices * MAX_RANK, dtype=torch.float32),
-        x.new_empty(*shape, slices * MAX_EXPERTS, dtype=torch.float32),
-    )
+class Results:
+    """Memory between the two ops, for layers that run one after another: made once.
+
+    It grows where a batch is larger than all before. So the first one has to be the largest, as
+    when kernels are warmed up; from then on nothing is allocated, and CUDA graphs may keep places.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._memory = torch.empty(0, dtype=torch.float32, device=device)
+        self._tokens = 0
+        self._parts: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, tokens: int, slices: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """For a batch and a layer, with room for the largest adapter; values are old ones.
+
+        Args:
+            tokens: T, of the batch.
+            slices: of the layer.
+            splits: parts in which a sum is handed over.
+
+        Returns:
+            h [T, splits, slices * MAX_RANK] and z [T, splits, slices * MAX_EXPERTS], float32.
+        """
+        if tokens != self._tokens:
+            self._tokens, self._parts = tokens, {}
+        if (slices, splits) not in self._parts:
+            shapes = [(tokens, splits, slices * most) for most in (MAX_RANK, MAX_EXPERTS)]
+            sizes = [math.prod(shape) for shape in shapes]
+            if sum(sizes) > len(self._memory):
+                self._memory, self._parts = self._memory.new_empty(sum(sizes)), {}
+            h, z = self._memory[: sum(sizes)].split(sizes)
+            self._parts[slices, splits] = (h.view(shapes[0]), z.view(shapes[1]))
+        return self._parts[slices, splits]
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from vllm.logger import init_logger
 
 from guilomo_serve.adapter import AdapterError
 from guilomo_serve.ops.layer import LayerWeights, SliceWeights
+from guilomo_serve.ops.two_steps import packed_bytes
 from guilomo_serve.runtime.loading import ModelPlan
 from guilomo_serve.runtime.unsupported import UnsupportedError
 
@@ -81,10 +82,10 @@ def check(worker: Any) -> str | None:
     manager.keep_weights(NUMBER, random_adapter(manager.plan))
     try:
         manager.add_adapter(request)
-        manager.check_products(NUMBER)
+        # Before any worker takes a step, in which it would wait for one that has given up.
+        if wrong := _of_any(_wrong_product(manager)):
+            raise UnsupportedError(f"the check of the adapters' kernels at start: {wrong}")
         reason = _of_any(_differs(worker, request))
-    except AdapterError as e:
-        raise UnsupportedError(f"the check of the adapters' kernels at start: {e}") from None
     finally:
         manager.remove_adapter(NUMBER)
     if reason:
@@ -110,14 +111,15 @@ def random_adapter(plan: ModelPlan) -> dict[str, LayerWeights]:
 
 
 def random_adapter_bytes(plan: ModelPlan) -> int:
-    """The most bytes that `random_adapter` takes of a GPU's memory for adapters."""
-    item = plan.dtype.itemsize
-    total = 256  # to which it is rounded, as are tensors to 16 bytes
-    for layer in plan.layers.values():
-        for part in layer.slices:
-            rows, columns = part.shape
-            total += EXPERTS * (columns * (item + 4) + rows * item + 8) + 4 * 16
-    return total
+    """Bytes that `random_adapter` takes of a GPU's memory for adapters."""
+    return sum(
+        packed_bytes(
+            layer.slices[0].in_width,
+            [(EXPERTS, EXPERTS, part.width) for part in layer.slices],
+            plan.dtype,
+        )
+        for layer in plan.layers.values()
+    )
 
 
 def _random(name: str, rows: int, columns: int) -> SliceWeights:
@@ -127,6 +129,15 @@ def _random(name: str, rows: int, columns: int) -> SliceWeights:
     lora_a, router = torch.randn(2, EXPERTS, columns, generator=generator) / columns**0.5
     lora_b = torch.randn(rows, EXPERTS, generator=generator)
     return SliceWeights(lora_a, lora_b, router, (1,) * EXPERTS, (1.0,) * EXPERTS)
+
+
+def _wrong_product(manager: Any) -> str:
+    """Which layer's product is wrong in this worker; empty if none is."""
+    try:
+        manager.check_products(NUMBER)
+    except AdapterError as e:
+        return str(e)
+    return ""
 
 
 def _differs(worker: Any, request: Any) -> str:
@@ -212,7 +223,7 @@ def _hidden_states(worker: Any, request: Any | None) -> list[torch.Tensor]:
 
 
 def _of_any(reason: str) -> str:
-    """The first reason of all workers: they run the same steps, with graphs or without."""
+    """The first reason of all workers, which have to do the same."""
     from vllm.distributed import get_world_group
 
     group = get_world_group()

@@ -52,6 +52,11 @@ class ModulePart:
         """The output columns of the layer that are this module's."""
         return self.shape[0] if self.outputs is None else len(self.outputs)
 
+    @property
+    def in_width(self) -> int:
+        """The input columns that this process has."""
+        return self.shape[1] if self.inputs is None else len(self.inputs)
+
     def of(self, weights: SliceWeights) -> SliceWeights:
         """Takes this process's part of a module's weights."""
         lora_a, lora_b, router = weights.lora_a, weights.lora_b, weights.router

@@ -147,6 +147,8 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
     def begin_step(self) -> None:
         """To be called once a step, when `TokenSlots` has its batch."""
         for slots in self.punica_wrapper_mapping.values():
+            if self._slots is not None:
+                self._slots.use(slots.batch.slots)
             if slots.blocks is None:
                 slots.sample = self.expert_load.begin_step(slots.batch, self.lora_index_to_id)
             else:
@@ -294,6 +296,8 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
             AdapterError: names the first layer that differs.
         """
         slot = self.lora_index_to_id.index(lora_id)
+        if self._slots is not None:
+            self._slots.use([slot])
         for name, entry in self.get_adapter(lora_id).loras.items():
             layer = self.modules[name]
             if layer.splits_inputs:

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from guilomo_serve.ops import kernels, triton_slots, two_steps
+from guilomo_serve.ops import kernels, triton_slots
 from guilomo_serve.ops.layer import Batch, TokenBlocks
 from guilomo_serve.ops.triton_slots import TritonSlots
 from guilomo_serve.ops.tuning import DEFAULTS, FILE, TOKEN_CLASSES, Tuning, stored
@@ -160,7 +160,7 @@ def launches(tuning, tokens: int, dtype: torch.dtype) -> tuple[kernels.Launch, k
     slots = TritonSlots(1, IN, WIDTHS, dtype, "cpu")
     x = torch.empty(tokens, IN, dtype=dtype)
     blocks = Batch(np.zeros(tokens, dtype=np.int64)).blocks(x.device)
-    h, z = two_steps.empty_results(x, len(WIDTHS), tuning.shrink.splits)
+    h, z = slots.results.of(tokens, len(WIDTHS), tuning.shrink.splits)
     cut = blocks.of_size[tuning.shrink.block_tokens]
     shrink = kernels.shrink_launch(x, blocks.order, cut, slots.table, h, z, tuning.shrink)
     y = torch.empty(tokens, sum(WIDTHS), dtype=dtype)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from guilomo_serve.ops import kernels, two_steps
+from guilomo_serve.ops import kernels
 from guilomo_serve.ops.layer import Batch, LayerWeights, SliceWeights
 from guilomo_serve.ops.triton_slots import TritonSlots
 from guilomo_serve.ops.tuning import ExpandTuning, ShrinkTuning
@@ -60,7 +60,7 @@ def test_the_model_counts_the_bytes_that_kernels_move(monkeypatch, shrink, expan
     batch = Batch(np.array([0] * 21 + [-1] + [1] * 3 + [2, 2]))
     blocks = batch.blocks(torch.device("cpu"))
     x, y = torch.randn(batch.size, IN), torch.zeros(batch.size, sum(WIDTHS))
-    h, z = two_steps.empty_results(x, 3, shrink.splits)
+    h, z = slots.results.of(batch.size, 3, shrink.splits)
     cut = blocks.of_size[shrink.block_tokens]
     first = kernels.shrink_launch(x, blocks.order, cut, slots.table, h, z, shrink)
     end = blocks.of_size[expand.block_tokens]

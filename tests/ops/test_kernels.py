@@ -27,6 +27,7 @@ from guilomo_serve.ops.memory import AdapterMemory, AdapterMemoryError
 from guilomo_serve.ops.triton_slots import AdapterSlots, TritonSlots
 from guilomo_serve.ops.tuning import DEFAULTS, ExpandTuning, ShrinkTuning
 from guilomo_serve.runtime.loading import check_fits
+from tests.ops.late_copies import LateCopies
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
@@ -140,11 +141,12 @@ def test_kernels_equal_their_reference_at_any_settings(dtype, shrink, expand) ->
     host = slots if not GPU else _on_host(weights, dtype)
     blocks, host_blocks = batch.blocks(DEVICE), batch.blocks(torch.device("cpu"))
 
-    h, z = two_steps.empty_results(x.to(DEVICE), 3, shrink.splits)
+    h, z = slots.results.of(len(x), 3, shrink.splits)
     cut = blocks.of_size[shrink.block_tokens]
     kernels.shrink_launch(x.to(DEVICE), blocks.order, cut, slots.table, h, z, shrink).run()
     of_host = (host_blocks.order, host_blocks.of_size[16], host.table)
-    want_h, want_z = two_steps.shrink(x, *of_host, 3, 2)
+    want_h, want_z = two_steps.Results("cpu").of(len(x), 3, 2)
+    two_steps.shrink(x, *of_host, want_h, want_z)
 
     for slot, begin, end in batch.segments.tolist():
         if (of_slot := weights[slot]) is not None:
@@ -285,6 +287,77 @@ def test_putting_an_adapter_into_a_slot_copies_its_weights_once() -> None:
         slots.load_of(1, list(layers))
         slots.set(1, None)
     assert len(ops.calls) < len(layers), "an operation for each layer"
+
+
+def test_steps_wait_for_the_weights_that_they_use_alone() -> None:
+    """And for no other's that are still coming; moved memory has all that were."""
+    one, other = random_layer(0, ADAPTERS[0]), random_layer(1, ADAPTERS[1])
+    memory = AdapterMemory(2**21, DEVICE)
+    memory._beside = LateCopies()
+    memory._reserved.zero_()
+    slots = adapter_slots(3, memory, ("a",))
+    layer = slots._layers["a"]
+    for slot, weights in enumerate((one, other, one)):
+        slots.set(slot, slots.pack({"a": weights}))
+    coming = [placed[1] for placed in slots._in_slot]
+    assert not any(taken.data.any() for taken in coming)
+    slots.use([1])
+    assert coming[2].coming
+    assert not coming[2].data.any()
+    x, y = tensors(4)
+    for slot_of_token, weights in (
+        ([1, -1, 1, 1], [None, other]),
+        ([2, 0, 1, 1], [one, other, one]),
+    ):
+        batch = Batch(np.array(slot_of_token))
+        got = y.clone().to(DEVICE)
+        slots.use(batch.slots)
+        layer.apply_(got, x.to(DEVICE), batch)
+        assert_near(got, in_torch(y, x, weights, batch), 1e-5)
+    slots.set(0, slots.pack({"a": other}))
+    slots.set(0, None)  # before it came
+    slots.use([0])
+
+
+def test_a_layer_allocates_nothing_in_a_step(monkeypatch) -> None:
+    """What is between both kernels is in one memory for all layers, from the warm-up on."""
+    launches: list[kernels.Launch] = []
+    monkeypatch.setattr(kernels, "INTERPRETED", True)  # on a CPU; nothing runs
+    monkeypatch.setattr(kernels.Launch, "run", lambda launch: launches.append(launch))
+    three, one = filled([None] * 2), filled([None] * 2, widths=(48,))
+    AdapterSlots({"three": three, "one": one}, AdapterMemory(2**16, DEVICE))
+    for layer in (three, one):
+        layer.warm_up(300)
+    launches.clear()
+    blocks = TokenBlocks(300, 2, DEVICE)
+    for tokens in (300, 1, 17, 256):
+        batch = Batch(np.arange(tokens) % 3 - 1)
+        blocks.update(batch)
+        for layer in (three, one, three):
+            x, y = (t.to(DEVICE) for t in tensors(tokens, widths=layer.widths))
+            with _Ops() as ops:
+                layer.apply_(y, x, batch)
+            assert {str(func) for func, _, _ in ops.calls} <= _VIEWS
+    at = {
+        launch.arguments[i].untyped_storage().data_ptr()
+        for launch in launches
+        for i in ((4, 5) if launch.kernel is kernels._shrink else (1, 2))
+    }
+    assert len(launches) == 2 * 3 * 4
+    assert len(at) == 1
+
+
+_VIEWS = {f"aten.{name}.default" for name in ("view", "detach")} | {
+    "aten.slice.Tensor",
+    "aten.split_with_sizes.default",
+}
+
+
+def test_a_graph_takes_no_batch_that_has_no_place_of_its_own(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    batch = Batch(np.array([0, -1]))
+    with pytest.raises(RuntimeError, match=r"write the batch with TokenBlocks\.update first"):
+        batch.blocks(torch.device("cuda", 0))
 
 
 def test_adapters_share_memory_that_is_reserved_and_kernels_follow_when_it_is_moved() -> None:

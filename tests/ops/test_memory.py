@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from guilomo_serve.ops.memory import _PIECE, AdapterMemory, AdapterMemoryError
+from guilomo_serve.ops.memory import _PIECE, AdapterMemory, AdapterMemoryError, Beside
+from tests.ops.late_copies import LateCopies
 
 CAPACITY = 40 * 256
 # A number of bytes loads a new owner, None unloads one of those there are.
@@ -31,7 +33,12 @@ class Told:
 
 @pytest.mark.parametrize(("reserved", "piece"), [(CAPACITY, 2**20), (CAPACITY, 512), (None, 2**20)])
 @given(steps)
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(
+    max_examples=120,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],  # the machine may do other work
+)
 def test_every_owner_keeps_its_bytes_and_no_memory_is_lost(reserved, piece, sequence) -> None:
     with mock.patch("guilomo_serve.ops.memory._PIECE", piece):
         keeps_bytes(reserved, sequence)
@@ -39,6 +46,7 @@ def test_every_owner_keeps_its_bytes_and_no_memory_is_lost(reserved, piece, sequ
 
 def keeps_bytes(reserved, sequence) -> None:
     memory, told = AdapterMemory(reserved, "cpu"), Told()
+    memory._beside = LateCopies()
     memory.tell(told)
     ranges = {}
     for number, (size, choice) in enumerate(sequence):
@@ -51,16 +59,78 @@ def keeps_bytes(reserved, sequence) -> None:
             before = {owner: of.data.data_ptr() for owner, of in ranges.items()}
             moves = told.times
             ranges[number] = memory.take(size)  # whatever the gaps are
-            ranges[number].data.fill_(number % 251)
+            memory.fill(ranges[number], torch.full((size,), number % 251, dtype=torch.uint8))
+            if choice % 2:  # the others nobody has read yet
+                memory.arrive(ranges[number])
             moved = any(ranges[owner].data.data_ptr() != at for owner, at in before.items())
             assert moved <= (told.times > moves)
         elif ranges:
             memory.free(ranges.pop(sorted(ranges)[choice % len(ranges)]))
         for owner, taken in ranges.items():
-            assert taken.data.eq(owner % 251).all()
+            assert taken.coming or taken.data.eq(owner % 251).all()
         if reserved is not None:
             places = sorted((r.data.data_ptr(), len(r.data)) for r in ranges.values())
             assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(places))
+    for owner, taken in ranges.items():
+        memory.arrive(taken)
+        assert taken.data.eq(owner % 251).all()
+
+
+class Queue:
+    """A stream of a GPU that keeps what it is told."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, name: str, told: list[str]) -> None:
+        self.name, self._told = name, told
+
+    def wait_stream(self, other: Queue) -> None:
+        self._told.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: str) -> None:
+        self._told.append(f"{self.name} waits for {event}")
+
+    def record_event(self) -> str:
+        self._told.append(f"{self.name} has an event")
+        return f"{self.name}'s event"
+
+
+def test_on_a_gpu_bytes_come_by_a_stream_of_their_own(monkeypatch) -> None:
+    """After the steps that may read what was there; the first step that reads them waits."""
+    told: list[str] = []
+    steps, beside = Queue("steps", told), Queue("beside", told)
+    current = [steps]
+
+    @contextlib.contextmanager
+    def stream(of: Queue):
+        current.append(of)
+        yield
+        current.pop()
+
+    class Target:
+        device = torch.device("cpu")
+
+        def copy_(self, source: torch.Tensor, non_blocking: bool) -> None:
+            told.append(f"a copy on {current[-1].name}, {non_blocking=}")
+
+        def record_stream(self, of: Queue) -> None:
+            told.append(f"kept for {of.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: beside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    copies = Beside(torch.device("cuda"))
+    event = copies.copy(Target(), torch.zeros(4))
+    assert told == [
+        "beside waits for steps",
+        "a copy on beside, non_blocking=True",
+        "kept for beside",
+        "beside has an event",
+    ]
+    told.clear()
+    copies.wait(event)
+    copies.wait_for_all()
+    assert told == ["steps waits for beside's event", "steps waits for beside"]
 
 
 def test_a_gap_between_ranges_is_reused_in_place() -> None:
