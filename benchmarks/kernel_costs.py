@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/kernel_costs.py [--gpu H100]    steps of Llama-3, modelled
     .venv/bin/python benchmarks/kernel_costs.py --choose        settings for the GPUs below
+    .venv/bin/python benchmarks/kernel_costs.py --designs       other designs than the one there is
 
 Bytes are those that programs ask for, as Triton's interpreter sees them (tests/ops/test_costs.py);
 memory has to move each once, L2 all of them. A kernel's time is the longest of what memory, L2, the
@@ -17,14 +18,20 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 
 from guilomo_serve.ops import kernels, two_steps
 from guilomo_serve.ops.layer import Batch, TokenBlocks
-from guilomo_serve.ops.tuning import DEFAULTS, ExpandTuning, ShrinkTuning, Tuning
+from guilomo_serve.ops.tuning import (
+    DEFAULTS,
+    TOKEN_CLASSES,
+    ExpandTuning,
+    ShrinkTuning,
+    Tuning,
+)
 from guilomo_serve.ops.two_steps import table_width
 
 LLAMA_8B = {
@@ -316,11 +323,59 @@ def choose(gpu: Gpu) -> tuple[Tuning, ...]:
     return tuple(chosen)
 
 
+def designs(base: str, tokens: int, adapters: int, gpu: Gpu) -> dict[str, float]:
+    """Seconds of all layers' kernels in a step: as they are, and as they might be.
+
+    Returns:
+        `as it is`; `no early start`: expand is launched when shrink has ended; `modules apart`:
+        each of those that a layer packs has launches of its own; `gates a tile`: a program of
+        expand has one tile; `one part`: shrink is not split; `a third kernel` adds shrink's parts
+        and takes the gates; `shrink beside`: a second stream hides it behind the base product,
+        which is the most that can be gained, with two waits of a stream for another.
+    """
+    layers, count = BASES[base]
+    batch = batch_of(tokens, adapters)
+    tuning = DEFAULTS[sum(tokens > most for most in TOKEN_CLASSES)]
+    whole = replace(tuning, shrink=replace(tuning.shrink, splits=1))
+    found: dict[str, float] = dict.fromkeys(
+        ("as it is", "no early start", "modules apart", "gates a tile", "one part"), 0.0
+    ) | {"a third kernel": 0.0, "shrink beside": 0.0}
+    for in_features, widths in layers.values():
+        layer = Layer.searched(in_features, widths, adapters)
+        shrink, expand = layer.seconds(batch, tuning, gpu)
+        found["as it is"] += shrink + expand
+        found["no early start"] += sum(
+            layer.seconds(batch, tuning, replace(gpu, overlapped=gpu.launch))
+        )
+        found["modules apart"] += sum(
+            sum(Layer.searched(in_features, (width,), adapters).seconds(batch, tuning, gpu))
+            for width in widths
+        )
+        a_tile = replace(tuning, expand=replace(tuning.expand, tiles=1))
+        found["gates a tile"] += sum(layer.seconds(batch, a_tile, gpu))
+        found["one part"] += sum(layer.seconds(batch, whole, gpu))
+        (one, *_) = layer.adapters
+        parts = tuning.shrink.splits + 1  # read, and one written
+        moved = 4 * parts * tokens * (sum(one.ranks) + sum(one.experts))
+        between = gpu.overlapped + max(moved / gpu.l2, 3 * gpu.load)
+        _, of_one_part = layer.seconds(batch, whole, gpu)
+        found["a third kernel"] += shrink + between + of_one_part - gpu.load  # that of the logits
+        found["shrink beside"] += expand + 2 * gpu.launch
+    return {name: count * seconds for name, seconds in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpu", choices=[name.split()[1] for name in GPUS], default="H100")
     parser.add_argument("--choose", action="store_true", help="print settings as they are stored")
+    parser.add_argument("--designs", action="store_true", help="other designs, in ms of a step")
     args = parser.parse_args()
+    if args.designs:
+        for tokens, adapters in ((1, 1), (32, 8), (32, 32), (8192, 8)):
+            times = designs("8B", tokens, adapters, GPUS[f"NVIDIA {args.gpu}"])
+            print(f"8B, {tokens} tokens, {adapters} adapters, ms")
+            print("".join(f"  {name:<16}{1e3 * time:8.2f}\n" for name, time in times.items()))
+        return
     if args.choose:
         everything = {
             name: [asdict(tuning) for tuning in choose(gpu)] for name, gpu in GPUS.items()
@@ -334,7 +389,7 @@ def main() -> None:
         print(f"{base:>4} an adapter into a slot: a copy of {size / 1e6:.0f} MB, {ms:.1f} ms")
     for base, tokens, adapters in itertools.product(BASES, (1, 32, 128, 8192), (1, 8, 32)):
         if adapters <= tokens:
-            index = sum(tokens > most for most in (16, 64, 256, 1024))
+            index = sum(tokens > most for most in TOKEN_CLASSES)
             shrink, expand = (1e6 * t for t in step(base, tokens, adapters, DEFAULTS[index], gpu))
             print(
                 f"{base:>4} {tokens:>5} tokens {adapters:>3} adapters  "

@@ -174,19 +174,27 @@ class Batch:
     """Which tokens of a batch use which slot.
 
     Attributes:
-        order: [n] int32, the tokens that use an adapter, those of one slot together.
+        order: [n] int32, the tokens that use an adapter, those of one adapter together.
         segments: [s, 3] int32, rows (slot, begin, end) into `order`.
         slots: of the segments.
         size: tokens in the batch.
     """
 
-    def __init__(self, slot_of_token: np.ndarray) -> None:
-        """Args: slot_of_token: [T] the slot of each token, -1 for the base model."""
+    def __init__(
+        self, slot_of_token: np.ndarray, adapter_of_token: np.ndarray | None = None
+    ) -> None:
+        """Args:
+        slot_of_token: [T] the slot of each token, -1 for the base model.
+        adapter_of_token: [T] a number of its adapter, -1 for the base model. Adapters come in this
+            order: processes that share a layer sum what they have by place, and one may have an
+            adapter in another slot than the other. None: in the order of slots.
+        """
         self.size = len(slot_of_token)
-        order = np.argsort(slot_of_token, kind="stable")
-        order = order[np.searchsorted(slot_of_token[order], 0) :]
+        key = slot_of_token if adapter_of_token is None else adapter_of_token
+        order = np.argsort(key, kind="stable")
+        order = order[np.searchsorted(key[order], 0) :]
         slots = slot_of_token[order]
-        begins = np.flatnonzero(np.diff(slots, prepend=-1))
+        begins = np.flatnonzero(np.diff(key[order], prepend=-1))
         ends = np.append(begins, len(slots))[1:]
         self.order = np.ascontiguousarray(order, dtype=np.int32)
         self.segments = np.ascontiguousarray(
@@ -380,7 +388,7 @@ class SplitSlots(Slots):
         """As `apply_`; returns the logits [its tokens, E] of each slot in the batch.
 
         One sum over the processes for all adapters of the batch; none where no adapter has a
-        router. All processes have the same adapters in the same slots, so all of them take it.
+        router. All processes have the same adapters in the same order, so all of them take it.
         """
         present = [
             (slot, tokens, weights)

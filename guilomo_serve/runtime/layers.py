@@ -41,13 +41,25 @@ from vllm.utils.torch_utils import (
 from guilomo_serve.ops.layer import LayerWeights, SplitSlots
 from guilomo_serve.ops.slots import make_slots
 from guilomo_serve.runtime.loading import ModulePart
+from guilomo_serve.runtime.unsupported import UnsupportedError
 
 
 def device_of(base_layer: torch.nn.Module) -> torch.device:
-    """Where a layer is; vLLM asks its weight, which oneDNN's int8 kernel has taken into its own."""
+    """Where a layer is; vLLM asks its weight, which oneDNN's int8 kernel has taken into its own.
+
+    Raises:
+        UnsupportedError: the layer is quantised in a way with which vLLM has no adapters.
+    """
     if getattr(base_layer, "weight", base_layer) is None:
         return next(base_layer.parameters()).device  # its scales
-    return _get_lora_device(base_layer)
+    try:
+        return _get_lora_device(base_layer)
+    except ValueError:
+        method = type(getattr(base_layer, "quant_method", base_layer)).__name__
+        raise UnsupportedError(
+            f"vLLM takes no adapters on a layer quantised by {method}: leave its modules out with "
+            "--lora-target-modules, or take another base"
+        ) from None
 
 
 class RoutedLayer:
@@ -165,6 +177,12 @@ class RoutedLayer:
                 f"the batch has {batch.size} tokens, its layer was given {x.shape[0]}: "
                 "vLLM ran a layer on other tokens than it announced"
             )
+        dtype = self.lora_config.lora_dtype
+        if y.dtype != dtype or x.dtype != dtype:  # of a quantised layer with its own precision
+            added = torch.zeros_like(y, dtype=dtype, memory_format=torch.contiguous_format)
+            self.add_routed_(added, x.to(dtype))
+            y += added
+            return
         x = x if x.stride(-1) == 1 else x.contiguous()
         sample = self.punica_wrapper.sample
         if sample is None:

@@ -96,7 +96,8 @@ class TokenSlots:
         slots = np.full(len(ids), -1, dtype=np.int64)
         for adapter_id in np.unique(ids[ids > 0]).tolist():
             slots[ids == adapter_id] = lora_index_to_id.index(adapter_id)
-        self.batch = Batch(slots)
+        # vLLM activates what a step needs in the order of a set, which differs by process.
+        self.batch = Batch(slots, np.where(ids > 0, ids, -1))
         if self.blocks is not None:
             self.blocks.update(self.batch)
 

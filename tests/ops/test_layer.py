@@ -138,4 +138,13 @@ def test_batch_groups_tokens_by_slot_and_leaves_the_base_out():
     assert batch.segments.tolist() == [[0, 0, 2], [2, 2, 4]]
     assert batch.slots == [0, 2]
     assert Batch(np.array([-1, -1])).segments.tolist() == []
+    # Where another process has the adapters in other slots, each is at the same place.
+    adapters = np.array([700, -1, 9, 700, -1, 9])
+    for batch, slots in (
+        (Batch(np.array([2, -1, 0, 2, -1, 0]), adapters), [0, 2]),
+        (Batch(np.array([0, -1, 2, 0, -1, 2]), adapters), [2, 0]),
+    ):
+        assert batch.order.tolist() == [2, 5, 0, 3]
+        assert batch.segments[:, 1:].tolist() == [[0, 2], [2, 4]]
+        assert batch.slots == slots
     assert Batch(np.array([], dtype=np.int64)).segments.tolist() == []

@@ -1,20 +1,25 @@
 """A program: vLLM's second model runner and our kernels on a CPU, replayed as CUDA graphs are.
 
-    python -m tests.serve.graphs MODEL '{"first": FOLDER, ...}'
+    torchrun --nproc-per-node 2 -m tests.serve.graphs MODEL '{"first": FOLDER, ...}' OUTPUT
 
-prints as its last line, as JSON, the greedy tokens of each job eager and replayed, what the report
-says of experts, what a worker says of the adapter "large", for which there is no memory, and what
-the check of graph_check.py finds: without graphs, with such as leave adapters out because they were
-captured before slots could have any, and with right ones. `Graphs`
-stands for CUDA graphs as far as our op goes: of each layer, padded size and case that vLLM would
-capture it records the operations that run then, with vLLM's own adapters without weights, and later
-runs these on the same tensors, without any of our Python.
+is two processes of tensor parallelism. Each writes to a file in OUTPUT, named by its rank, as JSON,
+the greedy tokens of each job eager and replayed, what the report says of experts, what a worker
+says of the adapter "large", for which there is no memory, and what the check of graph_check.py
+finds: without graphs, with such as leave adapters out because they were captured before slots could
+have any, with such in one process alone, with right ones, and where the kernels of one process are
+wrong.
+
+`Graphs` stands for CUDA graphs as far as our op goes: of each layer, padded size and case that vLLM
+would capture it records the operations that run then, with vLLM's own adapters without weights, and
+later runs these on the same tensors, without any of our Python. Adapters' weights come as late as
+they may.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +30,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from guilomo_serve.ops import kernels
+from tests.ops.late_copies import LateCopies
 
 PROMPTS = ("ab", "hello", "x")
 TOKENS = 2
@@ -32,17 +38,20 @@ SIZES = (2, 8)
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps what runs under it as calls that do it again, on the same tensors."""
+    """Keeps what runs under it as calls that do it again, on the same tensors.
+
+    With each its kernel, None for an operation of torch.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Callable[[], Any]] = []
+        self.calls: list[tuple[Any, Callable[[], Any]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("a GPU would be waited for while a graph is captured")
         result = func(*args, **(kwargs or {}))
-        self.calls.append(partial(_again, func, args, kwargs or {}, result))
+        self.calls.append((None, partial(_again, func, args, kwargs or {}, result)))
         return result
 
     def __enter__(self):
@@ -51,7 +60,7 @@ class _Recorder(TorchDispatchMode):
         def run(launch: kernels.Launch) -> None:
             with _disable_current_modes():  # what the interpreter does is not recorded
                 self._run(launch)
-            self.calls.append(partial(self._run, launch))
+            self.calls.append((launch.kernel, partial(self._run, launch)))
 
         kernels.Launch.run = run
         return super().__enter__()
@@ -76,12 +85,17 @@ def _again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
 
 
 class Graphs:
-    """The op of all layers of a model runner, captured, and replayed in their place."""
+    """The op of all layers of a model runner, captured, and replayed in their place.
+
+    Attributes:
+        left_out: kernels that replays leave out.
+    """
 
     def __init__(self, runner: Any) -> None:
         from vllm.v1.worker.gpu.lora_utils import create_lora_capture_hook
 
         self.replays = 0
+        self.left_out: list[Any] = []
         self.runner, self.graphs = runner, {}
         self.manager = runner.cudagraph_manager
         hook = create_lora_capture_hook(runner.lora_config, runner)
@@ -114,8 +128,9 @@ class Graphs:
         static_x.fill_(torch.nan)
         static_y.fill_(7)
         static_x[:tokens], static_y[:tokens] = x, y
-        for call in calls:
-            call()
+        for kernel, call in calls:
+            if kernel not in self.left_out:
+                call()
         assert (static_y[tokens:] == 7).all(), "padded rows were written"
         y.copy_(static_y[:tokens])
         self.replays += 1
@@ -179,6 +194,25 @@ def _refusal(manager: Any, vllm_config: Any) -> str:
     return ""
 
 
+def _wrong_products(worker: Any, is_wrong: bool) -> str:
+    """What the check says where the kernels of a layer add nothing. Args: is_wrong: here."""
+    from guilomo_serve.runtime import graph_check
+    from guilomo_serve.runtime.unsupported import UnsupportedError
+
+    layers = worker.model_runner.lora_manager._adapter_manager._routed.values()
+    slots = next(layer.slots for layer in layers if not layer.splits_inputs)
+    if is_wrong:
+        slots.apply_ = lambda y, x, batch: None
+    try:
+        graph_check.check(worker)
+    except UnsupportedError as e:
+        return str(e)
+    finally:
+        if is_wrong:
+            del slots.apply_
+    return ""
+
+
 def _put(llm: Any, method: str, folder: str) -> Any:
     """What a worker answers to the front end (server/residency.py) of an adapter it reads so."""
     about = ("large", 200, folder)
@@ -192,14 +226,20 @@ def _put(llm: Any, method: str, folder: str) -> Any:
 def main() -> None:
     model, adapters = sys.argv[1], json.loads(sys.argv[2])
     large = adapters.pop("large")
+    rank = int(os.environ["RANK"])
+    is_last = rank == 1
     _with_kernels()
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
     from guilomo_serve.runtime import graph_check
     from guilomo_serve.runtime import manager as runtime_manager
     from guilomo_serve.server.inspection import memory_of
 
+    # vLLM names memory that the processes share by this file, and by nothing else.
+    store = Path(sys.argv[3]) / os.environ["TORCHELASTIC_RUN_ID"]
+    ExecutorWithExternalLauncher._distributed_args = lambda _: (f"file://{store}", rank, rank)
     # Of a server that was not told how much: room for the two largest adapters.
     room = sum(sorted(memory_of(Path(folder), itemsize=4) for folder in adapters.values())[1:])
     runtime_manager.default_memory = lambda: room
@@ -208,6 +248,7 @@ def main() -> None:
         **{"dtype": "float32", "enforce_eager": True, "seed": 0, "enable_prefix_caching": False},
         **{"enable_lora": True, "max_loras": 2, "max_lora_rank": 64, "max_model_len": 32},
         **{"max_num_seqs": 4, "max_num_batched_tokens": 8, "kv_cache_memory_bytes": 4 << 20},
+        **{"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"},
     )
     # Not the numbers of the adapters without weights with which vLLM captures.
     loras = {n: LoRARequest(n, i, path) for i, (n, path) in enumerate(adapters.items(), start=100)}
@@ -225,16 +266,25 @@ def main() -> None:
     runner = worker.model_runner
     manager = runner.lora_manager._adapter_manager
     runner.lora_manager._samples = True  # as guilomo-serve has it
+    manager._slots._memory._beside = LateCopies()
     load = manager.expert_load
     load.clock = lambda: -math.inf  # no step is sampled
     found = {"none": graph_check.check(worker), "refused": _refusal(manager, runner.vllm_config)}
     wrong = GraphsWithoutAdapters(runner)
     found["wrong"] = graph_check.check(worker)
     wrong.replays = 0
+    # In the processes adapters get other slots, as where a step brings several in.
+    for name in ("plain", "first")[:: -1 if is_last else 1]:
+        llm.llm_engine.add_lora(loras[name])
     eager = [tokens(*names) for names in jobs]
     assert not wrong.replays, "graphs that were found wrong are used"
     full = [_put(llm, method, large) for method in ("guilomo_add", "guilomo_read")]
+    found["of one"] = graph_check._of_any("a reason" if is_last else "")
+    found["products"] = _wrong_products(worker, is_last)
     graphs = Graphs(runner)
+    graphs.left_out = [kernels._expand] if is_last else []
+    found["wrong in one"] = graph_check.check(worker)
+    graphs.left_out, graphs.manager._graphs_captured = [], True
     found["right"] = graph_check.check(worker)
     load.clock = lambda: math.inf  # each is
     replayed = [tokens(*names) for names in jobs]
@@ -251,7 +301,7 @@ def main() -> None:
             "report": report,
         },
     }
-    print(json.dumps(result), flush=True)
+    (Path(sys.argv[3]) / f"{rank}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -66,3 +67,20 @@ def test_a_compiled_model_finds_the_layers_of_its_engine(tmp_path: Path):
     assert len(errors) == 2
     assert max(errors) < 1e-4
     assert hits == 1  # no layer is a constant in it
+
+
+def test_adapters_go_with_what_vllm_quantises(tmp_path: Path):
+    """The op sees a layer's input and its output alone, whatever is between them."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serve.quantized", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors, refused = json.loads(done.stdout.splitlines()[-1])
+    assert errors.keys() >= {"FP8", "GPTQ", "AWQ", "W4A16", "W8A8", "NVFP4", "NVFP4 of ModelOpt"}
+    for method, of_layers in errors.items():
+        assert max(of_layers) < 0.01, method  # which rounding to bfloat16 comes to
+    assert refused.startswith("vLLM takes no adapters on a layer quantised by Unquantized")

@@ -6,9 +6,11 @@ the program of graphs.py it is that of GPUs, interpreted too.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -57,10 +59,11 @@ def test_a_server_of_two_processes_answers(
                 assert answer.token_ids == expected, job
 
 
+@pytest.mark.timeout(600)  # two minutes where nothing else runs
 def test_kernels_answer_eager_and_replayed_as_cuda_graphs_are(
     tiny_model: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Mixed batches, a swap between them; and what the kernels count of the routers."""
+    """In two processes: mixed batches, a swap between them; what kernels count of the routers."""
     environment = {
         **{**os.environ, **UNBOUND, **installed(tmp_path)},
         **{"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"},
@@ -69,16 +72,24 @@ def test_kernels_answer_eager_and_replayed_as_cuda_graphs_are(
     ranks = dict.fromkeys(modules, (8,) * 8)
     large = random_adapter(tiny_model, tmp_path / "large", seed=4, ranks=ranks)
     folders = {name: str(folder) for name, folder in {**adapters, "large": large}.items()}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.serve.graphs", str(tiny_model), json.dumps(folders)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "tests.serve.graphs", str(tiny_model), json.dumps(folders), str(tmp_path)),
+    ]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            status = process.wait(timeout=560)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert status == 0, log.read_text()[-4000:]
+    found, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    for of_all in ("check", "eager", "replayed"):
+        assert found[of_all] == other[of_all]
     assert found["runner"] == "vllm.v1.worker.gpu.model_runner"
     assert found["replays"] > 0
     assert re.fullmatch(
@@ -93,6 +104,10 @@ def test_kernels_answer_eager_and_replayed_as_cuda_graphs_are(
     assert found["check"]["none"] is None
     assert "differ from an eager step's by" in found["check"]["wrong"]
     assert found["check"]["right"] is None
+    # Both processes say the same, and neither waits for the other.
+    assert "differ from an eager step's by" in found["check"]["wrong in one"]
+    assert found["check"]["of one"] == "a reason"
+    assert "this server's product differs from the formula by 100" in found["check"]["products"]
     models = {
         name: hf_reference.model_with(tiny_model, folder)
         for name, folder in {"base": None, **adapters}.items()
@@ -113,6 +128,6 @@ def test_kernels_answer_eager_and_replayed_as_cuda_graphs_are(
         for name, prompt, answer in zip(job, found["prompts"], answers, strict=False)
         if name == "first"
     )
-    (load,) = found["report"]
-    assert load["tokens"] == seen
-    assert {module["tokens"] for module in load["modules"].values()} == {seen}
+    for (load,) in (found["report"], other["report"]):
+        assert load["tokens"] == seen
+        assert {module["tokens"] for module in load["modules"].values()} == {seen}
