@@ -53,7 +53,7 @@ def keeps_bytes(reserved, sequence) -> None:
         if size is not None:
             padded = -(-size // 256) * 256
             if reserved is not None and memory.used + padded > CAPACITY:
-                with pytest.raises(AdapterMemoryError, match=f"takes {padded} bytes"):
+                with pytest.raises(AdapterMemoryError, match=f"weights take {padded} bytes"):
                     memory.take(size)
                 continue
             before = {owner: of.data.data_ptr() for owner, of in ranges.items()}
