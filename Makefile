@@ -1,6 +1,6 @@
 # Every target sets up what it needs first (deploy/setup.sh); that costs minutes once.
 
-.PHONY: demo test test-peft test-kernels test-fleet lint format setup
+.PHONY: demo test test-peft test-extras test-kernels test-fleet lint format setup
 
 demo: setup
 	.venv/bin/python -m demo
@@ -11,6 +11,12 @@ test: setup
 # PEFT's own tests, on our method.
 test-peft: setup
 	.venv/bin/python -m tests.peft_suite.run
+
+# Training with packages that the locks do not have.
+test-extras: setup
+	DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet "deepspeed==0.19.8"
+	DS_ACCELERATOR=$$(.venv/bin/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')") \
+		.venv/bin/python -m pytest tests/train/test_deepspeed.py
 
 # Every kernel at every setting for every GPU; `make test` has those that differ most.
 test-kernels: setup

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from guilomo_serve.adapter import (
@@ -28,6 +27,7 @@ from guilomo_serve.adapter import (
 from guilomo_train.errors import ConfigError
 from guilomo_train.limits import writing
 from guilomo_train.lora_moe import LoraMoeConfig
+from guilomo_train.zero3 import is_whole
 
 
 def with_adapter(model: PreTrainedModel, config: LoraMoeConfig) -> PeftModel:
@@ -136,10 +136,10 @@ def check_whole_modules(
                         "experts: leave one of them out (--target_modules)"
                     )
             for weight in wanted.parameters():
-                if isinstance(weight, DTensor):
+                if not is_whole(weight):
                     raise ConfigError(
                         f"--modules_to_save: each process has a part of {module} alone: train it "
-                        "without FSDP"
+                        "without FSDP or DeepSpeed"
                     )
                 if not weight.is_floating_point():
                     raise ConfigError(f"--modules_to_save: {module} is quantised, so it is frozen")
@@ -194,4 +194,4 @@ def unsharded_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Given a sharded base PEFT would gather all of it only to leave it out of what is saved.
     """
-    return {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor)}
+    return {name: p for name, p in model.named_parameters() if is_whole(p)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,7 +30,8 @@ from guilomo_train.endings import end_tokens, stop_tokens, written_ends
 from guilomo_train.errors import BaseError
 from guilomo_train.limits import enough_memory
 from guilomo_train.lora_moe import LoraMoeConfig
-from guilomo_train.processes import processes
+from guilomo_train.processes import Sharding, processes
+from guilomo_train.zero3 import load_in_parts, size_of
 
 
 @dataclass
@@ -153,7 +155,7 @@ def load_base(
     name: str,
     dtype: str = "auto",
     quantize: str = "none",
-    sharded: bool = False,
+    sharding: Sharding | None = None,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -168,10 +170,10 @@ def load_base(
         dtype: precision of what is not quantised; "auto" is the one it is stored in, or float32
             on a CPU that is slow in half precision.
         quantize: "4bit" (NF4, as in QLoRA) or "8bit" loads the linear layers quantised.
-        sharded: each process keeps a part of every weight alone (PyTorch's FSDP2, by transformers'
-            own plan for the architecture) and gathers a layer while it computes. All processes
-            must call this, and every later forward pass. An adapter that is put on it afterwards
-            is whole in each process.
+        sharding: each process keeps a part of every weight alone (PyTorch's FSDP2, by transformers'
+            own plan for the architecture, or DeepSpeed's ZeRO-3) and gathers a layer while it
+            computes. All processes must call this, and every later forward pass. An adapter that
+            is put on it afterwards is whole in each process.
         revision: branch, tag or commit on the hub.
         trust_remote_code: whether code that comes with the model may run.
         attn_implementation: as transformers takes it; None for its choice.
@@ -186,21 +188,31 @@ def load_base(
     device = processes().device  # quantised weights cannot be moved there later
     if dtype == "auto" and half_precision_is_slow():
         dtype = "float32"
+    by_zero3 = sharding is not None and sharding.zero3 is not None
+    load = partial(
+        AutoModelForCausalLM.from_pretrained,
+        name,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+        quantization_config=_quantization(quantize, dtype),
+        device_map=None if quantize == "none" else {"": device},
+        distributed_config=(
+            DistributedConfig(fsdp_size=processes().num_processes)
+            if sharding is not None and not by_zero3
+            else None
+        ),
+    )
     try:
         with enough_memory("loading the base", "give --dtype bfloat16 or --quantize 4bit"):
-            model = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=dtype,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                attn_implementation=attn_implementation,
-                quantization_config=_quantization(quantize, dtype),
-                device_map=None if quantize == "none" else {"": device},
-                distributed_config=(
-                    DistributedConfig(fsdp_size=processes().num_processes) if sharded else None
-                ),
-            )
-            if not sharded and not getattr(model, "is_quantized", False):
+            if sharding is not None and sharding.zero3 is not None:
+                stored = without_weights(name, revision, trust_remote_code).dtype
+                wanted = stored if dtype == "auto" else getattr(torch, dtype)
+                model = load_in_parts(load, sharding.zero3, wanted)
+            else:
+                model = load()
+            if sharding is None and not getattr(model, "is_quantized", False):
                 model.to(device)
     except (OSError, ValueError, ImportError) as e:
         raise _not_a_base(name, e) from None
@@ -262,7 +274,8 @@ def check_tokens(
                     f"--max_length {most} or less, or shorter rows"
                 )
     most = max(max(ids, default=0) for ids in [*texts, [tokenizer.pad_token_id]])
-    embeddings = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    embeddings = size_of(weight)[0]
     if most >= embeddings:
         raise BaseError(
             f"--base: its tokenizer makes token {most} ({tokenizer.convert_ids_to_tokens(most)!r}) "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -18,13 +20,12 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-# ZeRO-3 takes the gradients that second order unrolls, and the weights that an adapter's files have
-# unless they are smaller than its stage3_param_persistence_threshold.
-DEEPSPEED_REFUSED = (
-    "DeepSpeed is asked for, but it leaves each process a part of the adapter, which searches and "
-    "the adapter's files need whole: use `accelerate launch --use_fsdp`, which spreads the base "
-    "alone"
-)
+@dataclass(frozen=True)
+class Sharding:
+    """How the base is spread over the processes: by FSDP, or by ZeRO-3 with DeepSpeed's settings
+    for it."""
+
+    zero3: dict[str, Any] | None = None
 
 
 # Of `accelerate launch`'s FSDP settings those that would have to do more than shard.
@@ -34,22 +35,26 @@ _FSDP_BEYOND = {
 }
 
 
-def take_sharding_request() -> bool:
-    """Whether `accelerate launch --use_fsdp`, or ACCELERATE_USE_FSDP=true, asks to shard the base.
+def take_sharding_request() -> Sharding | None:
+    """What `accelerate launch --use_fsdp` or `--use_deepspeed` asks for (ACCELERATE_USE_FSDP=true,
+    ACCELERATE_USE_DEEPSPEED=true).
 
-    The request is taken out of the environment: accelerate, which acts on it on GPUs alone, would
-    shard once more what `load_base` has sharded.
+    The request is taken out of the environment: accelerate would shard once more what `load_base`
+    has sharded, and DeepSpeed the adapter as well.
 
     Raises:
-        ConfigError: it asks for what is not done, or DeepSpeed is asked for.
+        ConfigError: it asks for what is not done.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ConfigError(DEEPSPEED_REFUSED)
+    if os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        from guilomo_train.zero3 import zero3_request
+
+        zero = zero3_request()
+        return Sharding(zero) if processes().num_processes > 1 else None
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return False
+        return None
     for name, remedy in _FSDP_BEYOND.items():
         if os.environ.get(name, "false").lower() == "true":
             raise ConfigError(
                 f"FSDP configuration: {name.lower()} is true, expected false: {remedy}"
             )
-    return processes().num_processes > 1
+    return Sharding() if processes().num_processes > 1 else None

@@ -53,12 +53,13 @@ from guilomo_train.evaluate import evaluate, less_memory
 from guilomo_train.finetuning import FinetuneResult, finetune
 from guilomo_train.limits import enough_memory, replace_file
 from guilomo_train.model_card import finding, model_card
-from guilomo_train.processes import processes, take_sharding_request
+from guilomo_train.processes import Sharding, processes, take_sharding_request
 from guilomo_train.report import HISTORY_FILE, RUN_FILE, read_json, write_page
 from guilomo_train.scoring import Scores, expected_text, hits
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.search import SearchResult, search
 from guilomo_train.versions import versions
+from guilomo_train.zero3 import count_parameters
 
 ALLOCATION_FILE = "allocation.json"
 PICTURE_FILE = "allocation.png"
@@ -84,10 +85,10 @@ class Run:
         self.common = common
         self.output = Path(common.output)
         self.checkpoints = self.output / CHECKPOINT_FOLDER
-        self.sharded = take_sharding_request()
-        if self.sharded and common.quantize != "none":
+        self.sharding = take_sharding_request()
+        if self.sharding is not None and common.quantize != "none":
             raise ConfigError(
-                f"--quantize {common.quantize}: a quantised base cannot be sharded by FSDP; "
+                f"--quantize {common.quantize}: a quantised base cannot be spread over processes; "
                 "give up one of the two"
             )
         self.writes = processes().is_main_process
@@ -104,14 +105,14 @@ class Run:
             ) from None
         self.before = self._before(command)
         self.history: dict[str, Any] = read_json(self.output / HISTORY_FILE) if self.before else {}
-        self.base = self._load_base(self.sharded)
+        self.base = self._load_base(self.sharding)
         self.train: Dataset = load_rows(
             common.train, self.base.tokenizer, common.train_rows, common.seed,
             common.train_weights, common.loss_on,
         )  # fmt: skip
         if unusual := self.base.ending():
             say(unusual)
-        self.base_parameters = self.base.model.num_parameters()
+        self.base_parameters = count_parameters(self.base.model)
         self.linears = BaseModel.from_module(self.base.model).linears
         self.record: dict[str, Any] = {
             **(self.before or {}),
@@ -228,8 +229,8 @@ class Run:
             self._note("eval", {})
             return
         model = result.model
-        if self.sharded:  # it would need all processes in every step of every answer
-            whole = self._load_base(sharded=False).model
+        if self.sharding is not None:  # it would need all processes in every step of every answer
+            whole = self._load_base(sharding=None).model
             model = PeftModel.from_pretrained(whole, self.output / ADAPTER_FOLDER)
         with enough_memory("the evaluation", less_memory(config)):
             scores, texts = evaluate(model, self.base.tokenizer, rows, config)
@@ -258,13 +259,13 @@ class Run:
             shutil.rmtree(self.checkpoints)
         processes().destroy_process_group()
 
-    def _load_base(self, sharded: bool) -> Base:
+    def _load_base(self, sharding: Sharding | None) -> Base:
         common = self.common
         return load_base(
             common.base,
             common.dtype,
             common.quantize,
-            sharded,
+            sharding,
             revision=common.revision,
             trust_remote_code=common.trust_remote_code,
             attn_implementation=common.attn_implementation,
@@ -321,7 +322,10 @@ class Run:
         return Checkpointing(self.common.save_steps, settings, resume)
 
     def _shards(self) -> str:
-        return f", base in {processes().num_processes} shards" if self.sharded else ""
+        if self.sharding is None:
+            return ""
+        by = "FSDP" if self.sharding.zero3 is None else "ZeRO-3"
+        return f", base in {processes().num_processes} shards ({by})"
 
     def _less_memory(self, settings: str) -> str:
         """What to lower when memory runs out, beside a stage's own settings."""

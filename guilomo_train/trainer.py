@@ -41,7 +41,6 @@ from guilomo_train.health import RouterFigures, RouterHealth
 from guilomo_train.lora_moe import LoraMoeLayer
 from guilomo_train.loss import completion_nll
 from guilomo_train.packing import PackedCollator, check_packing
-from guilomo_train.processes import DEEPSPEED_REFUSED
 from guilomo_train.progress import ProgressLine
 from guilomo_train.rendering import DROPPED
 
@@ -100,7 +99,11 @@ class LoraMoeTrainer(RouterWatch, SFTTrainer):
         **kwargs: Any,
     ) -> None:
         if args.deepspeed_plugin is not None:
-            raise ConfigError(DEEPSPEED_REFUSED)
+            raise ConfigError(
+                "deepspeed is given, which would leave each process a part of the adapter: spread "
+                "the base alone, as `accelerate launch --use_deepspeed --zero_stage 3 -m "
+                "guilomo_train.cli` does (guilomo_train.base.load_base with a Sharding)"
+            )
         if args.n_gpu > 1:
             raise ConfigError(
                 f"{args.n_gpu} GPUs are in one process, where DataParallel would split each batch "

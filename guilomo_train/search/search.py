@@ -47,6 +47,7 @@ from guilomo_train.search.selection import SelectionVectors
 from guilomo_train.search.space import Linears, SearchSpace, latency_prices
 from guilomo_train.search.upper import UpperLevel
 from guilomo_train.trainer import LoraMoeTrainer
+from guilomo_train.zero3 import count_parameters
 
 SNAPSHOTS = 100  # of the allocation while a search runs, about
 
@@ -252,7 +253,7 @@ def search(
     lower, upper = search_rows(train, common, validation, held_out=order != "online")
     torch.manual_seed(common.seed)
     linears = BaseModel.from_module(base.model).linears
-    base_parameters = base.model.num_parameters()
+    base_parameters = count_parameters(base.model)
     peft_config = LoraMoeConfig(
         task_type="CAUSAL_LM",
         target_modules=common.targets(),

@@ -292,12 +292,15 @@ def test_an_error_of_several_processes_is_said_once_and_ends_all(
     started = [
         launched("torchrun", *how, *search, variables=variables, stderr=subprocess.PIPE)
         for how, variables in (
-            (["-m", "guilomo_train.cli"], {"ACCELERATE_USE_DEEPSPEED": "true"}),
+            (
+                ["-m", "guilomo_train.cli"],
+                {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"},
+            ),
             ([script], {}),
         )
     ]
     expected = (
-        "error: DeepSpeed is asked for, but it leaves each process a part of the adapter",
+        "error: FSDP configuration: fsdp_offload_params is true, expected false",
         "error: out of memory in the search: lower --search_batch_size (8)",
     )
     for process, message in zip(started, expected, strict=True):
@@ -313,8 +316,23 @@ def test_a_trainer_refuses_deepspeed_in_python_too(tmp_path: Path) -> None:
     made = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     made.deepspeed_plugin = object()  # of the package, which is no requirement
     model = get_peft_model(tiny_llama(8), LoraMoeConfig(num_experts=2, expert_rank=1))
-    with pytest.raises(ConfigError, match="use `accelerate launch --use_fsdp`"):
+    with pytest.raises(ConfigError, match="deepspeed is given, which would leave each process"):
         LoraMoeTrainer(model=model, args=made, balance_coefficient=0.0)
+
+
+def test_deepspeed_that_is_not_installed_is_one_line(
+    tiny_base: Path,
+    data: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    given = ["search", "--base", str(tiny_base), *data, "--output", str(tmp_path / "out")]
+    assert main(given) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "DeepSpeed is asked for, but not installed: pip install deepspeed" in said
 
 
 def test_accumulated_gradients_equal_those_of_the_large_batch(
