@@ -327,7 +327,7 @@ class PlanConfig:
     """What a plan assumes of machine and data, where it is not to find out."""
 
     processes: int = option(1, "Processes that train, each with a device of its own.")
-    fsdp: bool = option(False, "The base is spread over the processes.")
+    fsdp: bool = option(False, "The base is spread over the processes, by FSDP or ZeRO-3.")
     tokens: int | None = option(
         None, "Tokens of all training rows; then neither --train nor a tokenizer is read."
     )

@@ -124,6 +124,7 @@ class Plan:
                 f"base: {self.base_parameters:,} parameters; rows: {load.tokens:,} tokens, at most "
                 f"{load.length} in one",
                 *lines,
+                "not counted: what CUDA and its allocator keep beside, and the evaluation",
             ]
         )
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from datasets import Dataset
 from transformers import LlamaForCausalLM
 
+from guilomo_train.base import load_base
 from guilomo_train.cli import main
-from tests.train.test_search_memory import EXPERTS, peak
+from guilomo_train.config import CommonConfig, FinetuneConfig
+from guilomo_train.finetuning import finetune
+from guilomo_train.processes import Sharding
+from guilomo_train.search.allocation import Allocation
+from tests.train.test_parallel import launched
+from tests.train.test_search_memory import EXPERTS, highest, peak
 from tests.train.tiny import tiny_llama, tiny_tokenizer
 
 LAYERS = 4
@@ -89,3 +98,93 @@ def test_a_plan_reads_rows_and_measures_a_rate(
     assert f"the longest {value['load']['length']}\n" in shown
     assert all(stage["hours"] > 0 for stage in value["stages"])
     assert not (tmp_path / "out").exists()
+
+
+RANK, LENGTH, WIDE = 2, 32, 256
+
+
+@pytest.fixture(scope="module")
+def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of which weights are most of the memory."""
+    folder = tmp_path_factory.mktemp("wide")
+    tokenizer = tiny_tokenizer()
+    tiny_llama(len(tokenizer), 8, hidden_size=WIDE).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def used(folder: Path, work: Path, quantize: str, sharding: Sharding | None) -> dict[str, int]:
+    """Bytes of the base in this process, and the most that there were in a fine-tuning of it."""
+    held = []
+
+    def tuned() -> None:
+        base = load_base(str(folder), "bfloat16", quantize, sharding)
+        for weight in base.model.parameters():
+            local: Any = weight.to_local() if hasattr(weight, "to_local") else weight
+            held.append(local.numel() * local.element_size())
+            if sharding is None:  # out of the mapped file
+                weight.data = weight.data.clone()
+            state = getattr(weight, "quant_state", None)  # in 4 bit scales, and their own
+            for scales in (state, state.state2) if state is not None else ():
+                held.append(scales.absmax.numel() * scales.absmax.element_size())
+        modules = tuple(n for n, _ in base.model.named_modules() if n.endswith("_proj"))
+        ids = torch.randint(3, 200, (8, LENGTH)).tolist()
+        finetune(
+            base,
+            Dataset.from_dict({"input_ids": ids, "labels": ids}),
+            Allocation.uniform(modules, EXPERTS, RANK),
+            CommonConfig(base=str(folder), train="", output=str(work)),
+            FinetuneConfig(epochs=1, batch_size=2),
+            work,
+        )
+
+    return {"peak": highest(tuned, work), "base": sum(held)}
+
+
+def as_planned(of: dict[str, int], base: Path, folder: Path, *flags: object) -> None:
+    flags = ("--max_experts", EXPERTS, "--max_rank", RANK, "--batch_size", 2, *flags)
+    whole = planned(base, folder, *flags, "--max_length", LENGTH)["whole"]
+    most = next(s for s in whole["stages"] if s["name"] == "search")["adapter_parameters"]
+    plan = planned(base, folder, *flags, "--max_length", LENGTH, "--budget", most)["fine-tuning"]
+    assert plan["base"] == pytest.approx(of["base"], rel=0.01)
+    assert of["peak"] / FACTOR < plan["peak"] < of["peak"] * FACTOR
+
+
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_a_quantised_base_takes_the_memory_that_was_planned(
+    quantize: str, wide_base: Path, tmp_path: Path
+) -> None:
+    as_planned(
+        used(wide_base, tmp_path, quantize, None), wide_base, tmp_path, "--quantize", quantize
+    )
+
+
+# In one of two processes, with a whole base and with a part of it.
+IN_PROCESSES = """
+import json, sys
+from pathlib import Path
+from guilomo_train.processes import Sharding, processes
+from tests.train.test_plan import used
+
+base, work = map(Path, sys.argv[1:])
+said = {}
+for name, sharding in (("whole", None), ("fsdp", Sharding())):
+    folder = work / f"{name}-{processes().process_index}"
+    folder.mkdir()
+    said[name] = used(base, folder, "none", sharding)
+if processes().is_main_process:
+    (work / "said.json").write_text(json.dumps(said))
+processes().destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_processes_take_the_memory_that_was_planned(wide_base: Path, tmp_path: Path) -> None:
+    script = tmp_path / "in_processes.py"
+    script.write_text(IN_PROCESSES)
+    process = launched("torchrun", script, wide_base, tmp_path, stderr=subprocess.PIPE)
+    error = process.communicate(timeout=280)[1]
+    assert process.returncode == 0, error
+    said = json.loads((tmp_path / "said.json").read_text())
+    as_planned(said["whole"], wide_base, tmp_path, "--processes", 2)
+    as_planned(said["fsdp"], wide_base, tmp_path, "--processes", 2, "--fsdp")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -75,19 +76,30 @@ def trained(search: bool, rank: int, length: int, folder: Path, layers: int = 1)
     return sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
 
 
+def highest(work: Callable[[], Any], folder: Path) -> int:
+    """The most bytes that were live at once of what `work` allocated."""
+    return max(_live(work, folder))
+
+
 def peak(search: bool, rank: int, length: int, folder: Path, layers: int = 1) -> tuple[int, int]:
     """The most bytes that were live at once, model and optimiser among them; and the adapter's."""
+    adapter = []
+    live = _live(lambda: adapter.append(trained(search, rank, length, folder, layers)), folder)
+    assert live[-1] == 0, "all that was allocated was freed, so nothing escaped the count"
+    return max(live), adapter[0]
+
+
+def _live(work: Callable[[], Any], folder: Path) -> list[int]:
+    """Bytes that are live after each allocation and each release of `work`."""
     gc.collect()  # what others left is not to be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        adapter = trained(search, rank, length, folder, layers)
+        work()
         gc.collect()
     trace = folder / "trace.json"
     profiled.export_chrome_trace(str(trace))
     changes = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
     changes.sort(key=lambda e: (e["ts"], e["args"]["Ev Idx"]))
-    live = list(accumulate(e["args"]["Bytes"] for e in changes))
-    assert live[-1] == 0, "all that was allocated was freed, so nothing escaped the count"
-    return max(live), adapter
+    return list(accumulate(e["args"]["Bytes"] for e in changes))
 
 
 @pytest.mark.parametrize(
