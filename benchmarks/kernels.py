@@ -1,6 +1,6 @@
 """What the GPU kernels cost: against vLLM's own, a loop over experts, and the bytes to be moved.
 
-    .venv/bin/python benchmarks/kernels.py [--tune] [--out FILE]
+    .venv/bin/python benchmarks/kernels.py [--tune] [--rank N] [--out FILE]
 
 The adapted layers of Llama-3-8B, bfloat16, adapters whose experts and ranks differ in every module
 as a search leaves them. For each number of tokens and adapters the times of the four layers are
@@ -15,7 +15,8 @@ added up:
 
 Times are those of a CUDA graph over several copies of each layer, so that neither launches nor the
 cache flatter anybody. `--tune` first finds the kernels' settings for this GPU and keeps them in
-the user's cache (guilomo_serve/ops/tuning.py).
+the user's cache (guilomo_serve/ops/tuning.py). With `--rank` all adapters are plain LoRAs of a rank
+that vLLM pads nothing of.
 """
 
 from __future__ import annotations
@@ -94,15 +95,19 @@ def vllm_rank(rank: int) -> int:
 
 
 def adapter(
-    in_features: int, widths: tuple[int, ...], generator: np.random.Generator, device: str
+    in_features: int,
+    widths: tuple[int, ...],
+    generator: np.random.Generator,
+    device: str,
+    rank: int | None,
 ) -> list[SliceWeights]:
-    """An adapter of one layer, random, with A and B on the device."""
+    """An adapter of one layer, random, with A and B on the device; a plain LoRA if given a rank."""
     slices = []
     for width in widths:
-        ranks = searched_ranks(generator)
+        ranks = searched_ranks(generator) if rank is None else (rank,)
         a = torch.randn(sum(ranks), in_features, dtype=DTYPE, device=device) / in_features**0.5
         b = torch.randn(width, sum(ranks), dtype=DTYPE, device=device)
-        router = torch.randn(len(ranks), in_features) / in_features**0.5
+        router = None if rank else torch.randn(len(ranks), in_features) / in_features**0.5
         slices.append(SliceWeights(a, b, router, ranks, (1.0,) * len(ranks)))
     return slices
 
@@ -134,10 +139,12 @@ class Layer:
     weights: list[LayerWeights]
 
     @classmethod
-    def random(cls, name: str, adapters: int, seed: int, device: str) -> Layer:
+    def random(
+        cls, name: str, adapters: int, seed: int, device: str, rank: int | None = None
+    ) -> Layer:
         in_features, widths = LAYERS[name]
         generator = np.random.default_rng(seed)
-        made = [adapter(in_features, widths, generator, device) for _ in range(adapters)]
+        made = [adapter(in_features, widths, generator, device, rank) for _ in range(adapters)]
         stacked = [LayerWeights.stack(slices, widths, TOP_K, DTYPE, device) for slices in made]
         return cls(in_features, widths, made, stacked)
 
@@ -243,7 +250,8 @@ def modelled(layer: Layer, case: Case, gpu: str) -> float:
         return float("nan")
     adapters = tuple(
         kernel_costs.Adapter(
-            tuple(sum(s.ranks) for s in slices), tuple(len(s.ranks) for s in slices)
+            tuple(sum(s.ranks) for s in slices),
+            tuple(0 if s.router is None else len(s.ranks) for s in slices),
         )
         for slices in layer.adapters
     )
@@ -252,11 +260,14 @@ def modelled(layer: Layer, case: Case, gpu: str) -> float:
     return sum(of_layer.seconds(case.batch(), tuning, known))
 
 
-def measure(case: Case, name: str, bytes_per_second: float, repeats: int) -> dict[str, float]:
+def measure(
+    case: Case, name: str, bytes_per_second: float, repeats: int, rank: int | None
+) -> dict[str, float]:
     """Seconds of one layer for each contestant, its floor and what is modelled."""
-    first = Layer.random(name, case.adapters, 0, "cuda")
+    first = Layer.random(name, case.adapters, 0, "cuda", rank)
     copies = max(1, min(32, -(-BYTES_OF_COPIES // floor_bytes(first.weights, 0))))
-    layers = [first, *(Layer.random(name, case.adapters, s, "cuda") for s in range(1, copies))]
+    more = (Layer.random(name, case.adapters, seed, "cuda", rank) for seed in range(1, copies))
+    layers = [first, *more]
     y, x = first.tensors(case.tokens, "cuda")
     batch = case.batch()
     return {
@@ -400,6 +411,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tune", action="store_true", help="find this GPU's settings first")
     parser.add_argument("--repeats", type=int, default=20, help="replays that a median is of")
+    parser.add_argument(
+        "--rank", type=int, choices=VLLM_RANKS, help="of all adapters, plain LoRAs then"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -412,7 +426,9 @@ def main() -> None:
     print(f"a copy moves {bytes_per_second / 1e9:.0f} GB/s; times in us of the four layers")
     over_vllm, over_loop, over_floor = {}, {}, {}
     for case in cases():
-        of_layers = [measure(case, name, bytes_per_second, args.repeats) for name in LAYERS]
+        of_layers = [
+            measure(case, name, bytes_per_second, args.repeats, args.rank) for name in LAYERS
+        ]
         total = {key: sum(found[key] for found in of_layers) for key in of_layers[0]}
         columns = "  ".join(f"{key} {1e6 * value:9.1f}" for key, value in total.items())
         print(f"{case.name:>26}  {columns}", flush=True)

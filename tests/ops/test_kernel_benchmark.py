@@ -73,8 +73,9 @@ def test_a_known_gpu_has_a_modelled_time_above_the_floor(benchmark) -> None:
     assert np.isnan(benchmark.modelled(layer, case, "a GPU of another maker"))
 
 
-def test_contestants_compute_the_same(benchmark) -> None:
-    layer = benchmark.Layer.random("qkv_proj", 3, 0, "cpu")
+@pytest.mark.parametrize("rank", [None, 8])
+def test_contestants_compute_the_same(benchmark, rank) -> None:
+    layer = benchmark.Layer.random("qkv_proj", 3, 0, "cpu", rank)
     y, x = layer.tensors(7, "cpu")
     batch = benchmark.Batch(np.array([0, 2, 1, -1, 2, 2, 0]))
     want, got = y.clone(), y.clone()

@@ -205,6 +205,15 @@ def test_adapters_take_little_of_a_gpu_by_default(monkeypatch):
         assert room.default_memory() == expected
 
 
+def test_a_base_that_vllm_cannot_read_is_refused_in_a_line(tiny_model, capsys, tmp_path):
+    """vLLM 0.32 has no bitsandbytes: an adapter trained on such a base is served on another one."""
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(config))
+    assert "Unknown quantization method: bitsandbytes" in refused(capsys, str(base))
+
+
 def test_a_cpu_that_is_slow_in_half_precision_gets_float32(
     tiny_model, adapters, monkeypatch, tmp_path
 ):
