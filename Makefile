@@ -1,6 +1,6 @@
 # Every target sets up what it needs first (deploy/setup.sh); that costs minutes once.
 
-.PHONY: demo test test-peft test-extras test-kernels test-fleet lint format setup
+.PHONY: demo test test-peft test-extras test-lowest test-kernels test-fleet lint format setup
 
 demo: setup
 	.venv/bin/python -m demo
@@ -17,6 +17,16 @@ test-extras: setup
 	DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet "deepspeed==0.19.8"
 	DS_ACCELERATOR=$$(.venv/bin/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')") \
 		.venv/bin/python -m pytest tests/train/test_deepspeed.py
+
+# Training with the lowest versions that pyproject.toml allows, over what else the lock has.
+test-lowest: setup
+	.venv/bin/python -m venv .lowest
+	.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		>"$$(.lowest/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/lock.pth"
+	.lowest/bin/python -m pip install --quiet $$(.venv/bin/python deploy/lowest.py)
+	PYTHONPATH=. .lowest/bin/python -m pytest $(addprefix tests/train/test_, architectures.py bad_input.py \
+		beyond_sft.py cli.py data.py endings.py layer.py packing.py peft.py report.py resume.py tools.py \
+		whole_modules.py)
 
 # Every kernel at every setting for every GPU; `make test` has those that differ most.
 test-kernels: setup

@@ -53,7 +53,7 @@ _OF_OTHER_TRAINERS: dict[str, tuple[Any, ...]] = {
     "eval_packing": (None, False),
     "padding_free": (False,),
     "label_smoothing_factor": (0.0,),
-    "loss_type": ("nll",),
+    "loss_type": ("nll", "chunked_nll"),  # the same, computed in parts
     "use_liger_kernel": (False,),
     "average_tokens_across_devices": (True,),
     "router_aux_loss_coef": (None, 0.0),
@@ -116,7 +116,9 @@ class LoraMoeTrainer(RouterWatch, SFTTrainer):
                 "in bfloat16 or float32, or set fp16=True"
             )
         for option, only in _OF_OTHER_TRAINERS.items():
-            if getattr(args, option, only[0]) not in only:  # versions have different ones
+            # Versions have different ones, with different defaults, which nobody has asked for.
+            left_alone = (*only, getattr(SFTConfig, option, only[0]))
+            if getattr(args, option, only[0]) not in left_alone:
                 raise ConfigError(
                     f"{option} is {getattr(args, option)!r}, expected {only[0]!r}: a LoRA-MoE has "
                     "a trainer of its own, with its own loss and order of rows"
