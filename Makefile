@@ -14,9 +14,9 @@ test-peft: setup
 
 # Training with packages that the locks do not have.
 test-extras: setup
-	DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet "deepspeed==0.19.8"
+	DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet "deepspeed==0.19.8" "lm_eval[hf]==0.4.13"
 	DS_ACCELERATOR=$$(.venv/bin/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')") \
-		.venv/bin/python -m pytest tests/train/test_deepspeed.py
+		.venv/bin/python -m pytest tests/train/test_deepspeed.py tests/train/test_lm_eval.py
 
 # Training with the lowest versions that pyproject.toml allows, over what else the lock has.
 test-lowest: setup

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from transformers import (
 
 from guilomo_serve.adapter import BaseModel, read_adapter, write_adapter
 from guilomo_train.base import Base, load_base
+from guilomo_train.cli import main
 from guilomo_train.config import CommonConfig, FinetuneConfig, SearchConfig
 from guilomo_train.data import load_rows
 from guilomo_train.finetuning import finetune
@@ -234,21 +233,15 @@ def test_the_loss_of_a_bases_own_routers_is_left_out_by_name(
     assert model(input_ids=torch.arange(5, 9)[None]).aux_loss is None
 
 
-def test_the_command_refuses_a_mixture_of_experts_in_one_line(tmp_path: Path) -> None:
+def test_the_command_refuses_a_mixture_of_experts_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = folder_of(MOE["mixtral"], tmp_path / "base")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "guilomo_train.cli", "search", "--base", folder),
-            *("--train", rows_file(tmp_path), "--output", tmp_path / "out"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "mixture of experts" in done.stderr.splitlines()[-1]
-    assert "name the layers to adapt, of q_proj, k_proj, v_proj, o_proj" in done.stderr
+    given = ["search", "--base", folder, "--train", rows_file(tmp_path)]
+    assert main([*map(str, given), "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "mixture of experts" in said
+    assert "name the layers to adapt, of q_proj, k_proj, v_proj, o_proj" in said
     assert not list((tmp_path / "out").iterdir())
 
 
