@@ -307,6 +307,7 @@ def test_the_router_stays_float32_on_a_bfloat16_base(tmp_path: Path) -> None:
         ({"experts": {**RAGGED, "lm_head": []}}, "experts has none for 'lm_head'"),
         ({"target_modules": ["embed_tokens"]}, "linear layers alone"),
         ({"target_modules": ["q_proj", "query"]}, "target_modules has 'query'.*q_proj, k_proj"),
+        ({"target_modules": "q_proj"}, "has 'q_proj', which as a pattern for whole names names no"),
         ({"bias": "lora_only"}, "bias is 'lora_only', which a LoRA-MoE does not have: an adapter"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is .*: give each module's ranks in exp"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern is .*: give each expert's scaling in"),

@@ -12,6 +12,7 @@ import pytest
 
 from guilomo_serve.adapter import read_adapter, write_adapter
 from guilomo_train.adapters import adapter_of, with_adapter
+from guilomo_train.cli import main
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.model_card import model_card
 from tests.serve.hub_stand_in import HubStandIn
@@ -38,7 +39,9 @@ def push(hub: HubStandIn, *arguments: object) -> subprocess.CompletedProcess[str
     )
 
 
-def test_an_adapter_is_pushed_with_its_card_and_picture(adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_pushed_with_its_card_and_picture(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = ["--adapter", adapter, "--repo", "acme/support"]
     with HubStandIn() as hub:
         done = push(hub, *given, "--base", "acme/tiny")
@@ -47,14 +50,13 @@ def test_an_adapter_is_pushed_with_its_card_and_picture(adapter: Path, tmp_path:
         assert done.stdout.strip() == f"{hub.url}/acme/support/commit/{sha}"
         assert {key for _, path, key in hub.requests if "/commit/" in path} == {"Bearer hf_secret"}
 
-        local = push(hub, *given)
-        assert local.returncode == 2
-        assert "a folder that others do not have: give --base" in local.stderr
         hub.denied.add("acme/other")
         refused = push(hub, "--adapter", adapter, "--repo", "acme/other", "--base", "acme/tiny")
         assert refused.returncode == 2
         assert "--repo acme/other: the Hub does not take it (" in refused.stderr.splitlines()[-1]
 
+    assert main(["push", *map(str, given)]) == 2
+    assert "a folder that others do not have: give --base" in capsys.readouterr().err
     assert files["allocation.png"][:4] == b"\x89PNG"
     card = files["README.md"].decode()
     assert "base_model: acme/tiny" in card
