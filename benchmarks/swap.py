@@ -5,11 +5,13 @@ the other of two versions under the same name; then the next request's first tok
 
     failed   requests and swaps that did not succeed
     mixed    answers that are no version's: each is greedy, and must be that of one of the two as
-             given alone; after a swap has been answered, that of the new one
+             given alone; after a swap has been answered, that of the new one. In bfloat16 answers
+             depend on what is beside them, and this is null
     p50_ms, p99_ms         from sending PUT to the first token of the new version
     parts_ms               the medians of what that is made of: what the server says in
                            `Server-Timing` (guilomo_serve/timing.py), the rest of PUT, and the
-                           first token after it
+                           first token after it, which waits for the step at hand and then for
+                           one that computes its prompt beside the other clients' tokens
     others_p99_over_idle   99th percentile of the other adapter's latency while swapping, over that
                            under the same load without swaps
 """
@@ -36,8 +38,8 @@ REPOSITORY = Path(__file__).parent.parent
 PROMPT = 3 * "A customer writes: my card has not arrived, and it has been two weeks now. "
 TOKENS = 16
 CLIENTS = 2  # of the swapped adapter, and of the other one
-# In float32 a request's answer does not depend on what else is in the batch but at exact ties.
-FLAGS = ("--dtype", "float32", "--enable-prefix-caching", "--enforce-eager")
+# With blocks of 128 tokens, the default on a CPU, no prompt here would be in the prefix cache.
+FLAGS = ("--enable-prefix-caching", "--block-size", "32", "--enforce-eager")
 
 
 @dataclass
@@ -55,6 +57,7 @@ def main() -> None:
     default = REPOSITORY / ".cache" / "smollm2-135m-instruct"
     parser.add_argument("model", nargs="?", type=Path, default=default, help="the base model")
     parser.add_argument("--swaps", type=int, default=200)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--idle-s", type=float, default=60.0, help="length of the load alone")
     parser.add_argument("--out", type=Path, help="write the result with machine and versions here")
     args = parser.parse_args()
@@ -64,8 +67,11 @@ def main() -> None:
         folders, _ = write_searched(args.model, Path(scratch), LOUD)
         adapters = {"swapped": folders[0], "second": folders[1], "other": folders[2]}
         print("starting the server", flush=True)
-        with serving(str(args.model), adapters, Path(scratch) / "log", *FLAGS) as url:
+        flags = ("--dtype", args.dtype, *FLAGS)
+        with serving(str(args.model), adapters, Path(scratch) / "log", *flags) as url:
             result = measure(url, folders[:2], args.swaps, args.idle_s)
+    if args.dtype != "float32":
+        result["mixed"] = None
     report(result, args, args.out)
 
 

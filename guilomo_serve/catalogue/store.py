@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
@@ -138,11 +139,16 @@ class Store:
                 with _opened(source, name) as file:
                     _check_beginning(file, source / name)
                     sums[name] = _copy(file, partial / name, source / name)
-            try:
-                with part("check"):
-                    checked = check(partial)
-            except AdapterError as e:
-                raise AdapterError(str(e).replace(str(partial), str(source))) from None
+            with ThreadPoolExecutor(1) as disk:  # which writes while the copy is checked
+                written = [disk.submit(_sync, partial / name) for name in FILES]
+                try:
+                    with part("check"):
+                        checked = check(partial)
+                except AdapterError as e:
+                    raise AdapterError(str(e).replace(str(partial), str(source))) from None
+            with part("copy"):
+                for writing in written:
+                    writing.result()
             stored = Stored(_combined(sums), (partial / WEIGHTS_FILE).stat().st_size)
             if digest not in (None, stored.digest):
                 raise AdapterError(
@@ -221,9 +227,9 @@ def digest_of(folder: Path) -> str:
     return _combined(sums)
 
 
-def _sync(folder: Path) -> None:
-    """Has the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    """Has a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -280,7 +286,7 @@ def _check_beginning(file: BufferedReader, where: Path) -> None:
 
 
 def _copy(file: BufferedReader, target: Path, where: Path) -> str:
-    """Copies a file to disk for good; returns the SHA-256 of what was copied."""
+    """Copies a file, which is not on the disk then; returns the SHA-256 of what was copied."""
     digest, left = hashlib.sha256(), LIMITS[where.name]
     with target.open("xb") as copy:
         while chunk := file.read(_CHUNK):
@@ -291,7 +297,4 @@ def _copy(file: BufferedReader, target: Path, where: Path) -> str:
                 digest.update(chunk)
             with part("copy"):
                 copy.write(chunk)
-        with part("copy"):
-            copy.flush()
-            os.fsync(copy.fileno())
     return digest.hexdigest()
