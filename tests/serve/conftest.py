@@ -106,7 +106,7 @@ def opened(tiny_model, adapters, rollout, root, state, tmp_path_factory) -> Iter
     log = tmp_path_factory.mktemp("log") / "opened.log"
     developing = {"VLLM_SERVER_DEV_MODE": "1", **TELLING}
     command = [*_command(tiny_model, adapters, rollout, root, state), "--enable-scale-out"]
-    with serving(command, log, developing) as server:
+    with serving(command, log, developing, anew=True) as server:
         yield server
 
 
@@ -154,5 +154,6 @@ def server_with_everything(
         *("--structured-outputs-config.disable_any_whitespace=true", "--expert-load", "modules"),
     )
     log = tmp_path_factory.mktemp("log") / "everything.log"
-    with serving(guilomo_serve(tiny_model, adapters, *flags), log, TELLING) as server:
+    command = guilomo_serve(tiny_model, adapters, *flags)
+    with serving(command, log, TELLING, anew=True) as server:
         yield server

@@ -33,8 +33,10 @@ from guilomo_serve.adapter import (
     write_adapter,
 )
 from guilomo_serve.catalogue import keys
+from tests.forked import Forked
 
 START_TIMEOUT_S = 240
+_OURS = [sys.executable, "-m", "guilomo_serve.cli"]
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Of the tiny model: most modules have no adapter, among them all of layer 1 and, in layer 0, parts
 # of what vLLM packs and a row-parallel layer. The others have several experts or one.
@@ -52,7 +54,7 @@ class Server:
 
     port: int
     log: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     key: str = "none"
     admin_key: str | None = None
 
@@ -106,14 +108,34 @@ class Server:
         return requests.post(url, json=body, headers=key, timeout=120)
 
 
+def started(
+    command: list[str], log: Path, environment: dict[str, str], anew: bool
+) -> subprocess.Popen[bytes] | Forked:
+    """A server's process, in a session of its own.
+
+    Ours is forked from one that has imported vLLM (tests/forked.py) unless it has to be `anew`.
+    """
+    if command[: len(_OURS)] == _OURS and not anew:
+        return Forked(command[len(_OURS) :], log, environment)
+    with log.open("w") as output:
+        return subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
 @contextmanager
 def serving(
     command: Sequence[str],
     log: Path,
     environment: dict[str, str] | None = None,
     host: str = "127.0.0.1",
+    anew: bool = False,
 ) -> Iterator[Server]:
-    """Runs a server's command (without a port) and waits until it answers."""
+    """Runs a server's command (without a port) and waits until it answers; see `started`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -125,14 +147,7 @@ def serving(
         "VLLM_LOGGING_LEVEL": "INFO",  # TRL, imported by other tests, lowers it for its children
         **(environment or {}),
     }
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--host", host, "--port", str(port)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
+    process = started([*command, "--host", host, "--port", str(port)], log, environment, anew)
     server = Server(port, log, process)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -177,7 +192,7 @@ def guilomo_serve(base: Path, adapters: dict[str, Path], *flags: str) -> list[st
         part for name, folder in adapters.items() for part in ("--adapter", f"{name}={folder}")
     ]
     return [
-        *(sys.executable, "-m", "guilomo_serve.cli", str(base), *named),
+        *(*_OURS, str(base), *named),
         *("--max-model-len", "512", "--max-num-seqs", "16", *flags),
     ]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.serve.helpers import eventually, guilomo_serve
+from tests.serve.helpers import eventually, guilomo_serve, started
 
 pytestmark = pytest.mark.slow
 
@@ -52,30 +52,28 @@ def has_children(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "moment",
+    ("moment", "anew"),
     [
-        lambda pid, log: "Resolved architecture" in log.read_text(),
-        lambda pid, log: has_children(pid),
-        lambda pid, log: "Loading weights took" in log.read_text(),
+        (lambda pid, log: "Resolved architecture" in log.read_text(), True),
+        (lambda pid, log: has_children(pid), True),
+        (lambda pid, log: "Loading weights took" in log.read_text(), False),
     ],
     ids=["before its engine", "as its engine begins", "as its engine loads the model"],
 )
 def test_a_server_that_starts_ends(
-    tiny_model: Path, adapters: dict[str, Path], tmp_path: Path, moment: Callable[[int, Path], bool]
+    tiny_model: Path,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    moment: Callable[[int, Path], bool],
+    anew: bool,
 ):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path / "log"
     command = guilomo_serve(tiny_model, {"first": adapters["first"]}, "--enforce-eager")
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"},
-            start_new_session=True,
-        )
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    process = started([*command, "--port", str(port)], log, environment, anew)
     try:
         eventually(lambda: moment(process.pid, log) or process.poll() is not None, "so far", 200)
         assert process.poll() is None, log.read_text()[-3000:]

@@ -142,7 +142,7 @@ def test_a_model_split_by_layers_answers_as_the_whole_one(
     half = random_adapter(tiny_model, tmp_path / "half", seed=5, ranks=SECOND_LAYER)
     named = {**adapters, "sparse": sparse, "half": half}
     command = guilomo_serve(tiny_model, named, "-pp", "2", "--check-adapters", *FLAGS)
-    with serving(command, tmp_path / "log", UNBOUND) as server:
+    with serving(command, tmp_path / "log", UNBOUND, anew=True) as server:
         # Each stage says what its layers' routers did.
         assert server.load("sampled", adapters["first"]).ok
         time.sleep(1.5)  # both stages are due to sample

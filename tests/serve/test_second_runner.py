@@ -42,7 +42,8 @@ def test_a_server_of_two_processes_answers(
     environment = {**UNBOUND, **installed(tmp_path)}
     log = tmp_path / "log"
     jobs = [(name, prompt) for prompt in PROMPTS for name in ("base", *adapters)]
-    with serving(guilomo_serve(tiny_model, adapters, *flags), log, environment) as server:
+    command = guilomo_serve(tiny_model, adapters, *flags)
+    with serving(command, log, environment, anew=True) as server:
         alone = [ask(server, *job, TOKENS) for job in jobs[: len(adapters) + 1]]
         with ThreadPoolExecutor(len(jobs)) as pool:  # mixed
             answers = list(pool.map(lambda job: ask(server, *job, TOKENS, logprobs=1), jobs))

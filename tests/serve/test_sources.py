@@ -90,7 +90,7 @@ def world(tiny_model, adapters, tmp_path_factory) -> Iterator[World]:
             "HF_HUB_OFFLINE": "0",
             "HF_ENDPOINT": hub.url,
         }
-        with serving(command, log, environment) as server:
+        with serving(command, log, environment, anew=True) as server:
             yield World(server, hub, storage.client, storage.moto)
 
 
