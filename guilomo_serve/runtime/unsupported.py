@@ -15,8 +15,8 @@ import sys
 from typing import Any
 
 ONE_PROCESS = (
-    "the names and versions of adapters are kept by one server process; start several servers and "
-    "spread the requests over them"
+    "the names and versions of adapters are kept by one server process: start several of "
+    "guilomo-serve, with one --state postgresql://..., behind a load balancer"
 )
 _WORKERS = "guilomo_serve.runtime.workers.HasPlugin"  # a name: it is imported by workers alone
 BYPASS = "this front end goes around what refuses, counts and administers adapters"
