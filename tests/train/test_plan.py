@@ -182,7 +182,10 @@ processes().destroy_process_group()
 def test_processes_take_the_memory_that_was_planned(wide_base: Path, tmp_path: Path) -> None:
     script = tmp_path / "in_processes.py"
     script.write_text(IN_PROCESSES)
-    process = launched("torchrun", script, wide_base, tmp_path, stderr=subprocess.PIPE)
+    here = {"PYTHONPATH": str(Path(__file__).parents[2])}  # the script imports `used`
+    process = launched(
+        "torchrun", script, wide_base, tmp_path, stderr=subprocess.PIPE, variables=here
+    )
     error = process.communicate(timeout=280)[1]
     assert process.returncode == 0, error
     said = json.loads((tmp_path / "said.json").read_text())
