@@ -113,9 +113,7 @@ class Replica:
     """A server on a port, which can be started again."""
 
     def __init__(self, command: list[str], log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self._command, self._log = [*command, "--port", str(self.port)], log
         self.usable = False
 

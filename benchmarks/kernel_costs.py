@@ -14,6 +14,7 @@ measured; it is no measurement.
 from __future__ import annotations
 
 import argparse
+import bisect
 import itertools
 import json
 import math
@@ -323,6 +324,10 @@ def choose(gpu: Gpu) -> tuple[Tuning, ...]:
     return tuple(chosen)
 
 
+def default_tuning(tokens: int) -> Tuning:
+    return DEFAULTS[bisect.bisect_left(TOKEN_CLASSES, tokens)]
+
+
 def designs(base: str, tokens: int, adapters: int, gpu: Gpu) -> dict[str, float]:
     """Seconds of all layers' kernels in a step: as they are, and as they might be.
 
@@ -335,7 +340,7 @@ def designs(base: str, tokens: int, adapters: int, gpu: Gpu) -> dict[str, float]
     """
     layers, count = BASES[base]
     batch = batch_of(tokens, adapters)
-    tuning = DEFAULTS[sum(tokens > most for most in TOKEN_CLASSES)]
+    tuning = default_tuning(tokens)
     whole = replace(tuning, shrink=replace(tuning.shrink, splits=1))
     found: dict[str, float] = dict.fromkeys(
         ("as it is", "no early start", "modules apart", "gates a tile", "one part"), 0.0
@@ -389,8 +394,8 @@ def main() -> None:
         print(f"{base:>4} an adapter into a slot: a copy of {size / 1e6:.0f} MB, {ms:.1f} ms")
     for base, tokens, adapters in itertools.product(BASES, (1, 32, 128, 8192), (1, 8, 32)):
         if adapters <= tokens:
-            index = sum(tokens > most for most in TOKEN_CLASSES)
-            shrink, expand = (1e6 * t for t in step(base, tokens, adapters, DEFAULTS[index], gpu))
+            tuning = default_tuning(tokens)
+            shrink, expand = (1e6 * t for t in step(base, tokens, adapters, tuning, gpu))
             print(
                 f"{base:>4} {tokens:>5} tokens {adapters:>3} adapters  "
                 f"shrink {shrink:9.0f} us  expand {expand:9.0f} us"

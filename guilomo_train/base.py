@@ -188,7 +188,7 @@ def load_base(
     device = processes().device  # quantised weights cannot be moved there later
     if dtype == "auto" and half_precision_is_slow():
         dtype = "float32"
-    by_zero3 = sharding is not None and sharding.zero3 is not None
+    zero3 = None if sharding is None else sharding.zero3
     load = partial(
         AutoModelForCausalLM.from_pretrained,
         name,
@@ -200,16 +200,16 @@ def load_base(
         device_map=None if quantize == "none" else {"": device},
         distributed_config=(
             DistributedConfig(fsdp_size=processes().num_processes)
-            if sharding is not None and not by_zero3
+            if sharding is not None and zero3 is None
             else None
         ),
     )
     try:
         with enough_memory("loading the base", "give --dtype bfloat16 or --quantize 4bit"):
-            if sharding is not None and sharding.zero3 is not None:
+            if zero3 is not None:
                 stored = without_weights(name, revision, trust_remote_code).dtype
                 wanted = stored if dtype == "auto" else getattr(torch, dtype)
-                model = load_in_parts(load, sharding.zero3, wanted)
+                model = load_in_parts(load, zero3, wanted)
             else:
                 model = load()
             if sharding is None and not getattr(model, "is_quantized", False):

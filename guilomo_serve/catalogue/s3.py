@@ -98,10 +98,7 @@ class S3:
             Unavailable: the storage is down, or does not take them.
         """
         for name in FILES:
-            place = "/".join((*address.parts, name))
-            self._ask(
-                address, self._put, str(folder / name), place, dict(metadata), timeout=_WRITE_S
-            )
+            self._ask(address, self._put, address, folder / name, metadata, timeout=_WRITE_S)
 
     def delete(self, address: Address) -> None:
         """Deletes an adapter's files; it does not matter whether they are there.
@@ -124,8 +121,10 @@ class S3:
         )
         return head
 
-    async def _put(self, path: str, place: str, metadata: dict[str, str]) -> None:
-        await self._files._put_file(path, place, Metadata=metadata)  # in parts, if it is large
+    async def _put(self, address: Address, path: Path, metadata: Mapping[str, str]) -> None:
+        place = f"{address.parts[0]}/{_key(address, path.name)}"
+        # In parts, if it is large.
+        await self._files._put_file(str(path), place, Metadata=dict(metadata))
 
     async def _delete(self, address: Address, name: str) -> None:
         client = await self._files.set_session()

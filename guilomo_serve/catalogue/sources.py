@@ -39,7 +39,7 @@ _LONGEST_ASKED_PAUSE_S = 3600.0
 _NO_FOR_S = 30.0
 _MOST_NOES = 10_000
 # Less than the 600 s that `guilomo-serve adapters` waits for an answer.
-FETCH_S = 500.0
+_FETCH_S = 500.0
 # Of each storage, so that one that is slow leaves the other's and the server's own threads alone;
 # for looking and for fetching, so that names that are made up hold up no fetch.
 _THREADS = 8
@@ -244,7 +244,7 @@ def fetch(storage: Storage, address: Address, folder: Path) -> Address:
     Raises:
         Missing, AdapterError, Unavailable: see `Storage`; they are too large, or take too long.
     """
-    until = time.monotonic() + FETCH_S
+    until = time.monotonic() + _FETCH_S
     found = storage.look(address)
     fetched = replace(address, revision=found.revision)
     for name, limit in LIMITS.items():
@@ -260,7 +260,7 @@ def fetch(storage: Storage, address: Address, folder: Path) -> Address:
                 if left < 0:
                     raise AdapterError(f"{fetched}: {name} is larger than the storage said")
                 if time.monotonic() > until:
-                    raise Unavailable(fetched, f"not fetched within {FETCH_S:.0f} s")
+                    raise Unavailable(fetched, f"not fetched within {_FETCH_S:.0f} s")
                 file.write(piece)
         if left:
             raise Unavailable(fetched, f"{name} ended {left} bytes early")

@@ -108,6 +108,13 @@ class Server:
         return requests.post(url, json=body, headers=key, timeout=120)
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def started(
     command: list[str], log: Path, environment: dict[str, str], anew: bool
 ) -> subprocess.Popen[bytes] | Forked:
@@ -136,9 +143,7 @@ def serving(
     anew: bool = False,
 ) -> Iterator[Server]:
     """Runs a server's command (without a port) and waits until it answers; see `started`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from starlette.routing import Route
 
 from guilomo_serve.catalogue import keys
 from guilomo_serve.server.access import is_administrative
-from tests.serve.helpers import Server, eventually
+from tests.serve.helpers import Server, eventually, free_port
 
 slow = pytest.mark.slow
 
@@ -89,9 +88,7 @@ def proxy(opened, tmp_path) -> Iterator[str]:
     """URL of an nginx in front of the server, set up as its manual begins."""
     if shutil.which("nginx") is None:
         pytest.skip("nginx is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     config = tmp_path / "nginx.conf"
     places = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     temporary = "".join(f"{place}_temp_path {tmp_path / place};" for place in places)

@@ -6,7 +6,6 @@ import http.client
 import json
 import re
 import shutil
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import yaml
 
 from guilomo_serve import cli, flags
 from guilomo_serve.server import access, lifecycle
-from tests.serve.helpers import eventually
+from tests.serve.helpers import eventually, free_port
 
 pytestmark = pytest.mark.slow  # vLLM's parser
 
@@ -179,9 +178,7 @@ def test_haproxy_asks_another_replica_for_what_one_does_not_answer(
     stands = [ThreadingHTTPServer(("127.0.0.1", 0), kind) for kind in kinds]
     for stand in stands:
         threading.Thread(target=stand.serve_forever, daemon=True).start()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     text = (DEPLOY / "compose" / "haproxy.cfg").read_text().replace("bind :8000", f"bind :{port}")
     for n, stand in enumerate(stands, 1):
         text = text.replace(f"replica-{n}:8000", f"127.0.0.1:{stand.server_port}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.serve.helpers import eventually, guilomo_serve, started
+from tests.serve.helpers import eventually, free_port, guilomo_serve, started
 
 pytestmark = pytest.mark.slow
 
@@ -67,9 +66,7 @@ def test_a_server_that_starts_ends(
     moment: Callable[[int, Path], bool],
     anew: bool,
 ):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = tmp_path / "log"
     command = guilomo_serve(tiny_model, {"first": adapters["first"]}, "--enforce-eager")
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}

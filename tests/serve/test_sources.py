@@ -197,7 +197,7 @@ def test_a_fetch_ends_in_time_and_whole(tmp_path, monkeypatch):
         (tmp_path / str(i)).mkdir()
         with pytest.raises(error, match=why):
             catalogue_sources.fetch(_Slow(*pieces), address, tmp_path / str(i))
-    monkeypatch.setattr(catalogue_sources, "FETCH_S", -1.0)
+    monkeypatch.setattr(catalogue_sources, "_FETCH_S", -1.0)
     with pytest.raises(Unavailable, match="not fetched within"):
         catalogue_sources.fetch(_Slow(b"12345678"), address, tmp_path)
 

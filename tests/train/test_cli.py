@@ -288,9 +288,8 @@ def test_one_file_says_a_run_flags_win_and_its_run_json_repeats_it(
     assert run["search"]["steps"] == 6  # half of 48 rows by 2 parts of 2
     for folder in ("start", "adapter"):
         experts = read_adapter(first / folder).spec.experts.values()
-        assert {round(e.scaling, 6) for listed in experts for e in listed} == {
-            5.656854
-        }  # 8/sqrt(2)
+        scalings = {round(e.scaling, 6) for listed in experts for e in listed}
+        assert scalings == {5.656854}  # 8 / sqrt(2)
     log = json.loads((first / "history.json").read_text())["finetune"]["log"]
     looks = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
     assert run["best"] == {"step": min(looks, key=looks.get), "dev_loss": min(looks.values())}
