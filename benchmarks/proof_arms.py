@@ -37,9 +37,10 @@ from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.controls import random_allocation, rescaled, shuffled
 from guilomo_train.search.fill import even, fill
 from guilomo_train.search.saliency import one_shot_worths, whitened_worths
-from guilomo_train.search.search import SearchResult, SearchTrainer, search
 from guilomo_train.search.selection import SelectionVectors
 from guilomo_train.search.space import SearchSpace
+from guilomo_train.search.trainer import SearchTrainer
+from guilomo_train.searching import SearchResult, search
 from guilomo_train.trainer import LoraMoeTrainer
 
 EPOCHS, BATCH, BALANCE = 2.0, 8, 0.01

@@ -32,9 +32,9 @@ from guilomo_train.arguments import training_arguments
 from guilomo_train.base import load_base
 from guilomo_train.config import CommonConfig
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLinear
-from guilomo_train.search.search import SearchTrainer
 from guilomo_train.search.selection import SelectionVectors
 from guilomo_train.search.space import SearchSpace
+from guilomo_train.search.trainer import SearchTrainer
 from guilomo_train.trainer import LoraMoeTrainer
 
 EXPERTS, RANK, TOP_K = 8, 8, 2

@@ -22,6 +22,7 @@ progress.py the progress line of a training
 trainer.py  that loss and the load-balance loss, on TRL's trainer
 batches.py  which rows a step takes, for any number of processes
 checkpoints.py  which checkpoint to go on from, and whether it fits
+searching.py  a base and rows to an allocation
 finetuning.py  an allocation and rows to an adapter
 evaluate.py answers by generation, and how likely the right ones are
 scoring.py  which answers are right

@@ -13,11 +13,11 @@ from guilomo_train.search.controls import (
     at_size,
     authors_allocation,
     mola,
-    parameter_budget,
     plain_lora,
     random_allocation,
     uniform,
 )
+from guilomo_train.search.space import parameter_budget
 
 
 def baseline(config: BaselineConfig) -> Allocation:

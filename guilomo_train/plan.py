@@ -41,7 +41,7 @@ from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.lora_moe.layer import Masks
 from guilomo_train.processes import processes
 from guilomo_train.rendering import encode
-from guilomo_train.search.search import search_budget, search_space
+from guilomo_train.searching import search_budget, search_space
 
 GIB = 2**30
 LENGTHS = (32, 64, 128)  # of the rows that are tried; three tell a, b and c

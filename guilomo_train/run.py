@@ -57,7 +57,7 @@ from guilomo_train.processes import Sharding, processes, take_sharding_request
 from guilomo_train.report import HISTORY_FILE, RUN_FILE, read_json, write_page
 from guilomo_train.scoring import Scores, expected_text, hits
 from guilomo_train.search.allocation import Allocation
-from guilomo_train.search.search import SearchResult, search
+from guilomo_train.searching import SearchResult, search
 from guilomo_train.versions import versions
 from guilomo_train.zero3 import count_parameters
 

@@ -10,5 +10,5 @@ allocation.py     the result as a value
 fill.py           the result from what rank rows are worth; the even one
 saliency.py       such worths from one look at the frozen base
 controls.py       allocations without a search
-search.py         the loop that joins them, on the trainer of the fine-tuning
+trainer.py        the loop that joins them, on the trainer of the fine-tuning
 """

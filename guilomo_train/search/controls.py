@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from guilomo_train.errors import AllocationError, ConfigError
+from guilomo_train.errors import AllocationError
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.fill import fill, row_costs, spread
 from guilomo_train.search.selection import SelectionVectors
@@ -35,28 +35,9 @@ from guilomo_train.search.space import Linears, SearchSpace
 
 TOLERANCE = 0.01  # of the number of parameters that was asked for, where a row is no more
 DRAWS = 200  # of which a random allocation is one
-MOLA_PATTERNS = ("2468", "8642", "5555")
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _AUTHORS_RANK = re.compile(r"(.+)\.expertlora_E_vector_(\d+)")
-
-
-def parameter_budget(value: str | float, base_parameters: int) -> int:
-    """A budget as a number of parameters: a share (< 1) of the base's, or the number itself.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise ConfigError(
-            f"budget is {value!r}, expected a share of the base's parameters (0.01) or a number "
-            "of parameters (2000000)"
-        )
-    return round(number * base_parameters) if number < 1 else round(number)
 
 
 def plain_lora(linears: Linears, rank: int) -> Allocation:

@@ -12,6 +12,7 @@ serving by prices that benchmarks/serving_prices.py has measured on a machine.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +47,24 @@ def parameter_prices(linears: Linears) -> Prices:
     """Prices in parameters, for modules of (out, in) features."""
     sizes = torch.tensor(list(linears.values()), dtype=torch.float64)
     return Prices(torch.zeros(len(sizes), dtype=torch.float64), sizes.sum(-1), sizes[:, 1])
+
+
+def parameter_budget(value: str | float, base_parameters: int) -> int:
+    """A budget as a number of parameters: a share (< 1) of the base's, or the number itself.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ConfigError(
+            f"budget is {value!r}, expected a share of the base's parameters (0.01) or a number "
+            "of parameters (2000000)"
+        )
+    return round(number * base_parameters) if number < 1 else round(number)
 
 
 def latency_prices(linears: Linears, path: Path) -> Prices:

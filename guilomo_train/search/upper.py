@@ -1,6 +1,6 @@
 """The upper level of a search: what is drawn in a step, and how the selection vectors move.
 
-It knows layers and losses alone, so that a search runs the same under TRL's trainer (search.py)
+It knows layers and losses alone, so that a search runs the same under TRL's trainer (trainer.py)
 and on a bare model.
 """
 

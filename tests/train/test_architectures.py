@@ -36,7 +36,7 @@ from guilomo_train.config import CommonConfig, FinetuneConfig, SearchConfig
 from guilomo_train.data import load_rows
 from guilomo_train.finetuning import finetune
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
-from guilomo_train.search.search import search
+from guilomo_train.searching import search
 from tests.train.tiny import tiny_tokenizer
 
 SIZES: dict[str, Any] = {

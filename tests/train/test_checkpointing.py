@@ -15,9 +15,9 @@ from guilomo_train.arguments import training_arguments
 from guilomo_train.config import CommonConfig
 from guilomo_train.errors import ConfigError
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
-from guilomo_train.search.search import SearchTrainer
 from guilomo_train.search.selection import SelectionVectors
 from guilomo_train.search.space import SearchSpace
+from guilomo_train.search.trainer import SearchTrainer
 from guilomo_train.trainer import LoraMoeTrainer
 from tests.train.tiny import tiny_llama, tiny_tokenizer
 

@@ -15,11 +15,11 @@ from guilomo_train.search.controls import (
     at_size,
     authors_allocation,
     mola,
-    parameter_budget,
     plain_lora,
     random_allocation,
     uniform,
 )
+from guilomo_train.search.space import parameter_budget
 from tests.train.test_cli import guilomo_train
 
 SHAPES = {"self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "mlp.up": (1536, 576)}

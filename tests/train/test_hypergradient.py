@@ -20,9 +20,9 @@ from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.lora_moe.layer import Masks
 from guilomo_train.search.estimators import Estimator
 from guilomo_train.search.hypergradient import UnrolledStep, adam_scales, hypergradient
-from guilomo_train.search.search import SearchTrainer
 from guilomo_train.search.selection import SelectionVectors, expected_mask
 from guilomo_train.search.space import SearchSpace
+from guilomo_train.search.trainer import SearchTrainer
 from tests.train.routing_reference import masked_routing
 from tests.train.tiny import tiny_llama
 

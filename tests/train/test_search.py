@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from guilomo_train.adapters import adapter_of
 from guilomo_train.config import CommonConfig, SearchConfig, order_of
 from guilomo_train.lora_moe import LoraMoeConfig
-from guilomo_train.search.search import cut
+from guilomo_train.searching import cut
 from tests.train.test_checkpointing import ROWS, searching, wrapped
 from tests.train.tiny import tiny_llama, tiny_tokenizer
 

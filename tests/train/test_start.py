@@ -17,7 +17,7 @@ from guilomo_train.cli import main
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.lora_moe.layer import LoraMoeLayer, Masks
 from guilomo_train.search.allocation import Allocation
-from guilomo_train.search.search import cut
+from guilomo_train.searching import cut
 from tests.serve import hf_reference
 from tests.train.tiny import tiny_llama
 
