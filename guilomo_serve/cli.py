@@ -20,7 +20,7 @@ from guilomo_serve.adapter import AdapterError
 from guilomo_serve.catalogue import CatalogueError, Settings, check_name, command, keys
 from guilomo_serve.catalogue.database import hold
 from guilomo_serve.catalogue.remote import Address, is_address
-from guilomo_serve.catalogue.settings import ADMIN_KEY
+from guilomo_serve.catalogue.settings import ADMIN_KEY, Admission
 from guilomo_serve.catalogue.sources import storage_class
 from guilomo_serve.ending import end_within, ended_by_signals
 from guilomo_serve.flags import UsageError
@@ -271,9 +271,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         evict_idle=args.evict_idle,
         memory=budget,
         check_adapters=args.check_adapters,
-        max_concurrency=limits.pop("", None),
-        max_concurrency_of=limits,
-        max_body=args.max_body_mib * 2**20,
+        admission=Admission(limits.pop("", None), limits, args.max_body_mib * 2**20),
         list_models=args.list_models,
         admin_key=key,
         made_key=given is None,

@@ -11,6 +11,7 @@ it runs, so that nobody sends the key of a server that has ended to whatever has
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import secrets
 import stat
@@ -37,6 +38,11 @@ def check_key(key: str) -> None:
     """
     if len(key) < _LEAST:
         raise KeyFileError(f"the admin key is too short: expected at least {_LEAST} characters")
+
+
+def fingerprint(key: str) -> str:
+    """What replicas see of each other's key: whether it is theirs, and nothing to guess it by."""
+    return hashlib.scrypt(key.encode(), salt=b"guilomo replicas", n=2**14, r=8, p=1).hex()
 
 
 def key_of(state: Path | None) -> str:

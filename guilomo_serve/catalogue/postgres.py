@@ -83,6 +83,13 @@ CREATE TABLE vote (
 );
 CREATE INDEX vote_of_replica ON vote (replica);
 """,
+    """
+-- What replicas have to have in common: the order in which they came says whose it is.
+CREATE SEQUENCE replica_joined;
+ALTER TABLE replica ADD COLUMN joined BIGINT NOT NULL DEFAULT nextval('replica_joined'),
+    ADD COLUMN admission TEXT,                  -- JSON: how much clients may ask
+    ADD COLUMN key TEXT;                        -- the fingerprint of the admin key
+""",
 )
 
 

@@ -25,6 +25,7 @@ from guilomo_serve.catalogue.sql import Entry, Version
 _NEWS = "guilomo_news"  # a proposal, or a change: for all replicas
 _ANSWERS = "guilomo_answers"  # a vote, or that a change is applied: for who makes one
 _COLUMNS = "number, name, digest, source, size, about, created"
+_PEERS = "SELECT id, host, beat, admission, key FROM replica ORDER BY joined"
 # For another change of the same name to end, which waits for its slowest replica's load.
 _PATIENCE = "60s"
 
@@ -48,17 +49,36 @@ class Vote:
 
 
 @dataclass(frozen=True)
+class Peer:
+    """A replica as others see it.
+
+    Attributes:
+        replica: its id.
+        host: what people call it.
+        beat: how often it has beaten.
+        admission: how much clients may ask, by its flags; None of an older guilomo.
+        key: the fingerprint of its admin key; None of an older guilomo.
+    """
+
+    replica: str
+    host: str
+    beat: int
+    admission: str | None
+    key: str | None
+
+
+@dataclass(frozen=True)
 class News:
     """What a replica learns with a beat.
 
     Attributes:
-        beats: replica -> how often it has beaten.
+        peers: all replicas, this one too, as they joined.
         proposals: versions to be loaded.
         revision: of the catalogue, all of whose changes are in `changed`.
         changed: names since the revision that was known, with what they stand for; None: deleted.
     """
 
-    beats: dict[str, int]
+    peers: list[Peer]
     proposals: list[Version]
     revision: int
     changed: dict[str, Entry | None]
@@ -71,17 +91,26 @@ class Member(SharedCatalogue):
         address: postgresql://...
         replica: the replica's id.
         host: what people call it.
+        admission, key: see `Peer`.
     """
 
-    def __init__(self, address: str, replica: str, host: str) -> None:
+    def __init__(
+        self,
+        address: str,
+        replica: str,
+        host: str,
+        admission: str | None = None,
+        key: str | None = None,
+    ) -> None:
         super().__init__(address, _connection_of(replica))
-        self._replica, self._host = replica, host
+        self._replica, self._about = replica, (host, admission, key)
 
     def join(self) -> tuple[int, dict[str, Entry]]:
         """Has other replicas wait for this one; returns the revision, and all names."""
         self._ask(
-            "INSERT INTO replica (id, host) VALUES (?, ?) ON CONFLICT DO NOTHING",
-            (self._replica, self._host),
+            "INSERT INTO replica (id, host, admission, key) VALUES (?, ?, ?, ?) "
+            "ON CONFLICT DO NOTHING",
+            (self._replica, *self._about),
         )
         # After that: what is committed later waits for this replica.
         with self._snapshot():
@@ -121,7 +150,7 @@ class Member(SharedCatalogue):
             changed = self._ask(names, (applied,)) if revision > applied else []
             entries = self._entries(f"WHERE name IN ({names})", applied) if changed else {}
             return News(
-                dict(self._ask("SELECT id, beat FROM replica")),
+                [Peer(*row) for row in self._ask(_PEERS)],
                 [Version.of_row(row) for row in proposals],
                 revision,
                 {name: entries.get(name) for (name,) in changed},

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from guilomo_serve.adapter import AdapterError
@@ -25,6 +25,29 @@ _ACTIONS = ("load", "pin", "rollback", "unpin")
 
 
 @dataclass(frozen=True)
+class Admission:
+    """How much clients may ask; of replicas, one for all.
+
+    Attributes:
+        max_concurrency: requests that each adapter may have at once; None: any number.
+        max_concurrency_of: adapter -> the same for it alone.
+        max_body: bytes of a request's body, for inference.
+    """
+
+    max_concurrency: int | None = None
+    max_concurrency_of: Mapping[str, int] = field(default_factory=dict)
+    max_body: int = 32 * 2**20
+
+    def __str__(self) -> str:
+        """As JSON, in which equal ones are equal."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def parse(cls, text: str) -> Admission:
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
 class Settings:
     """How adapters are administered.
 
@@ -38,10 +61,8 @@ class Settings:
         evict_idle: seconds without a request after which a name's weights are freed; None: never.
         memory: bytes that the weights of loaded adapters may take; None: no bound.
         check_adapters: compare each adapter's products with the formula as it is loaded.
-        max_concurrency: requests that each adapter may have at once; None: any number.
-        max_concurrency_of: adapter -> the same for it alone.
+        admission: how much clients may ask.
         list_models: names of adapters that /v1/models lists at most; 0: those in memory.
-        max_body: bytes of a request's body, for inference.
         admin_key: what an administrator has to present.
         made_key: whether the server made that key itself, and leaves it in a file.
         expert_load: "on" to sample how routers share tokens out, "modules" to have each expert in
@@ -56,9 +77,7 @@ class Settings:
     evict_idle: float | None = None
     memory: int | None = None
     check_adapters: bool = False
-    max_concurrency: int | None = None
-    max_concurrency_of: Mapping[str, int] = field(default_factory=dict)
-    max_body: int = 32 * 2**20
+    admission: Admission = field(default_factory=Admission)
     made_key: bool = False
     list_models: int = 1000
     remote_roots: tuple[Address, ...] = ()
@@ -77,9 +96,7 @@ class Settings:
                 "memory": self.memory,
                 "check_adapters": self.check_adapters,
                 "expert_load": self.expert_load,
-                "max_concurrency": self.max_concurrency,
-                "max_concurrency_of": dict(self.max_concurrency_of),
-                "max_body": self.max_body,
+                "admission": str(self.admission),
                 "made_key": self.made_key,
                 "list_models": self.list_models,
             }
@@ -101,9 +118,7 @@ class Settings:
             evict_idle=value["evict_idle"],
             memory=value["memory"],
             check_adapters=value["check_adapters"],
-            max_concurrency=value["max_concurrency"],
-            max_concurrency_of=value["max_concurrency_of"],
-            max_body=value["max_body"],
+            admission=Admission.parse(value["admission"]),
             admin_key=os.environ[ADMIN_KEY],
             made_key=value["made_key"],
             list_models=value["list_models"],

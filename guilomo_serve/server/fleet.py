@@ -27,8 +27,10 @@ import psycopg
 from vllm.logger import init_logger
 
 from guilomo_serve.catalogue import Entry, Version
+from guilomo_serve.catalogue.keys import fingerprint
 from guilomo_serve.catalogue.postgres import in_a_line
-from guilomo_serve.catalogue.replicas import Change, Member, Vote, Withdrawn, listen
+from guilomo_serve.catalogue.replicas import Change, Member, Peer, Vote, Withdrawn, listen
+from guilomo_serve.catalogue.settings import ADMIN_KEY, Admission
 from guilomo_serve.server.errors import REFUSALS, Declined, OutOfTouch, status_of
 
 logger = init_logger("vllm.guilomo")
@@ -59,6 +61,9 @@ class Follower(Protocol):
     def drop(self, version: Version) -> None:
         """A version that was prepared is not needed, unless it has become current."""
 
+    def admit(self, admission: Admission) -> None:
+        """How much clients may ask from now on."""
+
 
 class Fleet:
     """The replicas of a catalogue, as one of them sees them.
@@ -66,10 +71,16 @@ class Fleet:
     Args:
         address: of the database.
         follower: is told what changes.
+        admission: how much clients may ask, by this replica's flags. For all replicas that holds
+            which came last: so a rollout of new flags ends with these, wherever requests go.
+        key: the admin key. It has to be that of the replica that is there for longest.
     """
 
-    def __init__(self, address: str, follower: Follower) -> None:
+    def __init__(self, address: str, follower: Follower, admission: Admission, key: str) -> None:
         self._address, self._follower = address, follower
+        self._flags, self._key = admission, fingerprint(key)
+        self._admission = admission
+        self._stranger: str | None = None
         self._id = secrets.token_hex(8)
         self._host = f"{socket.gethostname()}:{os.getpid()}"
         self._voice = ThreadPoolExecutor(1, "fleet")  # of the one connection that beats
@@ -86,7 +97,7 @@ class Fleet:
     def out_of_touch(self) -> str | None:
         """Why this replica may serve no adapters; None while its lease lasts."""
         if _now() < self._until:
-            return None
+            return self._stranger
         return "this replica cannot tell whether its adapters are current; ask another one"
 
     async def join(self) -> None:
@@ -190,9 +201,8 @@ class Fleet:
         back_off = _LONGEST_BACK_OFF_S / 16
         while True:
             try:
-                self._member = await self._in(
-                    self._voice, Member, self._address, self._id, self._host
-                )
+                about = (self._id, self._host, str(self._flags), self._key)
+                self._member = await self._in(self._voice, Member, self._address, *about)
                 try:
                     while True:
                         await self._turn(self._member)
@@ -217,12 +227,13 @@ class Fleet:
             return
         del self._votes[: len(votes)]
         del self._withdrawn[: len(withdrawn)]
+        self._agree_with(news.peers)
         self._until = sent + LEASE_S - _MARGIN_S
         for name, entry in news.changed.items():
             self._follower.apply(name, entry)
         self._applied = news.revision
         self._prepare({version.number: version for version in news.proposals})
-        await self._expel_the_silent(member, news.beats)
+        await self._expel_the_silent(member, news.peers)
         if self._applied == applied and not self._votes:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _BEAT_S)
@@ -236,6 +247,26 @@ class Fleet:
         self._follower.replace(entries)
         self._applied = revision
         logger.info("Replica %s knows the catalogue up to revision %d", self._host, revision)
+
+    def _agree_with(self, peers: list[Peer]) -> None:
+        """Has the limits that came last, and serves only with the key that came first."""
+        stranger = None
+        first = next((peer for peer in peers if peer.key is not None), None)
+        if first is not None and first.key != self._key:
+            stranger = (
+                f"the admin key is another one than that of replica {first.host}: replicas have "
+                f"one {ADMIN_KEY}; to change it, end all of them first"
+            )
+        if stranger and stranger != self._stranger:
+            logger.error("This replica serves nothing: %s", stranger)
+        self._stranger = stranger
+        # Each where it came first: one that is started again with older flags changes nothing.
+        came = list(dict.fromkeys(peer.admission for peer in peers if peer.admission is not None))
+        admission = Admission.parse(came[-1]) if came else self._flags
+        if admission != self._admission:
+            logger.warning("Limits are now those of the replica that came last: %s", admission)
+            self._admission = admission
+            self._follower.admit(admission)
 
     def _prepare(self, proposals: dict[int, Version]) -> None:
         """Begins to load what is proposed, and drops what is no more."""
@@ -261,13 +292,13 @@ class Fleet:
         self._votes.append(vote)
         self._wake.set()
 
-    async def _expel_the_silent(self, member: Member, beats: dict[str, int]) -> None:
+    async def _expel_the_silent(self, member: Member, peers: list[Peer]) -> None:
         now = _now()
         self._seen = {
-            replica: self._seen[replica]
-            if self._seen.get(replica, (None,))[0] == beat
-            else (beat, now)
-            for replica, beat in beats.items()
+            peer.replica: self._seen[peer.replica]
+            if self._seen.get(peer.replica, (None,))[0] == peer.beat
+            else (peer.beat, now)
+            for peer in peers
         }
         for replica, (beat, since) in self._seen.items():
             silent = replica != self._id and now - since > LEASE_S

@@ -21,7 +21,7 @@ import asyncio
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from starlette.responses import JSONResponse
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.output_processor import OutputProcessor
 
+from guilomo_serve.catalogue.settings import Admission
 from guilomo_serve.runtime.identity import public_name
 from guilomo_serve.server.access import App, Scope
 from guilomo_serve.server.schemas import refusal
@@ -115,6 +116,7 @@ class Leases:
     """The leases of this process's server.
 
     Attributes:
+        admission: how many each adapter may have at once.
         last_used: name -> when a request last took it or gave it back, in seconds since 1970.
         when_ended: are called with each lease that has ended.
     """
@@ -123,22 +125,12 @@ class Leases:
         self._open: set[Lease] = set()
         self._of_name: Counter[str] = Counter()
         self._of_version: Counter[int] = Counter()
-        self._everyone: int | None = None
-        self._named: Mapping[str, int] = {}
+        self.admission = Admission()
         self.last_used: dict[str, float] = {}
         self.when_ended: list[Callable[[Lease], None]] = []
 
-    def limit(self, everyone: int | None, named: Mapping[str, int]) -> None:
-        """Bounds the requests that each adapter may have at once.
-
-        Args:
-            everyone: for each adapter without a limit of its own; None: no limit.
-            named: adapter -> its own limit.
-        """
-        self._everyone, self._named = everyone, named
-
     def limit_of(self, name: str) -> int | None:
-        return self._named.get(name, self._everyone)
+        return self.admission.max_concurrency_of.get(name, self.admission.max_concurrency)
 
     def open(self, reads: bool) -> Lease:
         lease = Lease(self, reads)

@@ -13,9 +13,8 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
-from guilomo_serve.catalogue.settings import Settings
 from guilomo_serve.server.access import App, Scope, is_administrative
-from guilomo_serve.server.leases import current_lease
+from guilomo_serve.server.leases import current_lease, leases
 from guilomo_serve.server.schemas import refusal
 
 _MAX_ADMIN_BODY = 64 * 2**10  # bytes; a path of 4,096 characters has 24 KiB at most in JSON
@@ -26,15 +25,12 @@ class Limits:
 
     def __init__(self, app: App) -> None:
         self._app = app
-        settings = Settings.from_environment()
-        assert settings is not None
-        self._max_body = settings.max_body
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        bound = _MAX_ADMIN_BODY if is_administrative(scope) else self._max_body
+        bound = _MAX_ADMIN_BODY if is_administrative(scope) else leases.admission.max_body
         length = Headers(scope=scope).get("content-length", "0")
         if int(length) > bound:  # what is no number has been refused by the HTTP server
             await _too_large(bound)(scope, receive, send)

@@ -114,7 +114,7 @@ class ManagedServingModels(VersionedServingModels):
 
             kind = SharedVersions
         self.versions = kind(settings, self.engine_client, self._inspect, super().is_base_model)
-        leases.limit(settings.max_concurrency, settings.max_concurrency_of)
+        leases.admission = settings.admission
         return self.versions.residency
 
     @cached_property

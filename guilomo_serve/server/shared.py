@@ -17,9 +17,11 @@ from typing import Any
 from guilomo_serve.adapter import AdapterError
 from guilomo_serve.catalogue import Entry, Settings, Source, Version
 from guilomo_serve.catalogue.replicas import Change
+from guilomo_serve.catalogue.settings import Admission
 from guilomo_serve.catalogue.shared_files import shared_files
 from guilomo_serve.server import lifecycle
 from guilomo_serve.server.fleet import Fleet
+from guilomo_serve.server.leases import leases
 from guilomo_serve.server.versions import Versions
 from guilomo_serve.timing import part
 
@@ -40,7 +42,7 @@ class SharedVersions(Versions):
         assert settings.shared is not None
         assert settings.files is not None
         self._files = shared_files(settings.files)
-        self._fleet = Fleet(settings.shared, self)
+        self._fleet = Fleet(settings.shared, self, settings.admission, settings.admin_key)
         self._making: dict[str, _Making] = {}
 
     def out_of_touch(self) -> str | None:
@@ -80,6 +82,9 @@ class SharedVersions(Versions):
         if self.residency.is_resident(loaded):
             self.residency.unload(loaded)
         self._discard(version.digest)
+
+    def admit(self, admission: Admission) -> None:
+        leases.admission = admission
 
     def _changing(self, name: str) -> AbstractAsyncContextManager[None]:
         return self._in_the_fleet(name)

@@ -114,6 +114,25 @@ def test_a_catalogue_of_a_newer_guilomo_is_refused(empty):
         prepare(empty)
 
 
+def test_a_catalogue_of_an_older_guilomo_is_brought_up_to_date(empty):
+    from guilomo_serve.catalogue import postgres
+    from guilomo_serve.catalogue.replicas import Member
+
+    with pytest.MonkeyPatch.context() as older:
+        older.setattr(postgres, "_MIGRATIONS", postgres._MIGRATIONS[:1])
+        postgres.prepare(empty)
+    with postgres.connect(empty) as db:  # and one runs
+        db.execute("INSERT INTO replica (id, host) VALUES ('old', 'old')")
+    postgres.prepare(empty)
+    with closing(Member(empty, "new", "new", "{}", "a key")) as new:
+        new.join()
+        news = new.beat(0, [], [])
+        assert [(peer.replica, peer.admission, peer.key) for peer in news.peers] == [
+            ("old", None, None),
+            ("new", "{}", "a key"),
+        ]
+
+
 def test_servers_that_start_at_once_make_one_catalogue(empty):
     from guilomo_serve.catalogue.postgres import prepare
 

@@ -17,6 +17,7 @@ import requests
 
 from guilomo_serve import cli
 from guilomo_serve.catalogue import Version
+from guilomo_serve.catalogue.settings import Admission
 from tests.serve.helpers import Server, eventually, guilomo_serve, serving, text_of
 from tests.serve.postgres import Postgres, postgres, why_not
 from tests.serve.s3_stand_in import s3
@@ -58,15 +59,17 @@ class Replica:
         serves: name -> digest of the version that it would answer with.
         loaded: digests.
         refuses: digests that it cannot load.
+        admission: how much clients may ask it.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, bound: int | None = None, key: str = KEY) -> None:
         from guilomo_serve.server.fleet import Fleet
 
         self.serves: dict[str, str] = {}
         self.loaded: set[str] = set()
         self.refuses: set[str] = set()
-        self.fleet = Fleet(address, self)
+        self.admission = Admission(max_concurrency=bound)
+        self.fleet = Fleet(address, self, self.admission, key)
 
     def replace(self, entries):
         self.serves = {name: entry.current.digest for name, entry in entries.items()}
@@ -86,6 +89,9 @@ class Replica:
     def drop(self, version):
         if self.serves.get(version.name) != version.digest:
             self.loaded.discard(version.digest)
+
+    def admit(self, admission):
+        self.admission = admission
 
     async def put(self, name: str, digest: str, everywhere: bool = True) -> None:
         async with self.fleet.changing(name) as change:
@@ -208,6 +214,56 @@ def test_a_replica_that_is_expelled_while_it_changes_something_has_changed_nothi
         assert b.beat(0, [], []).changed == {}
 
 
+async def until(what) -> None:
+    while not what():
+        await asyncio.sleep(0.01)
+
+
+def test_limits_of_the_replica_that_came_last_hold_for_all(address, monkeypatch):
+    from guilomo_serve.server import fleet
+
+    monkeypatch.setattr(fleet, "_BEAT_S", 0.1)
+
+    async def changing(one: Replica, other: Replica) -> None:
+        def bounds() -> set[int | None]:
+            return {r.admission.max_concurrency for r in (one, other, *new)}
+
+        new = [Replica(address, bound=5)]
+        assert bounds() == {None, 5}
+        await new[0].fleet.join()
+        await until(lambda: bounds() == {5})
+        new.append(Replica(address))  # an old one that was started again
+        await new[1].fleet.join()
+        await until(lambda: bounds() == {5})
+        await new.pop(0).fleet.leave()
+        await until(lambda: bounds() == {None})
+        await new[0].fleet.leave()
+
+    together(address, changing, count=2)
+
+
+def test_a_replica_with_another_key_serves_nothing_while_the_others_are_there(address, monkeypatch):
+    from guilomo_serve.server import fleet
+
+    monkeypatch.setattr(fleet, "_BEAT_S", 0.1)
+
+    async def changing(one: Replica, same: Replica) -> None:
+        other = Replica(address, key="another-key-than-theirs")
+        joining = asyncio.create_task(other.fleet.join())
+        await until(lambda: "GUILOMO_ADMIN_KEY" in (other.fleet.out_of_touch() or ""))
+        await one.put("a", "x")  # it is waited for, as it may serve at any time
+        assert one.fleet.out_of_touch() is same.fleet.out_of_touch() is None
+        assert not joining.done()
+        await one.fleet.leave()
+        await same.fleet.leave()
+        await joining
+        assert other.fleet.out_of_touch() is None
+        assert other.serves == {"a": "x"}
+        await other.fleet.leave()
+
+    together(address, changing, count=2)
+
+
 def test_flags_of_a_shared_catalogue_that_do_not_fit_are_refused(
     address, tmp_path, capsys, monkeypatch
 ):
@@ -236,7 +292,7 @@ def test_leases_end_and_come_back_with_the_database(database, address, monkeypat
 
     async def changing(one: Replica, other: Replica) -> None:
         await one.put("a", "x")
-        await asyncio.to_thread(database.stop)
+        await asyncio.to_thread(database.stop, "immediate")  # well within a lease
         try:
             assert one.fleet.out_of_touch() is None
             with pytest.raises(OutOfTouch, match="does not answer"):
@@ -275,11 +331,12 @@ def replicas(database, tiny_model, adapters, root, tmp_path_factory) -> Iterator
         *("--adapter-root", str(root), "--enforce-eager", "--dtype", "float32"),
         *("--served-model-name", "base"),
     )
+    flags = {"one": ("--max-body-mib", "1"), "other": ("--max-body-mib", "2")}
 
     def start(name: str) -> Server:
         log = folder / f"{name}.log"
         environment = {**storage.environment, "GUILOMO_ADMIN_KEY": KEY}
-        server = stack.enter_context(serving(command, log, environment))
+        server = stack.enter_context(serving([*command, *flags[name]], log, environment))
         server.admin_key = KEY
         return server
 
@@ -319,6 +376,16 @@ def test_what_one_replica_is_told_both_serve(replicas, root):
     assert refused.status_code == 404, refused.text
     assert one.admin("DELETE", "/plain").status_code == 200
     assert "plain" not in {a["name"] for a in other.admin("GET").json()["data"]}
+
+
+def test_what_one_takes_the_other_takes(replicas):
+    """Whichever came last."""
+    body = {"model": "base", "prompt": "x" * (3 * 2**19), "max_tokens": 1}
+    statuses = [
+        requests.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code
+        for server in replicas
+    ]
+    assert statuses in ([413, 413], [400, 400])  # too much, or too long a prompt
 
 
 def test_the_database_may_restart(replicas, database, root):
