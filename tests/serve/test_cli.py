@@ -7,13 +7,15 @@ import platform
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from vllm import AsyncEngineArgs
+from vllm.entrypoints.cli.serve import cmd_init, run_multi_api_server
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -29,6 +31,16 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     printed = capsys.readouterr().err
     (line,) = [line for line in printed.splitlines() if line.startswith("guilomo-serve: ")]
     return line
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """Puts handlers of signals back that vLLM's servers set."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 def test_names_and_folders_are_checked(tiny_model, adapters, capsys, tmp_path):
@@ -245,3 +257,22 @@ def test_a_cpu_is_slow_in_half_precision_without_its_instructions():
 def test_a_plugin_that_would_not_load_is_an_error(tiny_model, monkeypatch, capsys):
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     assert "VLLM_PLUGINS" in refused(capsys, str(tiny_model))
+
+
+def test_vllm_has_no_runtime_updates_with_several_servers_whatever_else(
+    tiny_model, tmp_path, monkeypatch
+):
+    """So a catalogue that API servers share would be of no use: replicas of one server have it."""
+    parser = FlexibleArgumentParser()
+    serve = cmd_init()[0].subparser_init(parser.add_subparsers())
+    several = ("--api-server-count", "2", "--port", "0", "--host", "127.0.0.1")
+    plain = serve.parse_args(["--model", str(tiny_model), *several])
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))  # or it would set it
+    with signals_kept(), pytest.raises(ValueError, match="VLLM_ALLOW") as theirs:
+        run_multi_api_server(plain)
+    words = "VLLM_ALLOW_RUNTIME_LORA_UPDATING cannot be used with api_server_count > 1"
+    assert str(theirs.value) == words
+    with_adapters = serve.parse_args(["--model", str(tiny_model), *several, "--enable-lora"])
+    with signals_kept(), pytest.raises(ValueError, match="--state postgresql://"):
+        run_multi_api_server(with_adapters)
