@@ -8,6 +8,9 @@ time; with --resume it goes on with what is missing. Several processes that are 
 work: a lock tells each what another has under way.
 
     .venv/bin/python benchmarks/proof.py --out runs/proof --summary --picture docs/proof.png
+
+With --base and --prices, a result of benchmarks/serving_prices.py, the summary has what adapters
+cost in serving, and its picture is over that.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from common import report
 from datasets import Dataset
 from peft import PeftModel
 from proof_arms import ARMS, SHAPES, SPECTRA, Setting, search_of, uniform_allocation
+from proof_serving import add_serving_costs
 from proof_summary import PRIMARY, TIGHT, draw_picture, print_table, summary
 from proof_tasks import NAMES, Pool, Row, Sizes, draw
 from transformers import AutoConfig
@@ -46,7 +50,7 @@ from guilomo_train.errors import DivergedError
 from guilomo_train.evaluate import completion_loss
 from guilomo_train.limits import replace_file
 from guilomo_train.search.allocation import Allocation
-from guilomo_train.search.space import SearchSpace
+from guilomo_train.search.space import SearchSpace, latency_prices
 
 RATES = (0.01, 0.02, 0.04, 0.08, 0.16)  # and one more beyond an end that is best (docs/protocol.md)
 TUNING_SEED = 1000
@@ -119,9 +123,8 @@ class Proof:
         # As it is stored, whatever the machine: `auto` would differ on one without AVX-512.
         dtype = AutoConfig.from_pretrained(base).dtype
         self.base = load_base(str(base), str(dtype).removeprefix("torch."))
-        known = sizes_of(str(base), "all-linear")
-        self.base_parameters = known.parameters
-        self.space = SearchSpace({module: known.linears[module] for module in known.adapted})
+        self.base_parameters = sizes_of(str(base), "all-linear").parameters
+        self.space = SearchSpace(adapted_linears(base))
         (out / "locks").mkdir(parents=True, exist_ok=True)
 
     def stage(self, stage: Stage) -> None:
@@ -274,6 +277,12 @@ class Proof:
                 yield True
 
 
+def adapted_linears(base: Path) -> dict[str, tuple[int, int]]:
+    """(out, in) features of each module that arms may adapt."""
+    known = sizes_of(str(base), "all-linear")
+    return {module: known.linears[module] for module in known.adapted}
+
+
 def write(file: Path, value: dict[str, Any]) -> None:
     file.parent.mkdir(exist_ok=True)
     with replace_file(file) as partial:
@@ -297,13 +306,21 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on with what --out has")
     parser.add_argument("--summary", action="store_true", help="of the finished runs; no training")
     parser.add_argument("--picture", type=Path, help="with --summary: the PNG to write")
+    parser.add_argument("--prices", type=Path, help="with --summary: prices of serving")
     parser.add_argument("--result", type=Path, help="with --summary: the JSON file to write")
     args = parser.parse_args()
+    if args.prices and args.base is None:
+        parser.error("--prices are of a base's modules: name it with --base")
     if args.summary:
-        found = summary(finished(args.out))
+        results = finished(args.out)
+        if args.prices:
+            linears = adapted_linears(args.base)
+            space = SearchSpace(linears, prices=latency_prices(linears, args.prices))
+            add_serving_costs(results, space, args.out / "searches")
+        found = summary(results)
         print_table(found)
         if args.picture:
-            draw_picture(found, args.picture)
+            draw_picture(found, args.picture, "serving_us" if args.prices else "parameters")
         report(found, args, args.result)
         return
     if args.base is None or args.data is None:

@@ -19,6 +19,11 @@ from guilomo_train.pictures import save, subplots
 
 PRIMARY = ("searched", "shuffled", "one-shot", "uniform")
 TIGHT = (0.001, 0.003)  # budgets of the primary contrasts, as shares of the base
+# What a picture may be drawn over.
+AXES = {
+    "parameters": "parameters of the adapter",
+    "serving_us": "serving, microseconds of a step",
+}
 # What an arm is compared with, where it is not `searched`.
 AGAINST = {"uniform-run": "run"}
 
@@ -58,10 +63,13 @@ def losses_of(results: Iterable[Result], pool: str) -> Losses:
 
 def by_task(losses: Losses, results: Sequence[Result]) -> dict[str, Any]:
     """task -> budget -> arm -> mean loss, and the difference to what the arm is compared with."""
-    sizes = defaultdict(list)
+    sizes, costs = defaultdict(list), defaultdict(list)
     for result in results:
         if math.isfinite(result["loss"]):  # what diverged has no adapter
-            sizes[result["arm"], result["budget"], result["task"]].append(result["parameters"])
+            key = result["arm"], result["budget"], result["task"]
+            sizes[key].append(result["parameters"])
+            if "serving_us" in result:
+                costs[key].append(result["serving_us"])
     found: dict[str, Any] = {}
     for (arm, budget, task), own in sorted(losses.items()):
         row: dict[str, Any] = {
@@ -69,6 +77,8 @@ def by_task(losses: Losses, results: Sequence[Result]) -> dict[str, Any]:
             "seeds": len(own),
             "parameters": round(statistics.mean(sizes[arm, budget, task] or [0])),
         }
+        if costs[arm, budget, task]:
+            row["serving_us"] = round(statistics.mean(costs[arm, budget, task]), 2)
         other = losses.get((against(arm), budget, task), {})
         shared = own.keys() & other.keys()
         if arm != against(arm) and shared:
@@ -149,6 +159,8 @@ def print_table(found: dict[str, Any]) -> None:
             print(f"\n{task}, {float(budget):.1%} of the base")
             for arm, row in arms.items():
                 line = f"  {arm:>12}  loss {row['loss']:.4f}  {row['parameters']:>9,} parameters"
+                if "serving_us" in row:
+                    line += f"  {row['serving_us']:7.1f} us"
                 print(line + compared(row, "less", "+.4f"))
     for pool, budgets in (("pooled", found["pooled"]), ("pilot, dev rows", found["pilot"])):
         for budget, arms in budgets.items():
@@ -169,8 +181,9 @@ def compared(row: dict[str, Any], name: str, form: str) -> str:
     return f"{text}  ({row['seeds']} seeds)"
 
 
-def draw_picture(found: dict[str, Any], path: Path) -> None:
-    """Quality over parameters, a panel a task, and last the difference pooled over tasks.
+def draw_picture(found: dict[str, Any], path: Path, over: str = "parameters") -> None:
+    """Quality over parameters, or over the time of serving (`serving_us`), a panel a task, and last
+    the difference pooled over tasks.
 
     Bars are the 95% intervals of an arm's difference by seed, not of its loss.
     """
@@ -181,9 +194,9 @@ def draw_picture(found: dict[str, Any], path: Path) -> None:
     }
     colours = {arm: f"C{i % 10}" for i, arm in enumerate(sorted(present))}
     for axis, (task, budgets) in zip(panels, found["tasks"].items(), strict=False):
-        draw_arms(axis, budgets, colours, ("parameters", "loss"))
+        draw_arms(axis, budgets, colours, (over, "loss"))
         axis.set_title(task, fontsize=10)
-        axis.set_xlabel("parameters of the adapter", fontsize=9)
+        axis.set_xlabel(AXES[over], fontsize=9)
         axis.set_ylabel("NLL of the answer (nats a token)", fontsize=9)
     of_share = {
         budget: {

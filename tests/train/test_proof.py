@@ -6,13 +6,15 @@ import importlib
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.controls import rescaled, shuffled
-from guilomo_train.search.space import SearchSpace
+from guilomo_train.search.space import Prices, SearchSpace
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -117,7 +119,9 @@ def results(out: Path) -> dict[str, dict]:
 
 
 @pytest.mark.slow
-def test_every_arm_trains_at_its_budget(small, data: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_every_arm_trains_at_its_budget_and_has_a_cost_of_serving(
+    small, benchmark, data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     proof = small
     bench = proof.Proof(tiny_base, data, tmp_path / "out", proof.Sizes(train=16, dev=4, test=6))
     shapes = {"uniform": "mlp", "uniform-run": "all", "one-shot": "whitened"}
@@ -127,6 +131,22 @@ def test_every_arm_trains_at_its_budget(small, data: Path, tiny_base: Path, tmp_
         assert math.isfinite(result["loss"])
         # AdaLoRA and EVA count rows of modules of any size.
         assert 0.6 < result["parameters"] / result["parameters_allowed"] < 1.4, arm
+
+    # With a microsecond for a module that has an adapter, two for a row, five for a router's row.
+    prices = Prices(*(x * torch.ones(len(bench.space.linears)) for x in (1e-6, 2e-6, 5e-6)))
+    runs = [run | {"tuning": False} for run in results(tmp_path / "out").values()]
+    space = replace(bench.space, prices=prices)
+    benchmark("proof_serving").add_serving_costs(runs, space, tmp_path / "out" / "searches")
+    cost = {run["arm"]: run.get("serving_us") for run in runs}
+    assert {arm for arm in cost if cost[arm] is None} == {"run"}
+    lora = next(run for run in runs if run["arm"] == "lora")
+    there = [rows for rows in lora["rows"].values() if rows]
+    assert cost["lora"] == pytest.approx(len(there) + 2 * sum(there))
+    with pytest.raises(ValueError, match="another run"):
+        searched = next(run for run in runs if run["arm"] == "searched")
+        benchmark("proof_serving").add_serving_costs(
+            [searched, searched | {"arm": "shuffled"}], space, tmp_path / "out" / "searches"
+        )
 
 
 def test_the_summary_of_three_seeds_by_hand(benchmark) -> None:
