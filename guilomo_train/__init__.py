@@ -12,6 +12,7 @@ endings.py  how an answer ends, and where generation stops
 balance.py  the load-balance loss, and how DPO, GRPO and KTO get it
 preview.py  how training will read rows
 processes.py the processes that train together, and whether the base is in shards
+shards.py   a base of which each process has a part; one in 4 bit, spread by FSDP
 zero3.py    a base that DeepSpeed spreads over the processes
 base.py     the base model and its tokenizer
 adapters.py the adapter of a PEFT model: put on, filled, taken out

@@ -27,7 +27,7 @@ from guilomo_serve.adapter import (
 from guilomo_train.errors import ConfigError
 from guilomo_train.limits import writing
 from guilomo_train.lora_moe import LoraMoeConfig
-from guilomo_train.zero3 import is_whole
+from guilomo_train.shards import is_whole
 
 
 def with_adapter(model: PreTrainedModel, config: LoraMoeConfig) -> PeftModel:

@@ -31,7 +31,8 @@ from guilomo_train.errors import BaseError
 from guilomo_train.limits import enough_memory
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.processes import Sharding, processes
-from guilomo_train.zero3 import load_in_parts, size_of
+from guilomo_train.shards import size_of, spread
+from guilomo_train.zero3 import load_in_parts
 
 
 @dataclass
@@ -185,10 +186,11 @@ def load_base(
         OutOfMemoryError: it does not fit.
     """
     _check_base_name(name, revision)
-    device = processes().device  # quantised weights cannot be moved there later
+    device = processes().device
     if dtype == "auto" and half_precision_is_slow():
         dtype = "float32"
     zero3 = None if sharding is None else sharding.zero3
+    fsdp = sharding is not None and zero3 is None
     load = partial(
         AutoModelForCausalLM.from_pretrained,
         name,
@@ -197,10 +199,11 @@ def load_base(
         trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
         quantization_config=_quantization(quantize, dtype),
-        device_map=None if quantize == "none" else {"": device},
+        # Quantised weights cannot be moved later, but by FSDP, which takes them apart as it does.
+        device_map=None if quantize == "none" else {"": "cpu" if fsdp else device},
         distributed_config=(
             DistributedConfig(fsdp_size=processes().num_processes)
-            if sharding is not None and zero3 is None
+            if fsdp and quantize == "none"
             else None
         ),
     )
@@ -209,10 +212,14 @@ def load_base(
             if zero3 is not None:
                 stored = without_weights(name, revision, trust_remote_code).dtype
                 wanted = stored if dtype == "auto" else getattr(torch, dtype)
-                model = load_in_parts(load, zero3, wanted)
+                model = load_in_parts(load, zero3, wanted, quantize == "4bit")
             else:
                 model = load()
-            if sharding is None and not getattr(model, "is_quantized", False):
+            if quantize == "4bit":
+                _keep_4_bit_as_loaded(model)
+                if fsdp:
+                    model = spread(model)
+            elif sharding is None and not getattr(model, "is_quantized", False):
                 model.to(device)
     except (OSError, ValueError, ImportError) as e:
         raise _not_a_base(name, e) from None
@@ -300,6 +307,16 @@ def _quantization(quantize: str, dtype: str) -> BitsAndBytesConfig | None:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
     )
+
+
+def _keep_4_bit_as_loaded(model: PreTrainedModel) -> None:
+    """On CPUs with bfloat16 products bitsandbytes 0.50 packs a weight anew in the first forward
+    pass of an evaluation (`Linear4bit.forward`), and leaves it so: what follows has no gradient
+    through the layer, and FSDP would gather what was before. Where a version asks for that
+    otherwise, the test of gradients after an evaluation fails."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _not_a_base(name: str, error: Exception) -> BaseError:

@@ -42,11 +42,14 @@ from guilomo_train.lora_moe.layer import Masks
 from guilomo_train.processes import processes
 from guilomo_train.rendering import encode
 from guilomo_train.searching import search_budget, search_space
+from guilomo_train.shards import check_spreading
 
 GIB = 2**30
 LENGTHS = (32, 64, 128)  # of the rows that are tried; three tell a, b and c
-# Of a quantised weight with its scales: NF4 has one byte for 64 weights, and four for 256 of those.
-QUANTISED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
+# Of a quantised weight, and of its scales: NF4 has one byte for 64 weights, and four for 256 of
+# those.
+QUANTISED_BYTES = {"4bit": 0.5, "8bit": 1.0}
+SCALE_BYTES = {"4bit": 1 / 64 + 4 / (64 * 256), "8bit": 0.0}
 # Copies of the adapter that a search holds beside weights, gradients and optimiser.
 COPIES = {"online": 0, "first": 1, "second": 3}
 # Forward and backward passes of a search's step, in those of a fine-tuning's.
@@ -171,10 +174,12 @@ def plan(
     )
     most = int(replace(space, prices=None).cost(search.max_experts, search.max_rank))
     load = _load(common, machine)
-    base = _base_bytes(whole, common.quantize)
-    workspace = _largest(whole, common.quantize, machine.fsdp)
     if machine.fsdp:
-        base /= machine.processes
+        check_spreading(common.quantize)
+    base = _bytes(whole, whole, common.quantize) / (machine.processes if machine.fsdp else 1)
+    if common.quantize != "none":  # scales are whole everywhere
+        base += SCALE_BYTES[common.quantize] * sum(w.numel() for w in _quantised(whole))
+    workspace = _workspace(whole, common.quantize, machine.fsdp)
     held_out = order != "online" and common.validation is None
     kept = 1 - (common.validation_share or VALIDATION_SHARE) if held_out else 1.0
     packed = max(load.length, common.max_length) if finetune.packing else load.length
@@ -268,21 +273,21 @@ def _load(common: CommonConfig, machine: PlanConfig) -> Load:
     return Load(tokens, length, learned)
 
 
-def _base_bytes(model: PreTrainedModel, quantize: str) -> float:
-    """Of all weights."""
-    bytes_ = float(sum(p.numel() * p.element_size() for p in model.parameters()))
-    if quantize != "none":
-        for linear in _quantised(model):
-            weight: Any = linear.weight
-            bytes_ += weight.numel() * (QUANTISED_BYTES[quantize] - weight.element_size())
-    return bytes_
+def _bytes(part: nn.Module, model: PreTrainedModel, quantize: str) -> float:
+    """Of all weights of a part of the model, without scales."""
+    quantised = {id(w) for w in _quantised(model)} if quantize != "none" else set()
+    return sum(
+        p.numel() * (QUANTISED_BYTES[quantize] if id(p) in quantised else p.element_size())
+        for p in part.parameters()
+    )
 
 
-def _quantised(model: PreTrainedModel) -> list[nn.Module]:
-    """All linear layers but the output layer."""
+def _quantised(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights of all linear layers but the output layer."""
     output = model.get_output_embeddings()
     linears = map(model.get_submodule, BaseModel.from_module(model).linears)
-    return [linear for linear in linears if linear is not output]
+    weights: list[Any] = [linear.weight for linear in linears if linear is not output]
+    return weights
 
 
 def _blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -291,18 +296,18 @@ def _blocks(model: PreTrainedModel) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def _largest(model: PreTrainedModel, quantize: str, sharded: bool) -> int:
+def _workspace(model: PreTrainedModel, quantize: str, sharded: bool) -> int:
     """What has to be whole while it is computed: of a quantised base one weight, of a sharded one
     two blocks, the one in hand and the one that comes, and embedding and output layer."""
+    bytes_ = 0.0
     if sharded:
-        block = sum(p.numel() * p.element_size() for p in _blocks(model)[0].parameters())
         ends: Any = {model.get_input_embeddings(), model.get_output_embeddings()} - {None}
         whole = {id(m.weight): m.weight for m in ends}
-        return 2 * block + sum(w.numel() * w.element_size() for w in whole.values())
-    if quantize == "none":
-        return 0
-    weights: list[Any] = [linear.weight for linear in _quantised(model)]
-    return max(w.numel() * w.element_size() for w in weights)
+        bytes_ += 2 * _bytes(_blocks(model)[0], model, quantize)
+        bytes_ += sum(w.numel() * w.element_size() for w in whole.values())
+    if quantize != "none":
+        bytes_ += max(w.numel() * w.element_size() for w in _quantised(model))
+    return int(bytes_)
 
 
 def _few_blocks(

@@ -58,8 +58,8 @@ from guilomo_train.report import HISTORY_FILE, RUN_FILE, read_json, write_page
 from guilomo_train.scoring import Scores, expected_text, hits
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.searching import SearchResult, search
+from guilomo_train.shards import check_spreading, count_parameters
 from guilomo_train.versions import versions
-from guilomo_train.zero3 import count_parameters
 
 ALLOCATION_FILE = "allocation.json"
 PICTURE_FILE = "allocation.png"
@@ -86,11 +86,8 @@ class Run:
         self.output = Path(common.output)
         self.checkpoints = self.output / CHECKPOINT_FOLDER
         self.sharding = take_sharding_request()
-        if self.sharding is not None and common.quantize != "none":
-            raise ConfigError(
-                f"--quantize {common.quantize}: a quantised base cannot be spread over processes; "
-                "give up one of the two"
-            )
+        if self.sharding is not None:
+            check_spreading(common.quantize)
         self.writes = processes().is_main_process
         if not self.writes:
             datasets.disable_progress_bars()

@@ -23,7 +23,7 @@ from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.selection import SelectionVectors
 from guilomo_train.search.space import Linears, SearchSpace, latency_prices, parameter_budget
 from guilomo_train.search.trainer import SearchTrainer
-from guilomo_train.zero3 import count_parameters
+from guilomo_train.shards import count_parameters
 
 
 @dataclass(frozen=True)

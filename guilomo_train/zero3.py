@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import DeepSpeedPlugin
-from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
@@ -63,7 +61,10 @@ def zero3_request() -> dict[str, Any]:
 
 
 def load_in_parts(
-    load: Callable[[], PreTrainedModel], zero: dict[str, Any], dtype: torch.dtype
+    load: Callable[[], PreTrainedModel],
+    zero: dict[str, Any],
+    dtype: torch.dtype,
+    quantised: bool = False,
 ) -> PreTrainedModel:
     """A model of which each process has a part. All processes must call this, and every later
     forward pass.
@@ -72,6 +73,7 @@ def load_in_parts(
         load: `from_pretrained` with its arguments.
         zero: as `zero3_request` gives it.
         dtype: of the model.
+        quantised: whether it is in 4 bit: then it is taken apart when it is loaded, not while.
     """
     import deepspeed
 
@@ -82,7 +84,7 @@ def load_in_parts(
     }
     # Of the process group that is there.
     deepspeed.init_distributed(torch.distributed.get_backend())
-    alive = HfDeepSpeedConfig(config)  # transformers has a weak reference
+    alive = None if quantised else HfDeepSpeedConfig(config)  # transformers refers to it weakly
     try:
         model = load()
     finally:
@@ -90,19 +92,3 @@ def load_in_parts(
         unset_hf_deepspeed_config()
     deepspeed.initialize(model=model, config=config)
     return model
-
-
-def is_whole(parameter: nn.Parameter) -> bool:
-    """Whether a process has all of it: neither FSDP nor ZeRO-3 has taken it apart."""
-    return not isinstance(parameter, DTensor) and not hasattr(parameter, "ds_id")
-
-
-def size_of(parameter: torch.Tensor) -> torch.Size:
-    """Of a parameter as a whole, whatever part this process has."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def count_parameters(model: PreTrainedModel) -> int:
-    """`model.num_parameters()`, which counts nothing of what ZeRO-3 has taken apart."""
-    taken_apart = [p.ds_numel for p in model.parameters() if hasattr(p, "ds_numel")]
-    return model.num_parameters() + sum(taken_apart)

@@ -52,8 +52,9 @@ ZERO3 = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("quantize", ["none", "4bit"])
 def test_a_run_on_a_base_in_parts_finds_and_trains_what_one_on_a_whole_base_does(
-    tiny_base: Path, tmp_path: Path
+    tiny_base: Path, tmp_path: Path, quantize: str
 ) -> None:
     """Second order takes the gradient in the masks alone, and moves the adapter in between."""
     one, two, rows = tmp_path / "one", tmp_path / "two", tmp_path / "rows.jsonl"
@@ -61,6 +62,7 @@ def test_a_run_on_a_base_in_parts_finds_and_trains_what_one_on_a_whole_base_does
     common = ["--base", tiny_base, "--train", rows, "--order", "second", "--save_steps", 4]
     common += ["--max_experts", 3, "--max_rank", 2, "--search_balance_coefficient", 0.5]
     common += ["--balance_coefficient", 0.5, "--gradient_checkpointing", "--epochs", 1]
+    common += ["--quantize", quantize, "--dtype", "float32"]
     common += ["--budget", 0.002, "--eval", rows, "--eval_rows", 4, "--max_new_tokens", 2]
     script, log = tmp_path / "watched.py", tmp_path / "log"
     script.write_text(WATCHED)

@@ -81,6 +81,15 @@ def test_flags_take_their_part_of_memory_and_time(config_alone: Path, tmp_path: 
     assert plain["base"] - four_bits["base"] == pytest.approx(linear * (2 - 0.516), rel=1e-3)
 
 
+def test_a_base_in_8_bit_cannot_be_spread(
+    config_alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--base", config_alone, "--train", "none", "--output", tmp_path / "out"]
+    given += ["--tokens", 9, "--rate", 9, "--processes", 2, "--fsdp", "--quantize", "8bit"]
+    assert main(["plan", *map(str, given)]) == 2
+    assert "--quantize 8bit: cannot be spread over processes" in capsys.readouterr().err
+
+
 def test_a_plan_reads_rows_and_measures_a_rate(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,7 +133,8 @@ def used(folder: Path, work: Path, quantize: str, sharding: Sharding | None) -> 
             held.append(local.numel() * local.element_size())
             if sharding is None:  # out of the mapped file
                 weight.data = weight.data.clone()
-            state = getattr(weight, "quant_state", None)  # in 4 bit scales, and their own
+        for module in base.model.modules():
+            state: Any = getattr(module, "quant_state", None)  # in 4 bit scales, and their own
             for scales in (state, state.state2) if state is not None else ():
                 held.append(scales.absmax.numel() * scales.absmax.element_size())
         modules = tuple(n for n, _ in base.model.named_modules() if n.endswith("_proj"))
@@ -168,10 +178,12 @@ from tests.train.test_plan import used
 
 base, work = map(Path, sys.argv[1:])
 said = {}
-for name, sharding in (("whole", None), ("fsdp", Sharding())):
+for name, quantize, sharding in (
+    ("whole", "none", None), ("fsdp", "none", Sharding()), ("4bit", "4bit", Sharding())
+):
     folder = work / f"{name}-{processes().process_index}"
     folder.mkdir()
-    said[name] = used(base, folder, "none", sharding)
+    said[name] = used(base, folder, quantize, sharding)
 if processes().is_main_process:
     (work / "said.json").write_text(json.dumps(said))
 processes().destroy_process_group()
@@ -191,3 +203,5 @@ def test_processes_take_the_memory_that_was_planned(wide_base: Path, tmp_path: P
     said = json.loads((tmp_path / "said.json").read_text())
     as_planned(said["whole"], wide_base, tmp_path, "--processes", 2)
     as_planned(said["fsdp"], wide_base, tmp_path, "--processes", 2, "--fsdp")
+    four_bits = ("--fsdp", "--quantize", "4bit")
+    as_planned(said["4bit"], wide_base, tmp_path, "--processes", 2, *four_bits)

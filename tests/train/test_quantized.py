@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from guilomo_serve.adapter import BaseModel, read_adapter
 from guilomo_train.arguments import training_arguments
+from guilomo_train.base import load_base
 from guilomo_train.cli import main
 from guilomo_train.config import CommonConfig
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
@@ -119,6 +120,25 @@ def test_a_bitsandbytes_base_learns_saves_and_loads(
     if not prepared:  # preparing turns the norms into float32
         with torch.no_grad():
             assert torch.equal(again(ids).logits, peft.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_after_an_evaluation_are_those_before_it(kind: str, base: Path) -> None:
+    model = get_peft_model(
+        load_base(str(base), "bfloat16", kind).model, LoraMoeConfig(num_experts=2, expert_rank=2)
+    )
+    ids = torch.arange(24, device=model.device).reshape(2, 12)
+    found = []
+    for _ in range(2):
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=ids)
+    assert max(gradient.abs().max() for gradient in found[0]) > 0.01
+    assert all(map(torch.equal, *found))
 
 
 def test_trl_on_a_quantised_base_saves_an_adapter_of_the_format(base: Path, tmp_path: Path) -> None:
