@@ -23,6 +23,7 @@ from guilomo_train.batches import Batches
 from guilomo_train.cli import main
 from guilomo_train.errors import ConfigError
 from guilomo_train.lora_moe import LoraMoeConfig
+from guilomo_train.processes import take_sharding_request
 from guilomo_train.trainer import LoraMoeTrainer
 from tests.train.tiny import tiny_llama
 
@@ -50,6 +51,7 @@ def settings(base: Path, data: list[str], output: Path, batch_size: int) -> list
         "--max_rank", 2, "--order", "second", "--selection_learning_rate", 0.3,
         "--search_balance_coefficient", 0.5, "--balance_coefficient", 0.5,
         "--search_batch_size", batch_size, "--batch_size", batch_size,
+        "--modules_to_save", "embed_tokens,lm_head",
     ]  # fmt: skip
     return ["run", *(str(item) for item in listed)]
 
@@ -99,6 +101,7 @@ def allocation(tmp_path: Path) -> Path:
 def test_two_processes_find_and_train_what_one_does_and_resume_what_they_began(
     tiny_base: Path, data: list[str], tmp_path: Path
 ) -> None:
+    """Modules of the base that are trained whole, too."""
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = ["-m", "guilomo_train.cli", *settings(tiny_base, data, two, 2)]
 
@@ -288,32 +291,37 @@ sys.exit(main([*sys.argv[1:], *own]))
 
 @pytest.mark.slow
 def test_an_error_of_several_processes_is_said_once_and_ends_all(
-    tiny_base: Path, data: list[str], tmp_path: Path
+    tiny_base: Path, data: list[str], allocation: Path, tmp_path: Path
 ) -> None:
     script = tmp_path / "one_fails.py"
     script.write_text(ONE_FAILS)
-    search = ["search", "--base", tiny_base, *data, "--output", tmp_path / "out"]
+    common = ["--base", tiny_base, *data, "--output", tmp_path / "out"]
+    whole = ["finetune", *common, "--allocation", allocation, "--modules_to_save", "embed_tokens"]
     started = [
-        launched("torchrun", *how, *search, variables=variables, stderr=subprocess.PIPE)
-        for how, variables in (
-            (
-                ["-m", "guilomo_train.cli"],
-                {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"},
-            ),
-            ([script], {}),
+        launched("torchrun", *command, variables=variables, stderr=subprocess.PIPE)
+        for command, variables in (
+            (["-m", "guilomo_train.cli", *whole], {"ACCELERATE_USE_FSDP": "true"}),
+            ([script, "search", *common], {}),
         )
     ]
     expected = (
-        "error: FSDP configuration: fsdp_offload_params is true, expected false",
-        "error: out of memory in the search: lower --search_batch_size (8)",
+        "finetune: error: --modules_to_save: each process has a part of model.embed_tokens alone",
+        "search: error: out of memory in the search: lower --search_batch_size (8)",
     )
     for process, message in zip(started, expected, strict=True):
         said = process.communicate(timeout=120)[1]
         assert process.returncode != 0
-        assert said.count("guilomo-train search: error: ") == 1, said
-        assert message in said
+        assert said.count(": error: ") == 1, said
+        assert f"guilomo-train {message}" in said
         # What torchrun itself has to say of a process that failed ends with its own traceback.
         assert "guilomo_train/" not in said.split("torch/distributed/run.py")[0], said
+
+
+def test_fsdp_that_would_do_more_than_shard_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(ConfigError, match="fsdp_offload_params is true, expected false"):
+        take_sharding_request()
 
 
 def test_a_trainer_refuses_deepspeed_in_python_too(tmp_path: Path) -> None:
