@@ -142,8 +142,8 @@ def test_every_arm_trains_at_its_budget_and_has_a_cost_of_serving(
     lora = next(run for run in runs if run["arm"] == "lora")
     there = [rows for rows in lora["rows"].values() if rows]
     assert cost["lora"] == pytest.approx(len(there) + 2 * sum(there))
+    searched = next(run for run in runs if run["arm"] == "searched")
     with pytest.raises(ValueError, match="another run"):
-        searched = next(run for run in runs if run["arm"] == "searched")
         benchmark("proof_serving").add_serving_costs(
             [searched, searched | {"arm": "shuffled"}], space, tmp_path / "out" / "searches"
         )
