@@ -108,8 +108,8 @@ def measure(
             done = " ".join(f"{n} {c}: {t[-1]:.2f}" for (n, c), t in seconds[phase].items() if t)
             print(f"{phase} {repeat}/{args.repeats}: {done or 'warm-up'} (s)", flush=True)
     numbers = list(range(1, len(adapters) + 1))
-    (versions,) = llm.collective_rpc("guilomo_report", args=(numbers,))
-    return seconds, sum(version["tokens"] for version in versions)
+    (report,) = llm.collective_rpc("guilomo_report", args=(numbers,))
+    return seconds, sum(version["tokens"] for version in report["versions"])
 
 
 def set_sampling(worker: Any, off_s: float | None) -> None:

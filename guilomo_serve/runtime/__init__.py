@@ -38,8 +38,8 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
   `create_lora_weights`, `set_lora`, `reset_lora`, `_apply_lora_to_output` (`slice_lora_b` is called
   as it is: it says how vLLM splits B under tensor parallelism); of `PunicaWrapperBase` only
   `update_metadata` is called, when a step's tokens use other slots than the last one's.
-- `guilomo_report`, `guilomo_slots`, `guilomo_read`, `guilomo_has_read`, `guilomo_add` and
-  `guilomo_warm_up` are methods that `vllm.v1.worker.worker_base.WorkerBase` gets: see report.py,
+- `guilomo_report`, `guilomo_read`, `guilomo_has_read`, `guilomo_add` and `guilomo_warm_up` are
+  methods that `vllm.v1.worker.worker_base.WorkerBase` gets: see report.py,
   reading.py and warm_up.py.
 - `compile_or_warm_up_model` of the GPU's `Worker`: see graph_check.py.
 - `create_engine_config` of `vllm.engine.arg_utils.EngineArgs`: see unsupported.py.

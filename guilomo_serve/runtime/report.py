@@ -39,31 +39,27 @@ _SHARE = 0.005
 
 
 def install() -> None:
-    """Gives vLLM's workers the methods that the front end calls by their names."""
+    """Gives vLLM's workers the method that the front end calls by its name."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, "guilomo_report", _report_of_worker)  # noqa: B010
-    setattr(WorkerBase, "guilomo_slots", _slots_of_worker)  # noqa: B010
 
 
 def _report_of_worker(
-    worker: Any, versions: Sequence[int], modules: bool = False
-) -> list[dict[str, Any]]:
+    worker: Any, versions: Sequence[int] = (), modules: bool = False
+) -> dict[str, Any]:
+    """`slots`: the versions that are in slots; `versions`: the load of those that are asked for."""
     manager = getattr(worker.model_runner, "lora_manager", None)
-    return [] if manager is None else manager.report(versions, modules)
+    if manager is None:
+        return {"slots": [], "versions": []}
+    return {"slots": manager.in_slots(), "versions": manager.report(versions, modules)}
 
 
-def _slots_of_worker(worker: Any) -> list[int]:
-    """The versions that are in slots."""
-    manager = getattr(worker.model_runner, "lora_manager", None)
-    return [] if manager is None else manager.in_slots()
-
-
-def merge(replies: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def merge(replies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What all workers say of the versions: those of an engine may each have some of the layers,
     and engines have each some of the tokens."""
     of_version: dict[int, list[Mapping[str, Any]]] = {}
-    for part in itertools.chain.from_iterable(replies):
+    for part in itertools.chain.from_iterable(reply["versions"] for reply in replies):
         of_version.setdefault(part["version"], []).append(part)
     return [_together(parts) for parts in of_version.values()]
 

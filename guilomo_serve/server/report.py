@@ -1,7 +1,7 @@
 """What the engine says of the versions in its memory: their routers, and which are in slots.
 
 The seam, for vLLM 0.32: `collective_rpc` of the engine client, which calls a worker's method by its
-name; see guilomo_serve/runtime/report.py for the methods.
+name; see guilomo_serve/runtime/report.py for the method.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ class EngineReport:
     async def _ask(self) -> None:
         began = time.monotonic()
         wanted = (list(self._wanted()), self._modules)
-        found = merge(await self._engine.collective_rpc("guilomo_report", args=wanted))
-        self._versions = {of_version["version"]: of_version for of_version in found}
-        of_workers = await self._engine.collective_rpc("guilomo_slots")
-        self.in_slots = set().union(*of_workers)
+        replies = await self._engine.collective_rpc("guilomo_report", args=wanted)
+        self._versions = {of_version["version"]: of_version for of_version in merge(replies)}
+        self.in_slots = set().union(*(reply["slots"] for reply in replies))
         self._as_of = began

@@ -109,9 +109,9 @@ def check_one_refuses(server: Server, folder: Path) -> None:
 
     def held() -> list[list[int]]:
         """The versions that each engine has."""
-        asked = {"json": {"method": "guilomo_slots"}, "headers": server.admin_headers}
+        asked = {"json": {"method": "guilomo_report"}, "headers": server.admin_headers}
         answer = requests.post(f"{server.url}/collective_rpc", timeout=60, **asked)
-        return [sorted(of_engine) for of_engine in answer.json()["results"]]
+        return [sorted(of_engine["slots"]) for of_engine in answer.json()["results"]]
 
     before = held()
     assert len(before) == 2
@@ -183,13 +183,14 @@ def test_the_load_of_routers_is_that_of_all_stages_and_engines():
         about = {"tokens": tokens, "share": [share, 1 - share], "entropy": entropy}
         means = {"entropy": entropy, "imbalance": 2 * share}
         found = {"version": 7, "engine": engine, "tokens": tokens, "routers": 1, **means}
-        return {**found, "modules": {module: about}}
+        return {"slots": [7], "versions": [{**found, "modules": {module: about}}]}
 
+    nothing: dict[str, Any] = {"slots": [], "versions": []}
     replies = [
-        [said(0, 10, 0.5, "a", 0.6)],
-        [said(0, 10, 1.0, "b", 0.5)],
-        [said(1, 30, 0.9, "a", 1.0)],
-        [],
+        said(0, 10, 0.5, "a", 0.6),
+        said(0, 10, 1.0, "b", 0.5),
+        said(1, 30, 0.9, "a", 1.0),
+        nothing,
     ]
     (found,) = merge(replies)
     assert (found["version"], found["tokens"]) == (7, 40)
@@ -200,4 +201,4 @@ def test_the_load_of_routers_is_that_of_all_stages_and_engines():
     assert found["modules"]["a"]["share"] == pytest.approx([0.9, 0.1])
     assert found["modules"]["a"]["entropy"] == pytest.approx((0.5 + 3 * 0.9) / 4)
     assert found["modules"]["b"] == {"tokens": 10, "share": [0.5, 0.5], "entropy": 1.0}
-    assert merge([[], []]) == []
+    assert merge([nothing, nothing]) == []
