@@ -164,9 +164,9 @@ async def roll_back(name: Name, versions: Served) -> Any:
         return _failed(e)
 
 
-@router.post("/{name:path}/pin", response_model=AdapterDetails, responses=errors(404, 507))
+@router.post("/{name:path}/pin", response_model=AdapterDetails, responses=errors(400, 404, 507))
 async def pin(name: Name, versions: Served) -> Any:
-    """Keeps an adapter's weights in memory while nobody asks for it."""
+    """Keeps an adapter's weights in memory while nobody asks for it; loads them if they are not."""
     return await _pin(versions, name, True)
 
 

@@ -44,6 +44,7 @@ class SharedVersions(Versions):
         self._files = shared_files(settings.files)
         self._fleet = Fleet(settings.shared, self, settings.admission, settings.admin_key)
         self._making: dict[str, _Making] = {}
+        self._pinned: set[asyncio.Task[None]] = set()  # which load what is pinned
 
     def out_of_touch(self) -> str | None:
         return self._fleet.out_of_touch()
@@ -66,7 +67,11 @@ class SharedVersions(Versions):
         self._unwanted.update(self.catalogue.set(name, entry))
         loaded = self.request_of(entry.current)
         if not self.residency.is_resident(loaded):
-            self.residency.withdraw(name)  # it is loaded when it is asked for
+            self.residency.withdraw(name)  # it is loaded when it is asked for, or
+            if entry.pinned:
+                task = asyncio.create_task(self._try_to_bring_in(name))
+                self._pinned.add(task)  # asyncio alone would let go of it
+                task.add_done_callback(self._pinned.discard)
         elif self.residency.current.get(name) != loaded:
             self._start_serving(entry.current, loaded)
         self._discard()

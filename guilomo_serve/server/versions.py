@@ -209,10 +209,27 @@ class Versions:
             await self._remove(name)
 
     async def pin(self, name: str, pinned: bool) -> None:
-        """Keeps a name's weights in memory however long nobody asks for it, or no longer so."""
+        """Keeps a name's weights in memory however long nobody asks for it, or no longer so.
+
+        What is pinned is loaded if it is not in memory. It is pinned before, as something else
+        could take its room until then.
+
+        Raises:
+            Unknown: there is no such name; NoRoom, AdapterError, OSError: it cannot be loaded, and
+                is not pinned.
+        """
         async with self._changing(name):
-            self.entry(name)
+            was = self.entry(name).pinned
             await self._set_pinned(name, pinned)
+        if not pinned:
+            return
+        try:
+            await self.bring_in(name, None)
+        except BaseException:
+            async with self._changing(name):
+                if not was and self.catalogue.get(name) is not None:
+                    await self._set_pinned(name, False)
+            raise
 
     async def bring_in(self, name: str, member: Source | None) -> None:
         """Loads a name that a request asks for: one that was evicted, or a member of a root.

@@ -370,6 +370,9 @@ def test_what_one_replica_is_told_both_serve(replicas, root):
     assert state_of(one, "support")["pinned"]
     # A member of the root is in the catalogue of both when one is asked for it.
     asked = text_of(other, "plain", PROMPT)
+    assert not one.admin("GET", "/plain").json()["resident"]
+    assert other.admin("POST", "/plain/pin").json()["resident"]
+    eventually(lambda: one.admin("GET", "/plain").json()["resident"], "all load what is pinned")
     assert text_of(one, "plain", PROMPT) == asked
     assert state_of(one, "plain") == state_of(other, "plain")
     refused = one.put("support", root / "nothing")

@@ -103,8 +103,23 @@ def test_what_is_in_use_or_pinned_stays_and_a_client_hears_of_it(server):
     assert refused.value.status_code == 503
     assert "no room" in str(refused.value)
     assert resident(server) == {"a", "b"}
+    refused = server.admin("POST", "/c/pin")
+    assert refused.status_code == 503
+    assert "no room" in refused.json()["error"]["message"]
+    assert not server.admin("GET", "/c").json()["pinned"]
     assert server.admin("POST", "/b/unpin").status_code == 200
     text_of(server, "c", PROMPT)  # and is not remembered as refused
+
+
+def test_what_is_pinned_is_loaded(server):
+    assert server.admin("POST", "/a/unpin").status_code == 200
+    for name in ("c", "a", "b"):
+        text_of(server, name, PROMPT)
+    assert resident(server) == {"a", "b"}
+    answer = server.admin("POST", "/c/pin").json()
+    assert answer["pinned"]
+    assert answer["resident"]
+    assert resident(server) == {"b", "c"}
 
 
 def test_what_is_being_rendered_is_in_use(server):
