@@ -11,6 +11,7 @@ POST   /v1/adapters/{name}/pin       keep its weights in memory; /unpin ends tha
 
 from __future__ import annotations
 
+import asyncio
 from argparse import Namespace
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -81,6 +82,9 @@ async def _versions(request: Request) -> Versions:
 
 Served = Annotated[Versions, Depends(_versions)]
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+# Adapters that a list reads before the next tokens of streams have their turn: a hundred with 210
+# modules each take 17 ms, the time of half a step.
+_AT_ONCE = 10
 
 
 @router.get("", response_model=AdapterList, responses=errors(400))
@@ -90,14 +94,17 @@ async def list_adapters(
     after: Annotated[str, Query(max_length=128)] = "",
 ) -> Any:
     """Adapters in the order of their names: the first `limit` of those that come after a name."""
-    entries = versions.catalogue.page(after, limit + 1)
-    names = list(entries)[:limit]
-    resident = versions.resident()
-    return {
-        "object": "list",
-        "data": [_shown(versions, name, entries[name], resident) for name in names],
-        "has_more": len(entries) > limit,
-    }
+    found: list[dict[str, Any]] = []
+    while len(found) <= limit:
+        wanted = min(_AT_ONCE, limit + 1 - len(found))
+        entries = versions.catalogue.page(after, wanted)
+        resident = versions.resident()
+        found += [_shown(versions, name, entry, resident) for name, entry in entries.items()]
+        if len(entries) < wanted:
+            break
+        after = found[-1]["name"]
+        await asyncio.sleep(0)
+    return {"object": "list", "data": found[:limit], "has_more": len(found) > limit}
 
 
 @router.get("/{name:path}/load", response_model=AdapterLoad, responses=errors(404))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -184,3 +188,41 @@ def test_a_database_that_is_not_there_is_said_in_a_line(database):
         prepare("postgresql://guilomo:secret@127.0.0.1:1/postgres")
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("limit", [1, 9, 10, 11, 24, 25, 100])
+def test_a_list_leaves_others_their_turn(tmp_path, limit):
+    """It is read part by part, and is the same list."""
+    from guilomo_serve.server import routes
+
+    catalogue = Catalogue(tmp_path / CATALOGUE_FILE)
+    names = [f"adapter-{i:02d}" for i in range(25)]
+    for name in names:
+        about = {**version(catalogue, name, name).about, "base": "base", "task": None}
+        catalogue.put(replace(version(catalogue, name, name), about=about))
+    versions: Any = SimpleNamespace(
+        catalogue=catalogue,
+        failed={},
+        resident=set,
+        request_of=lambda version: SimpleNamespace(lora_int_id=version.number),
+        in_flight=lambda name: 0,
+        last_used=lambda name: None,
+    )
+
+    async def listed(after: str) -> tuple[dict[str, Any], int]:
+        answer = asyncio.create_task(routes.list_adapters(versions, limit, after))
+        turns = 0
+        while not answer.done():
+            await asyncio.sleep(0)
+            turns += 1
+        return answer.result(), turns
+
+    found, after, more = [], "", True
+    while more:
+        page, turns = asyncio.run(listed(after))
+        assert len(page["data"]) <= limit
+        assert turns > len(page["data"]) // 10
+        found += [entry["name"] for entry in page["data"]]
+        after, more = found[-1], page["has_more"]
+    assert found == names
+    catalogue.close()
