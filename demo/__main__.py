@@ -1,8 +1,9 @@
 """`make demo`: trains two adapters, serves both beside their base, asks all three, swaps one.
 
-1. writes the rows of two tasks (demo/tasks.py) under runs/demo/, and trains both at once:
-   `guilomo-train run`, which is search, allocation, fine-tuning
-2. `guilomo-serve` with both adapters
+1. starts `guilomo-serve` with the base alone; meanwhile writes the rows of two tasks
+   (demo/tasks.py) under runs/demo/, and trains both at once: `guilomo-train run`, which is search,
+   allocation, fine-tuning
+2. puts both adapters into the server
 3. asks base and adapters test questions through the openai client
 4. swaps an adapter while a stream runs on it
 """
@@ -24,6 +25,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from openai import OpenAI
@@ -50,7 +52,7 @@ SERVER_STEPS = (
     ("Using max model len", "starting the engine", 0.65),
     ("Starting to load model", "loading the base", 0.7),
     ("Loading weights took", "a first step to warm up", 0.9),
-    ("init engine", "loading the adapters", 0.95),
+    ("init engine", "opening its port", 0.95),
 )
 
 
@@ -62,9 +64,13 @@ def main() -> None:
     for task in TASKS:
         print(f"  {task.name}: {task.title}")
     questions = {task.name: write_data(task) for task in TASKS}
-    train()
-    say("2/4 Server: the base model and both adapters in one process")
-    with server() as client:
+    with server() as served:
+        train(served)
+        say("2/4 Server: it has the base model; now it gets both adapters")
+        wait_until_ready(served)
+        client = OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+        for task in TASKS:
+            put(client, task.name, task)
         say(f"3/4 Questions: base and adapters answer {TEST_ROWS} test questions of each task")
         answers = ask_all(client, questions)
         show_answers(questions, answers)
@@ -101,7 +107,7 @@ def write_data(task: Task) -> list[Row]:
     return questions
 
 
-def train() -> None:
+def train(served: Served) -> None:
     """Trains an adapter for each task, all at the same time with a part of the cores each: on a
     model as small as this, cores get more done with a process each than sharing one's work."""
     threads = max(1, len(os.sched_getaffinity(0)) // len(TASKS))
@@ -120,7 +126,7 @@ def train() -> None:
                     stderr=subprocess.STDOUT,
                     env={**os.environ, "OMP_NUM_THREADS": str(threads)},
                 )
-        watch_training(processes)
+        watch_training(processes, served)
     finally:
         for process in processes.values():
             process.terminate()
@@ -134,8 +140,8 @@ def train() -> None:
         )
 
 
-def watch_training(processes: dict[str, subprocess.Popen[bytes]]) -> None:
-    """One line of progress until all processes have ended."""
+def watch_training(processes: dict[str, subprocess.Popen[bytes]], served: Served) -> None:
+    """One line of progress until all processes have ended; the server has to live meanwhile."""
     steps = [math.ceil(TRAIN_ROWS * epochs / BATCH_SIZE) for epochs in (SEARCH_EPOCHS, EPOCHS)]
     with tqdm(total=len(processes) * sum(steps), unit="step", smoothing=0.1) as progress:
         while True:
@@ -146,6 +152,8 @@ def watch_training(processes: dict[str, subprocess.Popen[bytes]]) -> None:
             for name, process in processes.items():
                 if process.poll():
                     fail(log_file(name), f"guilomo-train failed with status {process.returncode}")
+            if served.process.poll() is not None:
+                fail(served.log, "the server did not start")
             if not any(running):
                 return
             time.sleep(1)
@@ -185,18 +193,26 @@ def sibling(command: str) -> str:
     return str(Path(sys.executable).parent / command)
 
 
+@dataclass(frozen=True)
+class Served:
+    """A server's process, which may be starting yet."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+
 @contextmanager
-def server() -> Iterator[OpenAI]:
-    """Runs `guilomo-serve` with both adapters for the length of the block."""
+def server() -> Iterator[Served]:
+    """Runs `guilomo-serve` with the base for the length of the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sibling("guilomo-serve"), str(BASE), "--served-model-name", "base"]
-    for task in TASKS:
-        command += ["--adapter", f"{task.name}={adapter_folder(task)}"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"]
-    # vLLM wants nine tenths of the memory, which a desktop does not have free.
-    command += ["--gpu-memory-utilization", "0.4"]
+    command += ["--adapter-root", str(FOLDER), "--host", "127.0.0.1", "--port", str(port)]
+    # vLLM wants nine tenths of the memory, which a desktop does not have free; training goes on.
+    command += ["--gpu-memory-utilization", "0.4", "--kv-cache-memory-bytes", str(2**29)]
+    command += ["--max-model-len", "1024"]
     # In half precision a token's rounding depends on how many are computed at once, so that a
     # stream would take another word for a near tie whenever a second request runs beside it.
     command += ["--dtype", "float32"]
@@ -207,8 +223,7 @@ def server() -> Iterator[OpenAI]:
             command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        wait_until_ready(process, f"http://127.0.0.1:{port}/health", log)
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        yield Served(process, f"http://127.0.0.1:{port}", log)
     finally:
         process.terminate()
         try:
@@ -218,17 +233,17 @@ def server() -> Iterator[OpenAI]:
             process.wait()
 
 
-def wait_until_ready(process: subprocess.Popen[bytes], health: str, log: Path) -> None:
+def wait_until_ready(served: Served) -> None:
     started = time.monotonic()
     with tqdm(total=1.0, bar_format="{desc}") as progress:
-        while process.poll() is None and time.monotonic() - started < SERVER_START_S:
+        while served.process.poll() is None and time.monotonic() - started < SERVER_START_S:
             try:
-                urllib.request.urlopen(health, timeout=1).close()
+                urllib.request.urlopen(f"{served.url}/health", timeout=1).close()
                 return
             except (urllib.error.URLError, OSError):
-                progress.set_description_str(starting(log, time.monotonic() - started))
+                progress.set_description_str(starting(served.log, time.monotonic() - started))
                 time.sleep(1)
-    fail(log, "the server did not start")
+    fail(served.log, "the server did not start")
 
 
 def starting(log: Path, seconds: float) -> str:
@@ -311,13 +326,13 @@ def swap_while_streaming(client: OpenAI, questions: dict[str, list[Row]]) -> Non
     for part in stream(client, first.name, row):
         parts.append(part)
         if len(parts) == 10:
-            load(client, first.name, adapter_folder(second))
+            put(client, first.name, second)
             show_one(client, first.name, questions[second.name][0], "asked meanwhile")
             at_swap = len(parts)
     kept = "the same text as" if "".join(parts) == undisturbed else "ANOTHER text than"
     print(f"  the running stream went on: {at_swap} parts before the swap, {len(parts)} in all,")
     print(f"  {kept} without a swap: {shortened(undisturbed)}")
-    load(client, first.name, adapter_folder(first))
+    put(client, first.name, first)
     show_one(client, first.name, row, "after swapping back")
 
 
@@ -333,11 +348,13 @@ def stream(client: OpenAI, model: str, row: Row) -> Iterator[str]:
     return (chunk.choices[0].delta.content or "" for chunk in chunks)
 
 
-def load(client: OpenAI, name: str, folder: Path) -> None:
-    body = {"lora_name": name, "lora_path": str(folder.resolve()), "load_inplace": True}
+def put(client: OpenAI, name: str, task: Task) -> None:
+    """Gives a name the adapter that a task has."""
+    folder = adapter_folder(task)
     started = time.monotonic()
     key = {"Authorization": f"Bearer {keys.find(str(client.base_url))}"}
-    client.post("/load_lora_adapter", body=body, cast_to=str, options={"headers": key})
+    source = {"source": str(folder.relative_to(FOLDER))}
+    client.put(f"/adapters/{name}", body=source, cast_to=object, options={"headers": key})
     print(f"  {name} now has the weights of {folder} ({time.monotonic() - started:.2f} s)")
 
 

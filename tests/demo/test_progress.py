@@ -39,7 +39,7 @@ def test_a_start_is_followed_by_the_log_and_always_has_time_left(tmp_path: Path)
         seen.append(line)
     assert seen[0] == "server: reading the command line; 3 s, about 37 s left"
     assert seen[1] == "server: starting the engine; 30 s, about 16 s left"
-    assert seen[-1] == "server: loading the adapters; 30 s, about 10 s left"
+    assert seen[-1] == "server: opening its port; 30 s, about 10 s left"
 
 
 def test_a_prompt_is_a_chat_that_says_first_what_is_asked_for() -> None:
