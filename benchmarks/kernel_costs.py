@@ -200,23 +200,29 @@ def seconds(cost: Cost, launch: kernels.Launch, once: int, gpu: Gpu, is_half: bo
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of a base with the adapters of a batch."""
+    """A layer of a base with the adapters in its slots, of which a batch has so many at most."""
 
     in_features: int
     widths: tuple[int, ...]
     adapters: tuple[Adapter, ...]
+    in_batch: int
     dtype: torch.dtype = torch.bfloat16
 
     @classmethod
-    def searched(cls, in_features: int, widths: tuple[int, ...], adapters: int) -> Layer:
-        """Of mean total rank 20 in 5 experts, as a search leaves them."""
+    def searched(
+        cls, in_features: int, widths: tuple[int, ...], adapters: int, slots: int = 0
+    ) -> Layer:
+        """Of mean total rank 20 in 5 experts, as a search leaves them.
+
+        Args: adapters: that a batch may have; slots: that have one, if more.
+        """
         one = Adapter((20,) * len(widths), (5,) * len(widths))
-        return cls(in_features, widths, (one,) * adapters)
+        return cls(in_features, widths, (one,) * max(adapters, slots), adapters)
 
     def launches(self, batch: Batch, tuning: Tuning) -> tuple[kernels.Launch, kernels.Launch]:
         """Of both kernels; nothing is filled, and little is allocated (meta tensors)."""
         blocks, x = (
-            TokenBlocks(batch.size, len(self.adapters), "meta"),
+            TokenBlocks(batch.size, self.in_batch, "meta"),
             self._empty(batch.size, self.in_features),
         )
         table = torch.empty(
@@ -224,9 +230,9 @@ class Layer:
         )
         results = two_steps.Results("meta")
         h, z = results.of(batch.size, len(self.widths), tuning.shrink.splits)
-        cut = blocks.of_size[tuning.shrink.block_tokens]
+        cut = blocks.cut(batch.size, tuning.shrink.block_tokens)
         shrink = kernels.shrink_launch(x, blocks.order, cut, table, h, z, tuning.shrink)
-        cut = blocks.of_size[tuning.expand.block_tokens]
+        cut = blocks.cut(batch.size, tuning.expand.block_tokens)
         y, load = self._empty(batch.size, sum(self.widths)), self._empty(1, 1)
         return shrink, kernels.expand_launch(
             y, h, z, blocks.order, cut, table, blocks.sampled, load, self.widths, tuning.expand
@@ -264,16 +270,21 @@ class Layer:
         return torch.empty(shape, dtype=self.dtype, device="meta")
 
 
-def batch_of(tokens: int, adapters: int) -> Batch:
-    return Batch(np.sort(np.arange(tokens) % adapters))
+def batch_of(tokens: int, adapters: int, slots: int = 0) -> Batch:
+    """Of the adapters in the last ones of so many slots."""
+    first = max(slots - adapters, 0)
+    return Batch(first + np.sort(np.arange(tokens) % adapters))
 
 
-def step(base: str, tokens: int, adapters: int, tuning: Tuning, gpu: Gpu) -> tuple[float, float]:
-    """Seconds of both kernels in all layers."""
+def step(
+    base: str, tokens: int, adapters: int, tuning: Tuning, gpu: Gpu, slots: int = 0
+) -> tuple[float, float]:
+    """Seconds of both kernels in all layers. Args: slots: with adapters, if more."""
     layers, count = BASES[base]
-    batch = batch_of(tokens, adapters)
+    batch = batch_of(tokens, adapters, slots)
     times = [
-        Layer.searched(*shape, adapters).seconds(batch, tuning, gpu) for shape in layers.values()
+        Layer.searched(*shape, adapters, slots).seconds(batch, tuning, gpu)
+        for shape in layers.values()
     ]
     return count * sum(t[0] for t in times), count * sum(t[1] for t in times)
 

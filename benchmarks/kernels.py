@@ -255,7 +255,7 @@ def modelled(layer: Layer, case: Case, gpu: str) -> float:
         )
         for slices in layer.adapters
     )
-    of_layer = kernel_costs.Layer(layer.in_features, layer.widths, adapters)
+    of_layer = kernel_costs.Layer(layer.in_features, layer.widths, adapters, len(adapters))
     tuning = (stored(gpu) or DEFAULTS)[bisect.bisect_left(TOKEN_CLASSES, case.tokens)]
     return sum(of_layer.seconds(case.batch(), tuning, known))
 
@@ -386,10 +386,10 @@ def tune(repeats: int) -> None:
             shrink, expand = tuning.shrink, tuning.expand
             for of_layer, (y, x) in zip(slots, tensors, strict=True):
                 order, table, widths = blocks.order, of_layer.table, of_layer.widths
-                cut = blocks.of_size[shrink.block_tokens]
+                cut = blocks.cut(len(x), shrink.block_tokens)
                 h, z = results.of(len(x), len(widths), shrink.splits)
                 kernels.shrink_launch(x, order, cut, table, h, z, shrink).run()
-                cut = blocks.of_size[expand.block_tokens]
+                cut = blocks.cut(len(x), expand.block_tokens)
                 counts = (blocks.sampled, of_layer.load)
                 kernels.expand_launch(y, h, z, order, cut, table, *counts, widths, expand).run()
 

@@ -22,9 +22,10 @@ from guilomo_serve.catalogue import check_name
 from guilomo_serve.precision import half_precision_is_slow
 from guilomo_serve.runtime.unsupported import BYPASS, ONE_PROCESS
 
-# Storage is ragged, so slots and ranks cost nothing until an adapter fills them. Twice the
-# adapters at start: while a name is swapped its old version still has requests.
-_MIN_SLOTS = 16
+# Different adapters of a batch, at least. Twice the adapters at start: while a name is swapped its
+# old version still has requests.
+_IN_BATCH = 16
+# Storage is ragged, so a rank costs nothing until an adapter has it.
 _MAX_RANK = 512
 _DRAIN_S = 30
 
@@ -108,8 +109,8 @@ def complete(args: argparse.Namespace, adapters: Sequence[str]) -> None:
         raise UsageError(f"--api-server-count: {ONE_PROCESS}")
     folders = _parse_adapters(adapters, args.served_model_name or [args.model])
     if args.max_loras is None:
-        slots = max(_MIN_SLOTS, 2 * len(folders))
-        args.max_loras = min(slots, args.max_cpu_loras or slots)
+        most = max(_IN_BATCH, 2 * len(folders))
+        args.max_loras = min(most, args.max_cpu_loras or most)
     base = _config_of(args)
     quantized = args.quantization or getattr(base, "quantization_config", None) is not None
     if args.dtype == "auto" and half_precision_is_slow() and not quantized:

@@ -30,7 +30,6 @@ import triton.language as tl
 from triton import knobs
 
 from guilomo_serve.ops import two_steps
-from guilomo_serve.ops.layer import TokenBlocks
 from guilomo_serve.ops.tuning import ExpandTuning, ShrinkTuning
 from guilomo_serve.ops.two_steps import LAYER_FIELDS, LOAD_WIDTH, MAX_EXPERTS, SLICE_FIELDS
 
@@ -351,14 +350,13 @@ def shrink_launch(
     tuning: ShrinkTuning,
 ) -> Launch:
     """`two_steps.shrink` with these settings; `blocks`, h and z are of theirs."""
-    tokens, in_features = x.shape
-    programs = TokenBlocks.count(tokens, len(table), tuning.block_tokens)
+    in_features = x.shape[1]
     aligned = in_features * x.element_size() % 16 == 0
     if aligned:
         x = _aligned(x)
     return Launch(
         _shrink,
-        (min(programs, len(blocks)), tuning.row_programs, tuning.splits),
+        (len(blocks), tuning.row_programs, tuning.splits),
         (
             *(x, order, blocks, table, h, z),
             *(in_features, x.stride(0), h.stride(1), z.stride(1), table.stride(0)),
@@ -389,15 +387,14 @@ def expand_launch(
     tuning: ExpandTuning,
 ) -> Launch:
     """`two_steps.expand` with these settings; `blocks` are of the settings' size."""
-    tokens, splits, _ = h.shape
-    programs = TokenBlocks.count(tokens, len(table), tuning.block_tokens)
+    splits = h.shape[1]
     block_columns = tuning.block_columns * 2 // y.element_size()
     tiles = sum(triton.cdiv(width, block_columns * tuning.tiles) for width in widths)
     # With a sum over processes between the two, shrink is not what comes before.
     early = overlaps(y.device) and z.shape[1] == splits
     return Launch(
         _expand,
-        (min(programs, len(blocks)), tiles),
+        (len(blocks), tiles),
         (y, h, z, order, blocks, table, sampled, load, y.stride(0), table.stride(0)),
         {
             "BLOCK_TOKENS": tuning.block_tokens,

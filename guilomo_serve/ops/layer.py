@@ -248,8 +248,9 @@ class Batch:
 class TokenBlocks:
     """A batch's segments in blocks of few tokens, in device tensors that keep their place.
 
-    A kernel's program takes one block. How many there can be follows from the number of tokens
-    and slots, so a launch is the same whatever the batch holds; blocks that it has not are empty.
+    A kernel's program takes one block, which says in which slot its adapter is. How many there can
+    be follows from the number of tokens and of adapters in a batch, so a launch is the same
+    whatever the batch holds, and however many slots there are; blocks that it has not are empty.
 
     Attributes:
         order: [max_tokens] int32, as `Batch.order`; what is behind the batch's tokens is old.
@@ -260,9 +261,14 @@ class TokenBlocks:
     SIZES = (16, 64)  # for decode, where most segments are short, and for prefill
     _AHEAD = 4  # steps that the host may be ahead of the device before it waits
 
-    def __init__(self, max_tokens: int, slots: int, device: torch.device | str) -> None:
-        self.max_tokens, self.slots = max_tokens, slots
-        counts = [self.count(max_tokens, slots, size) for size in self.SIZES]
+    def __init__(self, max_tokens: int, adapters: int, device: torch.device | str) -> None:
+        """Args:
+        max_tokens: of a batch.
+        adapters: different ones that a batch may have.
+        device: of the kernels.
+        """
+        self.max_tokens, self.adapters = max_tokens, adapters
+        counts = [self.count(max_tokens, adapters, size) for size in self.SIZES]
         self._lengths = [1, max_tokens, *(3 * count for count in counts)]
         # One tensor, so that a step costs one copy.
         self._all = torch.zeros(sum(self._lengths), dtype=torch.int32, device=device)
@@ -270,11 +276,21 @@ class TokenBlocks:
         self.of_size = {s: b.view(-1, 3) for s, b in zip(self.SIZES, blocks, strict=True)}
         sources = [_Source(self._all) for _ in range(self._AHEAD)]
         self._sources = itertools.cycle(sources)
+        self._tokens = 0
+        self._cut: dict[int, torch.Tensor] = {}
 
     @staticmethod
-    def count(tokens: int, slots: int, size: int) -> int:
-        """The most blocks that so many tokens of so many slots can fill."""
-        return min(tokens, (tokens + slots * (size - 1)) // size)
+    def count(tokens: int, adapters: int, size: int) -> int:
+        """The most blocks that so many tokens of so many adapters can fill."""
+        return min(tokens, (tokens + adapters * (size - 1)) // size)
+
+    def cut(self, tokens: int, size: int) -> torch.Tensor:
+        """The blocks of a size that so many tokens can fill: those that a launch takes."""
+        if tokens != self._tokens:
+            self._tokens, self._cut = tokens, {}
+        if size not in self._cut:
+            self._cut[size] = self.of_size[size][: self.count(tokens, self.adapters, size)]
+        return self._cut[size]
 
     def update(self, batch: Batch, sampled: bool = False) -> None:
         """Writes a batch; `batch.blocks` gives these from now on.
@@ -282,12 +298,12 @@ class TokenBlocks:
         Waits for the device only where it is `_AHEAD` steps behind. Nothing is allocated.
 
         Raises:
-            ValueError: the batch has more tokens or slots than there is room for.
+            ValueError: the batch has more tokens or adapters than there is room for.
         """
-        if batch.size > self.max_tokens or len(batch.segments) > self.slots:
+        if batch.size > self.max_tokens or len(batch.segments) > self.adapters:
             raise ValueError(
-                f"a batch of {batch.size} tokens of {len(batch.segments)} slots, expected at most "
-                f"{self.max_tokens} of {self.slots}"
+                f"a batch of {batch.size} tokens of {len(batch.segments)} adapters, expected at "
+                f"most {self.max_tokens} of {self.adapters}"
             )
         source = next(self._sources)
         values = source.writable()

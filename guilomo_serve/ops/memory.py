@@ -3,8 +3,9 @@
 An adapter is one range of bytes, of exactly its size. In reserved memory the gaps
 between ranges are what is free; neighbouring gaps are one gap, as they are not recorded but follow
 from what is taken. A range goes into the smallest gap that holds it; where none does, though there
-is room, the ranges move together. So fragmentation never costs memory, nothing is allocated after
-the start, and what vLLM leaves to its KV cache is what is left beside the adapters.
+is room, ranges between some gaps move together, as few bytes as will do. So fragmentation never
+costs memory, nothing is allocated after the start, and what vLLM leaves to its KV cache is what is
+left beside the adapters.
 
 When ranges move: only inside `take`, which runs between steps on the thread that also starts the
 steps. A move is a copy queued behind the steps that were started before it, and so are the tables
@@ -82,8 +83,8 @@ class Beside:
 class Moved(Protocol):
     """Whoever keeps addresses of ranges."""
 
-    def moved(self) -> None:
-        """Some ranges have other addresses now."""
+    def moved(self, ranges: Sequence[Range]) -> None:
+        """These have other addresses now."""
 
 
 class AdapterMemory:
@@ -135,9 +136,6 @@ class AdapterMemory:
                 f"{len(self._reserved)} bytes for adapters are free (--adapter-memory)"
             )
         begin = self._gap(size)
-        if begin is None:
-            self._move_together()
-            begin = self.used
         taken = Range(self._reserved[begin : begin + nbytes], begin)
         self._ranges.append(taken)
         self._ranges.sort(key=lambda r: r.begin)
@@ -155,6 +153,10 @@ class AdapterMemory:
                 f"adapters that a batch may have take {total} bytes of memory, expected at most "
                 f"{len(self._reserved)} (--adapter-memory)"
             )
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether `take` would find so many free in the reserved memory."""
+        return self._reserved is None or _rounded(nbytes) <= len(self._reserved) - self.used
 
     def fill(self, taken: Range, source: torch.Tensor) -> None:
         """Copies bytes into a range, in one copy beside the steps; call `arrive` before their use.
@@ -175,20 +177,39 @@ class AdapterMemory:
         """Gives a range back."""
         self._ranges.remove(taken)
 
-    def _gap(self, size: int) -> int | None:
-        """Where the smallest gap of at least `size` bytes begins."""
+    def _gap(self, size: int) -> int:
+        """Where a gap of at least `size` bytes begins, of as many as are free in all.
+
+        It is the smallest that there is, or one is made, by moving as few bytes as will do.
+        """
         assert self._reserved is not None
         begins = [0, *(taken.begin + _size(taken) for taken in self._ranges)]
         ends = [*(taken.begin for taken in self._ranges), len(self._reserved)]
-        gaps = [(e - b, b) for b, e in zip(begins, ends, strict=True) if e - b >= size]
-        return min(gaps)[1] if gaps else None
+        gaps = [e - b for b, e in zip(begins, ends, strict=True)]
+        fitting = [(gap, begin) for gap, begin in zip(gaps, begins, strict=True) if gap >= size]
+        if fitting:
+            return min(fitting)[1]
+        # The gaps first..last hold `size` bytes together, with the ranges first..last-1 between.
+        first, free, between, found = 0, gaps[0], 0, []
+        for last in range(1, len(gaps)):
+            free += gaps[last]
+            between += _size(self._ranges[last - 1])
+            while free - gaps[first] >= size:
+                free -= gaps[first]
+                between -= _size(self._ranges[first])
+                first += 1
+            if free >= size:
+                found.append((between, first, last))
+        _, first, last = min(found)
+        return self._move_together(begins[first], self._ranges[first:last])
 
-    def _move_together(self) -> None:
+    def _move_together(self, position: int, ranges: Sequence[Range]) -> int:
+        """Moves neighbouring ranges to where a gap before them begins. Returns: where they end."""
         assert self._reserved is not None
         self._beside.wait_for_all()  # also for what still comes into ranges that were freed
-        position = 0
         for taken in self._ranges:
             taken.coming = None
+        for taken in ranges:
             if taken.begin != position:
                 data = self._reserved[position : position + len(taken.data)]
                 distance = taken.begin - position
@@ -201,7 +222,8 @@ class AdapterMemory:
                 taken.data, taken.begin = data, position
             position += _size(taken)
         for whom in self._told:
-            whom.moved()
+            whom.moved(ranges)
+        return position
 
 
 def _size(taken: Range) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ class TritonSlots:
         kernels.shrink(
             x,
             blocks.order,
-            blocks.of_size[tuning.shrink.block_tokens],
+            blocks.cut(x.shape[0], tuning.shrink.block_tokens),
             self.table,
             h,
             z,
@@ -112,7 +113,7 @@ class TritonSlots:
             h,
             z,
             blocks.order,
-            blocks.of_size[tuning.expand.block_tokens],
+            blocks.cut(x.shape[0], tuning.expand.block_tokens),
             self.table,
             blocks.sampled,
             self.load,
@@ -126,27 +127,8 @@ class TritonSlots:
         y = x.new_zeros(max_tokens, sum(self.widths))
         for tokens in {min(most, max_tokens) for most in (*TOKEN_CLASSES, max_tokens)}:
             nothing = Batch(np.full(tokens, -1))
-            TokenBlocks(tokens, slots=1, device=x.device).update(nothing)
+            TokenBlocks(tokens, adapters=1, device=x.device).update(nothing)
             self.apply_(y[:tokens], x[:tokens], nothing)
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """What a layer's table says of an adapter that lies somewhere.
-
-    Attributes:
-        row: of the table, see `two_steps.py`, with places in the adapter's memory as addresses.
-        is_address: which values of the row are.
-        routed: the slices with a router.
-    """
-
-    row: np.ndarray
-    is_address: np.ndarray
-    routed: tuple[int, ...]
-
-    def at(self, address: int) -> np.ndarray:
-        """The row for an adapter whose memory begins there."""
-        return self.row + address * self.is_address
 
 
 @dataclass(frozen=True)
@@ -155,13 +137,22 @@ class PackedAdapter:
 
     Attributes:
         data: [bytes] uint8, on the host; pinned if they are for a GPU.
-        layers: what tables say, by layer.
+        rows: [layers, ...] int64, what the tables of all layers say of it (`two_steps.py`), with
+            places in `data` as addresses; zeros in layers that it leaves alone.
+        is_address: which values of `rows` are, 0 or 1.
+        routed: layer -> its slices with a router.
         weights: the same weights by layer, as views of `data`.
     """
 
     data: torch.Tensor
-    layers: Mapping[str, PackedLayer]
+    rows: np.ndarray
+    is_address: np.ndarray
+    routed: Mapping[str, Sequence[int]]
     weights: Mapping[str, LayerWeights]
+
+    def at(self, address: int) -> np.ndarray:
+        """The rows where its memory begins there."""
+        return self.rows + address * self.is_address
 
 
 class AdapterSlots:
@@ -211,24 +202,28 @@ class AdapterSlots:
         for of_layer in weights.values():
             check_size(of_layer)
         writer = _Writer(sum(map(_size, weights.values())), self._device.type == "cuda")
-        packed = {
-            name: _pack(of_layer, self._layers[name].widths, writer)
-            for name, of_layer in weights.items()
-        }
-        return PackedAdapter(
-            writer.data,
-            {name: layer for name, (layer, _) in packed.items()},
-            {name: views for name, (_, views) in packed.items()},
-        )
+        rows, is_address = np.zeros((2, *self._table.shape[1:]), dtype=np.int64)
+        routed: dict[str, Sequence[int]] = {}
+        views: dict[str, LayerWeights] = {}
+        for i, (name, layer) in enumerate(self._layers.items()):
+            if name in weights:
+                packed = _pack(weights[name], layer.widths, writer)
+                rows[i, : len(packed.row)] = packed.row
+                is_address[i, : len(packed.row)] = packed.is_address
+                routed[name], views[name] = packed.routed, packed.views
+        return PackedAdapter(writer.data, rows, is_address, routed, views)
 
-    def check_room(self, adapters: Sequence[PackedAdapter]) -> None:
-        """Refuses adapters of which some, as many as there are slots, would not fit together.
+    def check_room(self, adapters: Iterable[PackedAdapter]) -> None:
+        """Refuses adapters that would not fit together, whatever is in slots now.
 
         Raises:
             AdapterMemoryError: has the figures.
         """
-        largest = sorted((len(adapter.data) for adapter in adapters), reverse=True)
-        self._memory.check(largest[: len(self._in_slot)])
+        self._memory.check([len(adapter.data) for adapter in adapters])
+
+    def has_room(self, adapter: PackedAdapter) -> bool:
+        """Whether it fits beside what is in slots now."""
+        return self._memory.has_room(len(adapter.data))
 
     def set(self, slot: int, adapter: PackedAdapter | None) -> None:
         """Puts a copy of an adapter into a slot, or empties it, for the steps from now on.
@@ -250,9 +245,9 @@ class AdapterSlots:
                 self._memory.fill(taken, adapter.data)
                 self._in_slot[slot] = (adapter, taken)
                 self._coming.add(slot)
-                self._load.index_fill_(0, self._rows(slot, adapter, adapter.layers), 0)
+                self._load.index_fill_(0, self._rows(slot, adapter, adapter.routed), 0)
         finally:
-            self._write(slice(slot, slot + 1))
+            self._write(slot)
 
     def use(self, slots: Iterable[int]) -> None:
         """The next steps use these slots: they wait for weights that are still coming."""
@@ -278,30 +273,29 @@ class AdapterSlots:
         chosen, entropy, tokens = counted.split((MAX_EXPERTS, 1, 1), dim=1)
         return RouterLoad(chosen.long(), entropy[:, 0], tokens[:, 0].long())
 
-    def moved(self) -> None:
-        """Writes all tables anew: weights have other addresses."""
-        self._write(slice(0, len(self._in_slot)))
+    def moved(self, ranges: Sequence[Range]) -> None:
+        """Writes tables anew: weights have other addresses."""
+        for slot, placed in enumerate(self._in_slot):
+            if placed is not None and placed[1] in ranges:
+                self._write(slot)
 
     def _rows(self, slot: int, adapter: PackedAdapter, layers: Iterable[str]) -> torch.Tensor:
         """Of `_load`, those of the adapter's routers, on the device."""
         rows = [
             self._first_row[name] + slot * len(self._layers[name].widths) + of_slice
             for name in layers
-            if name in adapter.layers
-            for of_slice in adapter.layers[name].routed
+            for of_slice in adapter.routed.get(name, ())
         ]
         return self._on_device(torch.tensor(rows, dtype=torch.int64))
 
-    def _write(self, slots: slice) -> None:
-        """What tables say of some slots, in one copy."""
-        target = self._table[slots]
-        rows = np.zeros(target.shape, dtype=np.int64)
-        for of_slot, placed in zip(rows, self._in_slot[slots], strict=True):
-            for row, name in zip(of_slot, self._layers, strict=True):
-                if placed is not None and name in placed[0].layers:
-                    values = placed[0].layers[name].at(placed[1].data.data_ptr())
-                    row[: len(values)] = values
-        target.copy_(self._on_device(torch.from_numpy(rows)))
+    def _write(self, slot: int) -> None:
+        """What the tables of all layers say of a slot, in one copy."""
+        placed, target = self._in_slot[slot], self._table[slot]
+        if placed is None:
+            target.zero_()
+            return
+        adapter, taken = placed
+        target.copy_(self._on_device(torch.from_numpy(adapter.at(taken.data.data_ptr()))))
 
     def _on_device(self, values: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cuda":
@@ -333,10 +327,17 @@ def _size(weights: LayerWeights) -> int:
     return packed_bytes(weights.lora_a.shape[1], slices, weights.lora_a.dtype)
 
 
-def _pack(
-    weights: LayerWeights, widths: Sequence[int], writer: _Writer
-) -> tuple[PackedLayer, LayerWeights]:
-    """One layer. Args: widths: the output columns of all of its slices."""
+class _PackedLayer(NamedTuple):
+    """One layer's part of a `PackedAdapter`."""
+
+    row: list[int]
+    is_address: list[bool]
+    routed: list[int]
+    views: LayerWeights
+
+
+def _pack(weights: LayerWeights, widths: Sequence[int], writer: _Writer) -> _PackedLayer:
+    """Args: widths: the output columns of all of the layer's slices."""
     at_a, lora_a = writer.put(weights.lora_a)
     at_router, router = writer.put(weights.router)
     gate_rows = torch.stack([weights.row_scale, weights.expert_of_row.float()], dim=1)
@@ -360,4 +361,4 @@ def _pack(
         if layout.experts[1] > layout.experts[0]:
             routed.append(number)
     views = replace(weights, lora_a=lora_a, router=router, lora_b=tuple(lora_b))
-    return PackedLayer(np.array(row), np.array(is_address), tuple(routed)), views
+    return _PackedLayer(row, is_address, routed, views)

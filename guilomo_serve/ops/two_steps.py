@@ -101,7 +101,8 @@ def shrink(
 
     Args:
         x: [T, in], the layer's input.
-        order, blocks: of `TokenBlocks`; tokens in `order` are below T.
+        order: of `TokenBlocks`; its tokens are below T.
+        blocks: of `TokenBlocks.cut`; a kernel has a program for each.
         table: [slots, table_width(slices)] int64, on x's device.
         h, z: of `Results`; their sums over the splits are the results.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +50,12 @@ if TYPE_CHECKING:  # needs Triton
     from guilomo_serve.ops.triton_slots import AdapterSlots, PackedAdapter
 
 
+# Adapters that may be in slots, where --max-cpu-loras says no less. What a slot takes by itself
+# (its rows of all tables and counts, some 60 KB on an 8B base) is little beside an adapter's
+# weights, so the memory for these is full first; and no step costs more for slots that others use.
+SLOTS = 1024
+
+
 @dataclass(frozen=True)
 class LayerEntry:
     """A layer's weights in the form in which vLLM hands them to `RoutedLayer.set_lora`."""
@@ -82,9 +88,12 @@ class TokenSlots:
         sample: what layers are to keep of this step, None for nothing.
     """
 
-    def __init__(self, blocks: TokenBlocks | None) -> None:
-        """Args: blocks: where a GPU's kernels find the batch; None on a CPU."""
-        self.blocks = blocks
+    def __init__(self, blocks: TokenBlocks | None, slot_of: Mapping[int, int]) -> None:
+        """Args:
+        blocks: where a GPU's kernels find the batch; None on a CPU.
+        slot_of: adapter id -> its slot, as it is when a batch comes.
+        """
+        self.blocks, self._slot_of = blocks, slot_of
         self.batch = Batch(np.empty(0, dtype=np.int64))
         self.sample: SampledStep | None = None
 
@@ -95,7 +104,7 @@ class TokenSlots:
         ids = np.asarray(mapping.index_mapping, dtype=np.int64)
         slots = np.full(len(ids), -1, dtype=np.int64)
         for adapter_id in np.unique(ids[ids > 0]).tolist():
-            slots[ids == adapter_id] = lora_index_to_id.index(adapter_id)
+            slots[ids == adapter_id] = self._slot_of[adapter_id]
         # vLLM activates what a step needs in the order of a set, which differs by process.
         self.batch = Batch(slots, np.where(ids > 0, ids, -1))
         if self.blocks is not None:
@@ -103,13 +112,24 @@ class TokenSlots:
 
 
 class RoutedModelManager(LRUCacheLoRAModelManager):
-    """vLLM's manager of slots, over layers that hold ragged weights."""
+    """vLLM's manager of slots, over layers that hold ragged weights.
+
+    vLLM has as many slots as a batch may have different adapters (`max_loras`, which its scheduler
+    keeps to). Here these are two numbers: an adapter stays in its slot while there is memory, and
+    goes from it by last use.
+
+    Attributes:
+        slot_of: adapter id -> its slot.
+    """
 
     punica_wrapper_mapping: dict[str, Any]
+    _last_mapping: Any
     supported_lora_modules: list[str]
 
     def __init__(self, model: torch.nn.Module, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
         self._left_alone = left_alone(model)
+        self.slot_of: dict[int, int] = {}
+        self._slots_changed = True
         with _our_layers():
             super().__init__(model, *args, vllm_config=vllm_config, **kwargs)
         mapper = getattr(model, "hf_to_vllm_mapper", None)
@@ -145,6 +165,17 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         """The layers that take experts; a classifier's head takes a whole one in its place."""
         return {name: m for name, m in self.modules.items() if isinstance(m, RoutedLayer)}
 
+    @property
+    def lora_slots(self) -> int:
+        """How many there are; vLLM asks for it when it makes them."""
+        return min(self.capacity, max(SLOTS, self.lora_config.max_loras))
+
+    def set_adapter_mapping(self, mapping: Any) -> None:
+        """As vLLM's, which looks through all slots in each step for a change."""
+        if self._slots_changed or self._last_mapping != mapping:
+            self._set_adapter_mapping(mapping)
+            self._last_mapping, self._slots_changed = mapping, False
+
     def begin_step(self) -> None:
         """To be called once a step, when `TokenSlots` has its batch."""
         for slots in self.punica_wrapper_mapping.values():
@@ -159,10 +190,9 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
 
     def load_of(self, version: int) -> RouterLoad | None:
         """What kernels have counted of a version since it is in a slot; None where none count."""
-        if self._slots is None or version not in self.lora_index_to_id:
+        if self._slots is None or version not in self.slot_of:
             return None
-        slot = self.lora_index_to_id.index(version)
-        return self.expert_load.of_slot(version, self._slots, slot)
+        return self.expert_load.of_slot(version, self._slots, self.slot_of[version])
 
     def _places(self) -> tuple[dict[str, LayerPlan], dict[str, tuple[str, int]]]:
         layers, module_at = {}, {}
@@ -186,11 +216,11 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
         blocks = None
         if self.device.type == "cuda":
-            slots = self.lora_config.max_loras
-            blocks = TokenBlocks(max_num_batched_tokens, slots, self.device)
+            most = self.lora_config.max_loras
+            blocks = TokenBlocks(max_num_batched_tokens, most, self.device)
         # One entry, the language model's: adapters of towers are refused at start.
         self.punica_wrapper_mapping = {
-            key: TokenSlots(blocks) for key in self.punica_wrapper_mapping
+            key: TokenSlots(blocks, self.slot_of) for key in self.punica_wrapper_mapping
         }
 
     def _create_lora_modules(self) -> None:
@@ -220,10 +250,28 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
                     f"({self.lora_config.lora_dtype} on {self.device.type}); add --enforce-eager"
                 )
 
+    def use_again(self, lora_id: int) -> bool:
+        """Has an adapter that is in a slot leave it later than others; False if it is in none."""
+        self._registered_adapters.touch(lora_id)
+        self._active_adapters.touch(lora_id)
+        return lora_id in self.slot_of
+
     def activate_adapter(self, lora_id: int) -> bool:
+        """Puts an adapter into a slot, unless it is in one.
+
+        Where its weights do not fit beside those of the others, these leave their slots, those
+        first that were not used for longest (`check_room` has left it room beside a step's).
+        """
+        packed = self.get_adapter(lora_id).packed
+        if self._slots is not None and packed is not None and lora_id not in self.slot_of:
+            while not self._slots.has_room(packed):
+                self._active_adapters.remove_oldest()
         activated = super().activate_adapter(lora_id)
+        if activated:
+            self.slot_of[lora_id] = self.lora_index_to_id.index(lora_id)
+            self._slots_changed = True
         if activated and self._slots is not None:
-            slot, adapter = self.lora_index_to_id.index(lora_id), self.get_adapter(lora_id)
+            slot, adapter = self.slot_of[lora_id], self.get_adapter(lora_id)
             self._slots.set(slot, adapter.packed)
             if not adapter.loras:
                 # vLLM captures graphs with adapters that have no weights. What is to be replayed
@@ -269,14 +317,32 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         """An adapter for `activate_adapter`, in the reader's thread; None on a CPU."""
         return None if self._slots is None else self._slots.pack(layers)
 
-    def check_room(self, adapters: Iterable[ReadAdapter]) -> None:
-        """Refuses adapters that a batch might use together and that do not fit.
+    def check_room(self, adapters: Iterable[ReadAdapter], pinned: Iterable[int] = ()) -> None:
+        """Refuses adapters that a batch might use together, beside pinned ones, and do not fit.
+
+        Args:
+            adapters: all that are read.
+            pinned: those to be pinned, beside those that are.
 
         Raises:
             AdapterMemoryError: has the figures.
         """
-        if self._slots is not None:
-            self._slots.check_room([a.packed for a in adapters if a.packed is not None])
+        if self._slots is None:
+            return
+        stay = {*self._active_adapters.pinned_items, *pinned}
+        packed = {a.id: a.packed for a in adapters if a.packed is not None}
+        others = sorted(packed.keys() - stay, key=lambda n: len(packed[n].data), reverse=True)
+        together = [*(stay & packed.keys()), *others[: self.lora_config.max_loras]]
+        self._slots.check_room(packed[number] for number in together)
+
+    def pin_adapter(self, lora_id: int) -> bool:
+        """As vLLM's; a step's adapters still have room beside what is pinned.
+
+        Raises:
+            AdapterMemoryError: they have not.
+        """
+        self.check_room(self.list_adapters().values(), [lora_id])
+        return super().pin_adapter(lora_id)
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         """Nothing to do: weights are stacked by layer when they are read."""
@@ -296,7 +362,7 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
         Raises:
             AdapterError: names the first layer that differs.
         """
-        slot = self.lora_index_to_id.index(lora_id)
+        slot = self.slot_of[lora_id]
         if self._slots is not None:
             self._slots.use([slot])
         for name, entry in self.get_adapter(lora_id).loras.items():
@@ -312,9 +378,10 @@ class RoutedModelManager(LRUCacheLoRAModelManager):
                 )
 
     def _deactivate_adapter(self, lora_id: int) -> None:
-        if lora_id in self.lora_index_to_id:
+        if lora_id in self.slot_of:
             self.expert_load.keep(lora_id, self.load_of(lora_id))
-            slot = self.lora_index_to_id.index(lora_id)
+            slot = self.slot_of.pop(lora_id)
+            self._slots_changed = True
             for layer in self.modules.values():  # frees the weights of one that was unloaded
                 layer.reset_lora(slot)
                 if isinstance(layer, ClassificationHead):
@@ -397,6 +464,20 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
         self._in_step = {request.lora_int_id for request in requests}
         super().set_active_adapters(requests, mapping)
         self._adapter_manager.begin_step()
+
+    def _apply_adapters(self, lora_requests: set[Any]) -> None:
+        """As vLLM's, which lists all adapters anew for each one of a step.
+
+        Those of the step that are in slots become the last ones to leave them before others come.
+        """
+        others = set()
+        for request in lora_requests:
+            number = request.lora_int_id
+            if request.load_inplace or not self._adapter_manager.use_again(number):
+                others.add(request)
+            elif number in self._of_requests:
+                self._of_requests.move_to_end(number)
+        super()._apply_adapters(others)
 
     @property
     def plan(self) -> ModelPlan:
@@ -514,7 +595,7 @@ class RoutedWorkerManager(LRUCacheWorkerLoRAManager):
 
     def in_slots(self) -> list[int]:
         """The versions whose weights are where layers compute with them."""
-        return [number for number in self._adapter_manager.lora_index_to_id if number is not None]
+        return list(self._adapter_manager.slot_of)
 
     def report(self, versions: Sequence[int], modules: bool) -> list[dict[str, Any]]:
         """The load of those versions that have any; see `ExpertLoad.report`."""

@@ -161,10 +161,10 @@ def launches(tuning, tokens: int, dtype: torch.dtype) -> tuple[kernels.Launch, k
     x = torch.empty(tokens, IN, dtype=dtype)
     blocks = Batch(np.zeros(tokens, dtype=np.int64)).blocks(x.device)
     h, z = slots.results.of(tokens, len(WIDTHS), tuning.shrink.splits)
-    cut = blocks.of_size[tuning.shrink.block_tokens]
+    cut = blocks.cut(tokens, tuning.shrink.block_tokens)
     shrink = kernels.shrink_launch(x, blocks.order, cut, slots.table, h, z, tuning.shrink)
     y = torch.empty(tokens, sum(WIDTHS), dtype=dtype)
-    cut = blocks.of_size[tuning.expand.block_tokens]
+    cut = blocks.cut(tokens, tuning.expand.block_tokens)
     of_slots = (slots.table, blocks.sampled, slots.load, WIDTHS)
     expand = kernels.expand_launch(y, h, z, blocks.order, cut, *of_slots, tuning.expand)
     return shrink, expand

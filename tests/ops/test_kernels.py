@@ -142,7 +142,7 @@ def test_kernels_equal_their_reference_at_any_settings(dtype, shrink, expand) ->
     blocks, host_blocks = batch.blocks(DEVICE), batch.blocks(torch.device("cpu"))
 
     h, z = slots.results.of(len(x), 3, shrink.splits)
-    cut = blocks.of_size[shrink.block_tokens]
+    cut = blocks.cut(len(x), shrink.block_tokens)
     kernels.shrink_launch(x.to(DEVICE), blocks.order, cut, slots.table, h, z, shrink).run()
     of_host = (host_blocks.order, host_blocks.of_size[16], host.table)
     want_h, want_z = two_steps.Results("cpu").of(len(x), 3, 2)
@@ -157,7 +157,7 @@ def test_kernels_equal_their_reference_at_any_settings(dtype, shrink, expand) ->
                     assert_near(found[covered].sum(1), want[covered].sum(1), 1e-5)
 
     got = y.clone().to(DEVICE)
-    cut = blocks.of_size[expand.block_tokens]
+    cut = blocks.cut(len(x), expand.block_tokens)
     counts = (blocks.sampled, slots.load)
     kernels.expand_launch(got, h, z, blocks.order, cut, slots.table, *counts, WIDTHS, expand).run()
     want_y = y.clone()
@@ -367,10 +367,12 @@ def test_adapters_share_memory_that_is_reserved_and_kernels_follow_when_it_is_mo
     room = 2 * len(small.data) + len(between.data) + 3 * 256  # of which some is lost to rounding
     slots = adapter_slots(4, AdapterMemory(room, DEVICE))
     slots.check_room([large, between])
+    assert slots.has_room(large)
     with pytest.raises(AdapterMemoryError, match="adapters that a batch may have take"):
         slots.check_room([large, small, between])
     for slot, adapter in enumerate((small, between, small)):
         slots.set(slot, adapter)
+    assert not slots.has_room(small)
     with pytest.raises(AdapterMemoryError, match="bytes for adapters are free"):
         slots.set(3, small)
     a, b = slots._layers.values()
@@ -427,7 +429,7 @@ def test_an_adapter_for_which_a_gpu_has_no_kernels_is_refused_when_it_is_read() 
 
 
 def test_token_blocks_keep_their_place_and_forget_the_last_batch() -> None:
-    blocks = TokenBlocks(max_tokens=100, slots=3, device="cpu")
+    blocks = TokenBlocks(max_tokens=100, adapters=3, device="cpu")
     places = [blocks.order.data_ptr(), *(b.data_ptr() for b in blocks.of_size.values())]
     for slot_of_token in (
         np.array([2] * 70 + [0] * 17 + [-1] * 3 + [1]),
@@ -449,7 +451,7 @@ def test_token_blocks_keep_their_place_and_forget_the_last_batch() -> None:
             most = TokenBlocks.count(len(slot_of_token), 3, size)
             assert filled_blocks == list(range(len(filled_blocks)))  # a launch takes the first ones
             assert len(filled_blocks) <= most
-    with pytest.raises(ValueError, match="101 tokens of 1 slots, expected at most 100 of 3"):
+    with pytest.raises(ValueError, match="101 tokens of 1 adapters, expected at most 100 of 3"):
         blocks.update(Batch(np.zeros(101, dtype=np.int64)))
 
 
@@ -466,7 +468,7 @@ class _Ops(TorchDispatchMode):
 
 
 def test_a_batch_costs_one_copy_from_memory_that_stays() -> None:
-    blocks = TokenBlocks(max_tokens=100, slots=3, device="cpu")
+    blocks = TokenBlocks(max_tokens=100, adapters=3, device="cpu")
     slots_of_steps = [np.arange(tokens) % 4 - 1 for tokens in (100, 1, 30, 7) * 5]
     with _Ops() as ops:
         for slot_of_token in slots_of_steps:
@@ -598,7 +600,7 @@ def test_a_cuda_graph_follows_batches_and_swaps() -> None:
     """Captured once; replayed for other tokens, after a load."""
     weights = [random_layer(0, ADAPTERS[0]), None]
     slots = filled(weights)
-    blocks = TokenBlocks(max_tokens=32, slots=2, device=DEVICE)
+    blocks = TokenBlocks(max_tokens=32, adapters=2, device=DEVICE)
     x, y = (t.to(DEVICE) for t in tensors(32))
     first = Batch(np.zeros(32, dtype=np.int64))
     blocks.update(first)

@@ -33,7 +33,7 @@ class Model(torch.nn.Module):
     def __init__(self, order: tuple[str, ...], config: VllmConfig, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        slots = TokenSlots(None)
+        slots = TokenSlots(None, {})
         slots.batch = Batch(np.array([0, -1, 0]))
         lora = LoRAConfig(max_lora_rank=8, lora_dtype=torch.float32)
         for name in order:

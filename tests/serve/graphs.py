@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 -m tests.serve.graphs MODEL '{"first": FOLDER, ...}' OUTPUT
 
 is two processes of tensor parallelism. Each writes to a file in OUTPUT, named by its rank, as JSON,
-the greedy tokens of each job eager and replayed, what the report says of experts, what a worker
-says of the adapter "large", for which there is no memory, and what the check of graph_check.py
+the greedy tokens of each job eager and replayed, the adapters that it copied into slots, what the
+report says of experts, what a worker says of the adapter "large", for which there is no memory, and
+what the check of graph_check.py
 finds: without graphs, with such as leave adapters out because they were captured before slots could
 have any, with such in one process alone, with right ones, and where the kernels of one process are
 wrong.
@@ -166,7 +167,7 @@ def _with_kernels() -> None:
         init(self, tokens, vllm_config)
         blocks = TokenBlocks(tokens, self.lora_config.max_loras, self.device)
         self.punica_wrapper_mapping = {
-            key: manager.TokenSlots(blocks) for key in self.punica_wrapper_mapping
+            key: manager.TokenSlots(blocks, self.slot_of) for key in self.punica_wrapper_mapping
         }
 
     manager.RoutedModelManager._init_punica_wrapper = with_blocks
@@ -240,9 +241,10 @@ def main() -> None:
     # vLLM names memory that the processes share by this file, and by nothing else.
     store = Path(sys.argv[3]) / os.environ["TORCHELASTIC_RUN_ID"]
     ExecutorWithExternalLauncher._distributed_args = lambda _: (f"file://{store}", rank, rank)
-    # Of a server that was not told how much: room for the two largest adapters.
+    # Of a server that was not told how much: room for the two largest adapters and not for three,
+    # of which a process has about half.
     room = sum(sorted(memory_of(Path(folder), itemsize=4) for folder in adapters.values())[1:])
-    runtime_manager.default_memory = lambda: room
+    runtime_manager.default_memory = lambda: int(0.6 * room)
     llm = LLM(
         model,
         **{"dtype": "float32", "enforce_eager": True, "seed": 0, "enable_prefix_caching": False},
@@ -260,13 +262,31 @@ def main() -> None:
         answers = llm.generate(prompts, greedy, use_tqdm=False, lora_request=requests)
         return [list(answer.outputs[0].token_ids) for answer in answers]
 
-    # Two slots for three adapters: the last job swaps.
+    # Slots for all three adapters and memory for two: the last job swaps.
     jobs = [("first", "base", "plain"), ("second", "first")]
     worker = llm.llm_engine.model_executor.driver_worker.worker
     runner = worker.model_runner
     manager = runner.lora_manager._adapter_manager
     runner.lora_manager._samples = True  # as guilomo-serve has it
-    manager._slots._memory._beside = LateCopies()
+    runner.lora_manager._room = 2 * room  # the host's, which is for all
+    memory = manager._slots._memory
+    memory._beside = LateCopies()
+    copied: list[int] = []
+    fill = memory.fill
+    memory.fill = lambda taken, data: (copied.append(data.data_ptr()), fill(taken, data))
+
+    def run(job: tuple[str, ...]) -> tuple[list[list[int]], list[str]]:
+        """The answers, and the adapters that were copied for them."""
+        copied.clear()
+        answers = tokens(*job)
+        read = runner.lora_manager._read
+        places = {
+            read[r.lora_int_id].packed.data.data_ptr(): n
+            for n, r in loras.items()
+            if r.lora_int_id in read
+        }
+        return answers, [places[at] for at in copied]
+
     load = manager.expert_load
     load.clock = lambda: -math.inf  # no step is sampled
     found = {"none": graph_check.check(worker), "refused": _refusal(manager, runner.vllm_config)}
@@ -276,7 +296,7 @@ def main() -> None:
     # In the processes adapters get other slots, as where a step brings several in.
     for name in ("plain", "first")[:: -1 if is_last else 1]:
         llm.llm_engine.add_lora(loras[name])
-    eager = [tokens(*names) for names in jobs]
+    eager, brought = zip(*map(run, jobs), strict=True)
     assert not wrong.replays, "graphs that were found wrong are used"
     full = [_put(llm, method, large) for method in ("guilomo_add", "guilomo_read")]
     found["of one"] = graph_check._of_any("a reason" if is_last else "")
@@ -287,7 +307,7 @@ def main() -> None:
     graphs.left_out, graphs.manager._graphs_captured = [], True
     found["right"] = graph_check.check(worker)
     load.clock = lambda: math.inf  # each is
-    replayed = [tokens(*names) for names in jobs]
+    replayed, brought_again = zip(*map(run, jobs), strict=True)
     report = runner.lora_manager.report([loras["first"].lora_int_id], modules=True)
     result = {
         **{"runner": type(runner).__mro__[1].__module__, "replays": graphs.replays},
@@ -298,6 +318,8 @@ def main() -> None:
             "check": found,
             "eager": eager,
             "replayed": replayed,
+            "brought": [brought, brought_again],
+            "slots": [manager.lora_slots, len(manager.slot_of)],
             "report": report,
         },
     }

@@ -110,7 +110,7 @@ def error(base: torch.nn.Module, modules: list[str]) -> float:
     """How far a layer of two slots is from its base's output and the formula."""
     with _our_layers():
         layer = from_layer(base, 2, LoRAConfig(max_lora_rank=8, lora_dtype=DTYPE), modules)
-    layer.punica_wrapper = TokenSlots(None)
+    layer.punica_wrapper = TokenSlots(None, {})
     layer.punica_wrapper.batch = Batch(np.array([1, -1, 1, 1]))
     rows, widths = sum(RANKS), [part.width for part in layer.parts()]
     slices = [

@@ -20,6 +20,7 @@ import pytest
 import transformers
 
 from guilomo_serve.adapter import BaseModel
+from guilomo_serve.runtime.manager import SLOTS
 from tests.serve import hf_reference
 from tests.serve.expert_load import check_load, expected_load, first_sampled
 from tests.serve.helpers import ask, guilomo_serve, random_adapter, serving
@@ -93,6 +94,11 @@ def test_kernels_answer_eager_and_replayed_as_cuda_graphs_are(
         assert found[of_all] == other[of_all]
     assert found["runner"] == "vllm.v1.worker.gpu.model_runner"
     assert found["replays"] > 0
+    # What is in a slot stays there while there is memory, and is not copied again.
+    for of_rank in (found, other):
+        assert of_rank["brought"][0] == [[], ["second"]]
+        assert of_rank["brought"][1][1] == ["second"]
+        assert of_rank["slots"] == [SLOTS, 2]
     assert re.fullmatch(
         r"CUDA graphs: adapters are not computed by kernels in model\.layers\.0\.\S+ "
         r"\(torch.float32 on cpu\); add --enforce-eager",
