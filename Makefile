@@ -1,6 +1,6 @@
 # Every target sets up what it needs first (deploy/setup.sh); that costs minutes once.
 
-.PHONY: demo test test-peft test-extras test-lowest test-kernels test-fleet lint format setup
+.PHONY: demo test test-peft test-extras test-lowest test-fleet lint format setup
 
 demo: setup
 	.venv/bin/python -m demo
@@ -27,10 +27,6 @@ test-lowest: setup
 	PYTHONPATH=. .lowest/bin/python -m pytest $(addprefix tests/train/test_, architectures.py bad_input.py \
 		beyond_sft.py cli.py data.py endings.py layer.py packing.py peft.py report.py resume.py tools.py \
 		whole_modules.py)
-
-# Every kernel at every setting for every GPU; `make test` has those that differ most.
-test-kernels: setup
-	GUILOMO_EVERY_KERNEL=1 .venv/bin/python -m pytest -n 2 tests/ops/test_compiled.py
 
 # What needs more than the locks have: Ray; PostgreSQL and HAProxy, for three replicas under load while
 # one is stopped, one is killed, one joins and the database restarts.

@@ -1,14 +1,12 @@
 """The kernels as GPUs would run them: compiled ahead of time, which needs no GPU, and read.
 
-Compiled is what a launch would compile: the launch itself is made, from tensors on the CPU. The
-classes of batches that CI leaves out are compiled by `make test-kernels`.
+Compiled is what a launch would compile: the launch itself is made, from tensors on the CPU.
 """
 
 from __future__ import annotations
 
 import bisect
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -31,7 +29,6 @@ from guilomo_serve.ops.tuning import DEFAULTS, FILE, TOKEN_CLASSES, Tuning, stor
 pytestmark = pytest.mark.skipif(
     kernels.INTERPRETED, reason="in the interpreter nothing is compiled"
 )
-EVERY = bool(os.environ.get("GUILOMO_EVERY_KERNEL"))
 IN, WIDTHS = 4096, (4096, 1024, 1024)
 REGISTERS = 65536  # of a multiprocessor, of all three
 
@@ -46,8 +43,10 @@ class Gpu:
 
 
 GPUS = (Gpu(80, 163, 164), Gpu(90, 227, 228), Gpu(100, 227, 228))
-# L40S has the instructions of sm_80 and less shared memory.
-L40S = Gpu(89, 99, 100)
+# An L40S has sm_80's instructions and less shared memory: KiB of a program.
+OF_STORED = {"A100": GPUS[0], "H100": GPUS[1], "H200": GPUS[1], "B200": GPUS[2], "L40S": GPUS[0]}
+OF_L40S = 99
+DECODE = 256  # the most tokens of a batch that is taken for one
 
 
 @dataclass(frozen=True)
@@ -170,42 +169,42 @@ def launches(tuning, tokens: int, dtype: torch.dtype) -> tuple[kernels.Launch, k
     return shrink, expand
 
 
-def cases() -> set[tuple[int, torch.dtype, Gpu, Tuning]]:
-    """Class of tokens, dtype, GPU and settings; in CI the first and the last, which differ most."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    if not EVERY:
-        classes = (0, len(DEFAULTS) - 1)
-        every = [(i, d, gpu, DEFAULTS[i]) for i in classes for d in dtypes for gpu in GPUS]
-        return {case for case in every if case[1] != torch.float16 or case[2] == GPUS[0]}
-    capability = {"A100": GPUS[0], "H100": GPUS[1], "H200": GPUS[1], "B200": GPUS[2], "L40S": L40S}
+def cases() -> set[tuple[int, Tuning, int, torch.dtype, Gpu]]:
+    """All that differ: which kernel, settings, the most tokens, dtype and GPU.
+
+    Defaults may serve any GPU, stored settings theirs. Of a setting only what its kernel is
+    compiled for counts, and batches of decode are alike.
+    """
     settings = [(gpu, DEFAULTS) for gpu in GPUS]
     settings += [
-        (capability[name.split()[1]], stored(name)) for name in json.loads(FILE.read_text())
+        (OF_STORED[name.split()[1]], stored(name)) for name in json.loads(FILE.read_text())
     ]
-    return {
-        (index, dtype, gpu, tuning)
-        for gpu, of_gpu in settings
-        for index, tuning in enumerate(of_gpu)
-        for dtype in dtypes
-    }
+    of_all = set()
+    for gpu, of_gpu in settings:
+        for tuning, most in zip(of_gpu, (*TOKEN_CLASSES, 2 * TOKEN_CLASSES[-1]), strict=True):
+            of_shrink = replace(DEFAULTS[0], shrink=tuning.shrink)
+            splits = replace(DEFAULTS[0].shrink, splits=tuning.shrink.splits)
+            of_expand = replace(tuning, shrink=splits)
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                for kernel, alone in enumerate((of_shrink, of_expand)):
+                    of_all.add((kernel, alone, max(most, DECODE), dtype, gpu))
+    return of_all
 
 
-@pytest.mark.parametrize(("index", "dtype", "gpu", "tuning"), sorted(cases(), key=str))
-def test_kernels_fit_the_gpu(index, dtype, gpu, tuning) -> None:
-    tokens = (*TOKEN_CLASSES, 2 * TOKEN_CLASSES[-1])[index]
-    for launch in launches(tuning, tokens, dtype):
-        kernel = compiled(launch, gpu)
-        name = launch.kernel.__name__
-        assert kernel.spilled == 0, f"{name} spills {kernel.spilled} bytes"
-        assert kernel.shared <= min(gpu.of_program, L40S.of_program) * 1024
-        assert kernel.wide_loads > 0, f"{name} loads less than 16 bytes at a time"
-        if launch.kernel is kernels._expand:
-            assert kernel.wide_stores > 0
-        if tokens <= 256 and gpu != L40S:  # which has room for three of shrink's
-            assert kernel.programs(gpu) >= 4, (
-                f"{name}: {kernel.registers} registers, {kernel.shared} bytes of shared memory"
-            )
-        if dtype != torch.float32:
-            assert kernel.tensor_core_products, f"{name} has no products on tensor cores"
-        if launch.kernel is kernels._shrink and dtype != torch.float32 and tokens > 1024:
-            assert "tf32" in kernel.tensor_core_products  # the routers' too
+@pytest.mark.parametrize(("kernel", "tuning", "tokens", "dtype", "gpu"), sorted(cases(), key=str))
+def test_kernels_fit_the_gpu(kernel, tuning, tokens, dtype, gpu) -> None:
+    launch = launches(tuning, tokens, dtype)[kernel]
+    found = compiled(launch, gpu)
+    assert found.spilled == 0, f"{found.spilled} bytes are spilled"
+    assert found.shared <= min(gpu.of_program, OF_L40S) * 1024
+    assert found.wide_loads > 0, "it loads less than 16 bytes at a time"
+    if launch.kernel is kernels._expand:
+        assert found.wide_stores > 0
+    if tokens <= DECODE:
+        assert found.programs(gpu) >= 4, (
+            f"{found.registers} registers, {found.shared} bytes of shared memory"
+        )
+    if dtype != torch.float32:
+        assert found.tensor_core_products, "it has no products on tensor cores"
+    if launch.kernel is kernels._shrink and dtype != torch.float32 and tokens > TOKEN_CLASSES[-1]:
+        assert "tf32" in found.tensor_core_products  # the routers' too
