@@ -96,7 +96,8 @@ class TritonSlots:
         Where the layer's inputs are split, what is added is this process's part of a sum.
         """
         tuning, blocks = tuning_for(x.device, x.shape[0]), batch.blocks(x.device)
-        h, z = self.results.of(x.shape[0], len(self.widths), tuning.shrink.splits)
+        shape = (x.shape[0], len(self.widths), tuning.shrink.splits)
+        h, z = self.results.of(*shape)
         kernels.shrink(
             x,
             blocks.order,
@@ -107,7 +108,7 @@ class TritonSlots:
             tuning.shrink,
         )
         if self._all_reduce is not None:
-            z = self._all_reduce(z.sum(1, keepdim=True))
+            z = self._all_reduce(torch.sum(z, 1, keepdim=True, out=self.results.total(*shape)))
         kernels.expand(
             y,
             h,

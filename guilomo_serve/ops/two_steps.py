@@ -172,7 +172,7 @@ class Results:
     def __init__(self, device: torch.device | str) -> None:
         self._memory = torch.empty(0, dtype=torch.float32, device=device)
         self._tokens = 0
-        self._parts: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._parts: dict[tuple[int, int], list[torch.Tensor]] = {}
 
     def of(self, tokens: int, slices: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For a batch and a layer, with room for the largest adapter; values are old ones.
@@ -185,15 +185,30 @@ class Results:
         Returns:
             h [T, splits, slices * MAX_RANK] and z [T, splits, slices * MAX_EXPERTS], float32.
         """
+        h, z, _ = self._of(tokens, slices, splits)
+        return h, z
+
+    def total(self, tokens: int, slices: int, splits: int) -> torch.Tensor:
+        """For the sum of z over its splits, beside both; arguments as of `of`.
+
+        Returns: [T, 1, slices * MAX_EXPERTS] float32.
+        """
+        return self._of(tokens, slices, splits)[2]
+
+    def _of(self, tokens: int, slices: int, splits: int) -> list[torch.Tensor]:
         if tokens != self._tokens:
             self._tokens, self._parts = tokens, {}
         if (slices, splits) not in self._parts:
-            shapes = [(tokens, splits, slices * most) for most in (MAX_RANK, MAX_EXPERTS)]
+            shapes = [
+                (tokens, splits, slices * MAX_RANK),
+                (tokens, splits, slices * MAX_EXPERTS),
+                (tokens, 1, slices * MAX_EXPERTS),
+            ]
             sizes = [math.prod(shape) for shape in shapes]
             if sum(sizes) > len(self._memory):
                 self._memory, self._parts = self._memory.new_empty(sum(sizes)), {}
-            h, z = self._memory[: sum(sizes)].split(sizes)
-            self._parts[slices, splits] = (h.view(shapes[0]), z.view(shapes[1]))
+            parts = self._memory[: sum(sizes)].split(sizes)
+            self._parts[slices, splits] = [p.view(s) for p, s in zip(parts, shapes, strict=True)]
         return self._parts[slices, splits]
 
 

@@ -38,8 +38,9 @@ def left_alone(model: torch.nn.Module) -> set[str]:
     from vllm.model_executor.layers.fused_moe import MoERunner
     from vllm.model_executor.layers.linear import LinearBase
 
-    names: set[str] = set(getattr(model, "embedding_modules", ()))
+    names: set[str] = set()
     for name, module in model.named_modules():
+        names.update(getattr(module, "embedding_modules", ()))  # of a language model in it, too
         if isinstance(module, MoERunner):
             block, _, experts = name.rpartition(".")
             beside = model.get_submodule(block).named_children()

@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from vllm.model_executor.models.llama import LlamaForCausalLM
 
 from guilomo_serve.adapter import BaseModel
 from guilomo_serve.check import hf
+from guilomo_serve.runtime.experts import left_alone
 from tests.serve.helpers import ask, byte_tokenizer, guilomo_serve, random_adapter, serving
 
 pytestmark = pytest.mark.slow
@@ -97,3 +99,11 @@ def test_its_language_models_adapters_are_served(seeing_model, tmp_path):
             message = answer.json()["error"]["message"]
             assert message.startswith(f"{folder}: adapts 'model.vision_model.")
             assert "train one of the language model alone, model.text_model" in message
+
+
+def test_the_head_of_a_language_model_that_is_a_part_is_left_alone():
+    """vLLM would wrap it, with room for each slot at the largest rank."""
+    seeing, language = torch.nn.Module(), torch.nn.Module()
+    language.embedding_modules = LlamaForCausalLM.embedding_modules
+    seeing.language_model = language
+    assert left_alone(seeing) == {"embed_tokens", "lm_head"}
