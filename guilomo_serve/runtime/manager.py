@@ -102,11 +102,11 @@ class TokenSlots:
     ) -> None:
         """Args: mapping: vLLM's `LoRAMapping`, with an adapter id (0 for none) for each token."""
         ids = np.asarray(mapping.index_mapping, dtype=np.int64)
-        slots = np.full(len(ids), -1, dtype=np.int64)
-        for adapter_id in np.unique(ids[ids > 0]).tolist():
-            slots[ids == adapter_id] = self._slot_of[adapter_id]
+        adapters, of_token = np.unique(ids, return_inverse=True)
+        slots = [self._slot_of[n] if n > 0 else -1 for n in adapters.tolist()]
+        slot_of_token = np.array(slots, dtype=np.int64)[of_token]
         # vLLM activates what a step needs in the order of a set, which differs by process.
-        self.batch = Batch(slots, np.where(ids > 0, ids, -1))
+        self.batch = Batch(slot_of_token, np.where(ids > 0, ids, -1))
         if self.blocks is not None:
             self.blocks.update(self.batch)
 
