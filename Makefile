@@ -28,12 +28,15 @@ test-lowest: setup
 		beyond_sft.py cli.py data.py endings.py layer.py packing.py peft.py report.py resume.py tools.py \
 		whole_modules.py)
 
-# What needs more than the locks have: Ray; PostgreSQL and HAProxy, for three replicas under load while
-# one is stopped, one is killed, one joins and the database restarts.
+# What needs more than the locks have: Ray; PostgreSQL, HAProxy and vllm-router, for three replicas under
+# load while one is stopped, one is killed, one joins and the database restarts.
 test-fleet: setup
 	.venv/bin/python -m pip install --quiet "ray[serve]==2.60.0" jsonref
 	.venv/bin/python -m pytest -m fleet
-	.venv/bin/python benchmarks/fleet.py
+	.venv/bin/python -m venv .cache/vllm-router # it has other versions of what we have
+	.cache/vllm-router/bin/python -m pip install --quiet vllm-router==0.1.17
+	.venv/bin/python benchmarks/fleet.py --vllm-router .cache/vllm-router/bin/vllm-router \
+		--out benchmarks/results/fleet.json
 
 lint: setup
 	.venv/bin/ruff check .

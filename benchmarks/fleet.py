@@ -14,6 +14,8 @@ with `--vllm-router` half of them behind that one.
               to a lease, and while the database is down PUT is tried again (`put_retries`)
     replicas  how many there are in the end
     requests, swaps        how many there were, requests by load balancer
+
+It ends with status 1 if a request failed, or an answer was mixed or stale.
 """
 
 from __future__ import annotations
@@ -208,6 +210,8 @@ def main() -> None:
         for url, name in fronts.items():
             result["requests"][name] = sum(asked.url == url for asked in seen.asked)
     report(result, args, args.out)
+    if result["failed"] or result["mixed"] or result["stale"]:
+        sys.exit(1)
 
 
 def alone(replicas: list[Replica], adapter: Path) -> str:

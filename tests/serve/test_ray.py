@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve import hf_reference
+from tests.serve import helpers, hf_reference
 from tests.serve.expert_load import check_load, expected_load, first_sampled
 from tests.serve.helpers import guilomo_serve, serving
 from tests.serve.test_parallel_modes import (
@@ -32,7 +32,7 @@ from tests.serve.test_parallel_modes import (
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: make test-fleet")
 
-pytestmark = [pytest.mark.slow, pytest.mark.fleet]
+pytestmark = [pytest.mark.slow, pytest.mark.fleet, pytest.mark.timeout(1200)]
 
 _PLATFORM = """
 from vllm.platforms.cpu import CpuPlatform
@@ -55,6 +55,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dic
     (about / "entry_points.txt").write_text("[vllm.platform_plugins]\nray_cpu = ray_cpu:register\n")
     monkeypatch.setenv("PYTHONPATH", str(about.parent), prepend=os.pathsep)  # Ray's workers too
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr(helpers, "START_TIMEOUT_S", 900)  # Ray's workers start after the engine
     ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
     yield {**UNBOUND, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     ray.shutdown()
@@ -89,7 +90,7 @@ def test_ray_serve_llm_loads_an_adapter_from_storage_on_a_miss(
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=1000,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
