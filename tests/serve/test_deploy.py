@@ -6,9 +6,12 @@ import http.client
 import json
 import re
 import shutil
+import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -167,14 +170,25 @@ class Stand(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-@pytest.mark.parametrize("bad", ["503", "gone"])
-def test_haproxy_asks_another_replica_for_what_one_does_not_answer(
-    bad: str, tmp_path: Path
-) -> None:
+class Streaming(Stand):
+    """A replica that streams its answers, in ten parts."""
+
+    def _answer(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for _ in range(10):
+            time.sleep(0.02)
+            self.wfile.write(b"4\r\npart\r\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+
+@contextmanager
+def balanced(kinds: Sequence[type[Stand]], folder: Path) -> Iterator[int]:
+    """The port of a HAProxy with our settings before such replicas."""
     haproxy = shutil.which("haproxy", path="/usr/sbin:/usr/bin")
     if haproxy is None:
         pytest.skip("haproxy is not installed")
-    kinds = [type("Bad", (Stand,), {"bad": bad}), Stand, Stand]
     stands = [ThreadingHTTPServer(("127.0.0.1", 0), kind) for kind in kinds]
     for stand in stands:
         threading.Thread(target=stand.serve_forever, daemon=True).start()
@@ -182,11 +196,26 @@ def test_haproxy_asks_another_replica_for_what_one_does_not_answer(
     text = (DEPLOY / "compose" / "haproxy.cfg").read_text().replace("bind :8000", f"bind :{port}")
     for n, stand in enumerate(stands, 1):
         text = text.replace(f"replica-{n}:8000", f"127.0.0.1:{stand.server_port}")
-    config = tmp_path / "haproxy.cfg"
+    config = folder / "haproxy.cfg"
     config.write_text(text)
     balancer = subprocess.Popen([haproxy, "-db", "-f", str(config)], stderr=subprocess.DEVNULL)
     try:
         eventually(lambda: answers(f"http://127.0.0.1:{port}"), "HAProxy answers", 20)
+        yield port
+    finally:
+        balancer.terminate()
+        balancer.wait()
+        for stand in stands:
+            stand.shutdown()
+            stand.server_close()
+
+
+@pytest.mark.parametrize("bad", ["503", "gone"])
+def test_haproxy_asks_another_replica_for_what_one_does_not_answer(
+    bad: str, tmp_path: Path
+) -> None:
+    kinds = [type("Bad", (Stand,), {"bad": bad}), Stand, Stand]
+    with balanced(kinds, tmp_path) as port:
         for n in range(12):  # names, of whom each replica has some
             # Longer than HAProxy keeps by itself; and clients send it after the headers.
             body = json.dumps({"model": f"adapter-{n}", "prompt": 60_000 * "x"}).encode()
@@ -197,12 +226,20 @@ def test_haproxy_asks_another_replica_for_what_one_does_not_answer(
             client.send(body)
             assert client.getresponse().status == 200, n
             client.close()
-    finally:
-        balancer.terminate()
-        balancer.wait()
-        for stand in stands:
-            stand.shutdown()
-            stand.server_close()
+
+
+def test_haproxy_passes_parts_of_a_stream_on_as_they_come(tmp_path: Path) -> None:
+    """By itself it keeps them for up to 200 ms, to send several at once."""
+    parts = []
+    with (
+        balanced(3 * [Streaming], tmp_path) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=20) as client,
+    ):
+        client.sendall(b"GET / HTTP/1.1\r\nHost: front\r\nConnection: close\r\n\r\n")
+        while part := client.recv(2**16):
+            parts.append(part)
+    assert b"".join(parts).count(b"part") == 10
+    assert len(parts) > 5
 
 
 def answers(url: str) -> bool:
