@@ -4,11 +4,11 @@
 
 is two processes of tensor parallelism. Each writes to a file in OUTPUT, named by its rank, as JSON,
 the greedy tokens of each job eager and replayed, the adapters that it copied into slots, what the
-report says of experts, what a worker says of the adapter "large", for which there is no memory, and
-what the check of graph_check.py
-finds: without graphs, with such as leave adapters out because they were captured before slots could
-have any, with such in one process alone, with right ones, and where the kernels of one process are
-wrong.
+report says of experts, which layers launch kernels for "second" alone, what a worker says of the
+adapter "large", for which there is no memory, and of one to be pinned, and what the check of
+graph_check.py finds: without graphs, with such as leave adapters out because they were captured
+before slots could have any, with such in one process alone, with right ones, and where the kernels
+of one process are wrong.
 
 `Graphs` stands for CUDA graphs as far as our op goes: of each layer, padded size and case that vLLM
 would capture it records the operations that run then, with vLLM's own adapters without weights, and
@@ -25,12 +25,14 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from guilomo_serve.ops import kernels
+from guilomo_serve.ops.memory import AdapterMemoryError
 from tests.ops.late_copies import LateCopies
 
 PROMPTS = ("ab", "hello", "x")
@@ -214,6 +216,20 @@ def _wrong_products(worker: Any, is_wrong: bool) -> str:
     return ""
 
 
+def _launching(manager: Any, adapter_id: int) -> list[str]:
+    """The layers that launch anything for a batch of one adapter, outside of graphs."""
+    (slots,) = manager.punica_wrapper_mapping.values()
+    slots.update_metadata(SimpleNamespace(index_mapping=(adapter_id,)), [], 0, 0)
+    found = []
+    for name, layer in manager._routed.items():
+        x, y = torch.zeros(1, layer.input_size), torch.zeros(1, sum(layer.output_slices))
+        with _Recorder() as recorder:
+            type(layer).add_routed_(layer, y, x)
+        found += [name] if recorder.calls else []
+    manager._slots_changed = True  # the next step writes its own batch
+    return found
+
+
 def _put(llm: Any, method: str, folder: str) -> Any:
     """What a worker answers to the front end (server/residency.py) of an adapter it reads so."""
     about = ("large", 200, folder)
@@ -298,6 +314,11 @@ def main() -> None:
         llm.llm_engine.add_lora(loras[name])
     eager, brought = zip(*map(run, jobs), strict=True)
     assert not wrong.replays, "graphs that were found wrong are used"
+    try:
+        llm.llm_engine.pin_lora(loras["first"].lora_int_id)
+    except AdapterMemoryError as e:
+        found["pinned"] = str(e)
+    found["launching"] = _launching(manager, loras["second"].lora_int_id)
     full = [_put(llm, method, large) for method in ("guilomo_add", "guilomo_read")]
     found["of one"] = graph_check._of_any("a reason" if is_last else "")
     found["products"] = _wrong_products(worker, is_last)

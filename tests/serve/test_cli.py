@@ -145,6 +145,7 @@ def test_front_ends_that_go_around_ours_are_refused(tiny_model, capsys, monkeypa
 def test_slots_follow_what_host_memory_may_hold(tiny_model, adapters, capsys):
     assert completed(tiny_model, "--max-cpu-loras", "2").max_loras == 2
     assert completed(tiny_model, "--max-cpu-loras", "200").max_loras == 16
+    assert not completed(tiny_model).enforce_eager  # CUDA graphs are for adapters, too
     assert completed(tiny_model, "--max-loras=3", "--max-cpu-loras=8").max_loras == 3
     # Without the flag memory alone bounds them; vLLM would keep no more than its slots.
     for given, most in (({}, sys.maxsize), ({"max_cpu_loras": 2}, 2)):

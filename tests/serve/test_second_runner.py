@@ -30,6 +30,7 @@ pytestmark = pytest.mark.slow
 
 PROMPTS = ("A card has not arrived.", "hello")
 TOKENS = 6
+ADAPTED_BY_SECOND = ("self_attn.qkv_proj", "mlp.gate_up_proj")
 UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
@@ -104,6 +105,11 @@ def test_kernels_answer_eager_and_replayed_as_cuda_graphs_are(
         r"\(torch.float32 on cpu\); add --enforce-eager",
         found["check"]["refused"],
     )
+    # Layers that the batch's adapter leaves alone launch nothing.
+    adapted = [f"model.layers.{i}.{part}" for i in (0, 1) for part in ADAPTED_BY_SECOND]
+    assert found["check"]["launching"] == adapted
+    # What is pinned would leave no room for others of a step.
+    assert found["check"]["pinned"].startswith("adapters that a batch may have take ")
     for full in found["full"]:  # however it is read
         assert full["is_full"]
         assert re.match("adapters that a batch may have take .* [(]--adapter-m", full["refused"])
