@@ -13,20 +13,25 @@ test-peft: setup
 	.venv/bin/python -m tests.peft_suite.run
 
 # Training with packages that the locks do not have.
-test-extras: setup
-	DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet "deepspeed==0.19.8" "lm_eval[hf]==0.4.13"
+test-extras: .extras
+	DS_BUILD_OPS=0 .extras/bin/python -m pip install --quiet "deepspeed==0.19.8" "lm_eval[hf,api]==0.4.13" \
+		"mlflow==3.17.2" "wandb==0.31.0"
 	DS_ACCELERATOR=$$(.venv/bin/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')") \
-		.venv/bin/python -m pytest tests/train/test_deepspeed.py tests/train/test_lm_eval.py
+		PYTHONPATH=$(CURDIR) .extras/bin/python -m pytest $(addprefix tests/train/test_, deepspeed.py lm_eval.py \
+		report_to.py)
 
 # Training with the lowest versions that pyproject.toml allows, over what else the lock has.
-test-lowest: setup
-	.venv/bin/python -m venv .lowest
-	.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-		>"$$(.lowest/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/lock.pth"
+test-lowest: .lowest
 	.lowest/bin/python -m pip install --quiet $$(.venv/bin/python deploy/lowest.py)
-	PYTHONPATH=. .lowest/bin/python -m pytest $(addprefix tests/train/test_, architectures.py bad_input.py \
+	PYTHONPATH=$(CURDIR) .lowest/bin/python -m pytest $(addprefix tests/train/test_, architectures.py bad_input.py \
 		beyond_sft.py cli.py data.py endings.py layer.py packing.py peft.py report.py resume.py tools.py \
 		whole_modules.py)
+
+# Environments over that of the lock, which they leave as it is.
+.extras .lowest: setup
+	.venv/bin/python -m venv $@
+	.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		>"$$($@/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/lock.pth"
 
 # What needs more than the locks have: Ray; PostgreSQL, HAProxy and vllm-router, for three replicas under
 # load while one is stopped, one is killed, one joins and the database restarts.

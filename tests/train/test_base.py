@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -39,7 +36,9 @@ def write_base(folder: Path, **config: object) -> Path:
     return folder
 
 
-def test_the_commit_of_the_base_is_in_the_adapter(tmp_path: Path) -> None:
+def test_the_commit_of_the_base_is_in_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The hub's cache has two commits of a base; a branch names the older one."""
     cached = tmp_path / "hub" / "models--tiny--llama"
     for commit in (COMMIT, OTHER):
@@ -49,19 +48,12 @@ def test_the_commit_of_the_base_is_in_the_adapter(tmp_path: Path) -> None:
     (cached / "refs" / "older").write_text(COMMIT)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(f'{{"prompt": "{i}", "completion": "{i}"}}' for i in range(8)))
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "guilomo_train.cli", "search", "--base", "tiny/llama"),
-            *("--revision", "older", "--attn_implementation", "eager"),
-            *("--train", rows, "--output", tmp_path / "out", "--target_modules", "q_proj"),
-        ],
-        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    # As HF_HUB_CACHE and HF_HUB_OFFLINE in the environment of a process that is yet to import it.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    search = ["search", "--base", "tiny/llama", "--revision", "older", "--target_modules", "q_proj"]
+    search += ["--attn_implementation", "eager", "--train", rows, "--output", tmp_path / "out"]
+    assert main([str(item) for item in search]) == 0
     spec = read_spec(tmp_path / "out" / "start")
     assert (spec.base_model_name_or_path, spec.revision) == ("tiny/llama", COMMIT)
 

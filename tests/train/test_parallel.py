@@ -66,12 +66,15 @@ def assert_same_weights(one: Path, other: Path, tolerance: float, of: str = "ada
 def launched(launcher: str, *arguments: object, **pipes: Any) -> subprocess.Popen[str]:
     """The command in two processes, by `torchrun` or `accelerate launch`."""
     any_port = ["--main_process_port", "0"]  # that is free
-    options = {
-        "torchrun": ["--standalone", "--nproc-per-node", "2"],
-        "accelerate": ["launch", "--num_processes", "2", "--num_machines", "1", *any_port],
+    how = {  # as modules: an environment over another has not the other's commands
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        "accelerate": [
+            *("accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"),
+            *any_port,
+        ],
     }
     return subprocess.Popen(
-        [Path(sys.executable).parent / launcher, *options[launcher], *map(str, arguments)],
+        [sys.executable, "-m", *how[launcher], *map(str, arguments)],
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **pipes.pop("variables", {})},
         **pipes,
@@ -229,35 +232,67 @@ def test_a_base_sharded_by_fsdp_is_tuned_resumed_and_scored_like_a_whole_one(
         assert runs[0][name] == runs[1][name]
 
 
+# Several runs in the same two processes, whose start takes longer than a run.
+SEVERAL = f"""{WATCHED.rpartition("sys.exit")[0]}
+import json
+from accelerate import PartialState
+
+PartialState.destroy_process_group = lambda self: None  # the next run goes on with it
+for command in json.loads(sys.argv[1]):
+    os.environ["ACCELERATE_USE_FSDP"] = "true"  # a run takes it out
+    assert main(command) == 0
+"""
+SEARCHES = [("online", "none"), ("first", "none"), ("second", "4bit")]
+
+
+def sharded_search(base: Path, data: list[str], order: str, quantize: str) -> list[str]:
+    """A run with a search, without what differs between one process and two."""
+    run = ["run", "--base", base, *data[:2], "--order", order, "--save_steps", 4, "--epochs", 1]
+    run += ["--quantize", quantize, "--dtype", "float32", "--dev", data[3], "--eval_steps", 3]
+    run += ["--max_experts", 3, "--max_rank", 2, "--search_balance_coefficient", 0.5]
+    run += ["--balance_coefficient", 0.5, "--gradient_checkpointing"]
+    run += ["--eval", data[3], "--eval_rows", 4, "--max_new_tokens", 2]
+    return [str(item) for item in run]
+
+
+@pytest.fixture(scope="module")
+def sharded(
+    tiny_base: Path, data: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[subprocess.Popen[str], Path]:
+    """Two processes that do all searches of SEARCHES, and the folder of their outputs and log."""
+    folder = tmp_path_factory.mktemp("sharded")
+    script = folder / "several.py"
+    script.write_text(SEVERAL)
+    parts = ["--search_batch_size", "2", "--batch_size", "2", "--output"]
+    commands = [
+        [*sharded_search(tiny_base, data, *how), *parts, str(folder / how[0])] for how in SEARCHES
+    ]
+    with (folder / "log").open("w") as out:
+        fsdp = ["--use_fsdp", "--fsdp_version", 2, script]
+        return launched("accelerate", *fsdp, json.dumps(commands), stdout=out, stderr=out), folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("order", "quantize"), [("online", "none"), ("first", "none"), ("second", "4bit")]
-)
+@pytest.mark.parametrize(("order", "quantize"), SEARCHES)
 def test_a_search_on_a_base_sharded_by_fsdp_finds_what_one_on_a_whole_base_does(
-    tiny_base: Path, data: list[str], tmp_path: Path, order: str, quantize: str
+    sharded: tuple[subprocess.Popen[str], Path],
+    tiny_base: Path,
+    data: list[str],
+    tmp_path: Path,
+    order: str,
+    quantize: str,
 ) -> None:
     """First and second order take the gradient in the masks alone through layers that are sharded
     and computed again; second order moves the adapter in between. A base in 4 bit is spread by
     other means; looks at --dev are passes without a gradient."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    common = ["--base", tiny_base, *data[:2], "--order", order, "--save_steps", 4, "--epochs", 1]
-    common += ["--quantize", quantize, "--dtype", "float32", "--dev", data[3], "--eval_steps", 3]
-    common += ["--max_experts", 3, "--max_rank", 2, "--search_balance_coefficient", 0.5]
-    common += ["--balance_coefficient", 0.5, "--gradient_checkpointing"]
-    common += ["--eval", data[3], "--eval_rows", 4, "--max_new_tokens", 2]
-    script, log = tmp_path / "watched.py", tmp_path / "log"
-    script.write_text(WATCHED)
-    parts = ["--output", two, "--search_batch_size", 2, "--batch_size", 2]
-    fsdp = ["--use_fsdp", "--fsdp_version", 2]
-    with log.open("w") as out:
-        process = launched(
-            "accelerate", *fsdp, script, "run", *common, *parts, stdout=out, stderr=out
-        )
-    whole = ["run", *common, "--output", one, "--search_batch_size", 4, "--batch_size", 4]
-    assert main([str(item) for item in whole]) == 0
+    process, folder = sharded
+    one, two, log = tmp_path / "one", folder / order, folder / "log"
+    whole = ["--search_batch_size", "4", "--batch_size", "4", "--output", str(one)]
+    assert main([*sharded_search(tiny_base, data, order, quantize), *whole]) == 0
     assert process.wait(timeout=240) == 0, log.read_text()
 
-    searching = log.read_text().split("search took")[0]
+    searching = re.findall(r"search: .*?search took", log.read_text(), re.S)
+    searching = searching[SEARCHES.index((order, quantize))]
     assert ", base in 2 shards" in searching
     held = re.findall(r"held: (\S+)", searching)
     assert held.count("0.5") == len(held) >= 16, "a half each, in both processes, in every pass"
