@@ -86,7 +86,7 @@ def test_a_run_on_a_base_in_parts_finds_and_trains_what_one_on_a_whole_base_does
     for name in a:
         testing.assert_close(a[name], b[name], rtol=0, atol=2e-2)
     for folder in ("start", "adapter"):
-        assert_same_weights(one, two, 1e-5, folder)
+        assert_same_weights(one, two, 1e-5 if quantize == "none" else 5e-5, folder)
     assert_same_health(one, two, ("search", "finetune"))
     runs = [json.loads((o / "run.json").read_text()) for o in (one, two)]
     assert runs[0]["scores"] == pytest.approx(runs[1]["scores"], rel=1e-5)
