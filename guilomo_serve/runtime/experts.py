@@ -30,9 +30,12 @@ def install() -> None:
 def left_alone(model: torch.nn.Module) -> set[str]:
     """The last parts of the names of layers that an adapter may not have.
 
-    Heads, as with a wrapped lm_head `prompt_logprobs` on a CPU ends the engine; experts; what
-    stands beside them, their router above all; and what multi-head latent attention multiplies
-    into other weights, so that the layer itself does not run for each token.
+    Heads and embeddings, which vLLM's own LoRA gets wrong on a CPU: a request of the base that is
+    in a batch with an adapter is answered with what is in the slots (tests/serve/
+    test_embeddings.py), and with a wrapped lm_head `prompt_logprobs` ends the engine. Our kernels
+    have none for a GPU. Experts; what stands beside them, their router above all; and what
+    multi-head latent attention multiplies into other weights, so that the layer itself does not run
+    for each token.
     """
     from vllm.model_executor.layers.attention import MLAAttention
     from vllm.model_executor.layers.fused_moe import MoERunner

@@ -2,7 +2,9 @@
 
 Each series but one has the label `adapter`, an adapter's public name or "base". The `MOST` adapters
 that were used last have series; an adapter that comes back after others begins from zero, as all do
-when a server starts, and those of a deleted one go. A client's request is counted by how it ended:
+when a server starts, and those of a deleted one go. What was counted of adapters whose series went
+is in those of "(others)", so that sums over all stay true. A client's request is counted by how it
+ended:
 
     finished   answered to its end
     aborted    its client went away, or the server dropped it as it ended
@@ -51,6 +53,7 @@ from guilomo_serve.server.report import EngineReport
 from guilomo_serve.server.residency import Residency
 
 BASE = "base"  # the base model's label; no adapter can have this name
+OTHERS = "(others)"  # the label of those without series; no adapter can have this name either
 MOST = 64  # adapters with series: 37 lines each, at 10 microseconds a line
 _SECONDS = (0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
 
@@ -71,6 +74,10 @@ class _Seconds:
     def observe(self, seconds: float) -> None:
         self.counts[bisect_left(_SECONDS, seconds)] += 1
         self.sum += seconds
+
+    def add(self, other: _Seconds) -> None:
+        self.counts = [mine + its for mine, its in zip(self.counts, other.counts, strict=True)]
+        self.sum += other.sum
 
     def buckets(self) -> list[tuple[str, float]]:
         total, found = 0, []
@@ -98,17 +105,27 @@ class Totals:
     evictions: int = 0
     swaps: int = 0
 
+    def add(self, other: Totals) -> None:
+        self.requests.update(other.requests)
+        self.engine_requests.update(other.engine_requests)
+        self.first_token.add(other.first_token)
+        self.latency.add(other.latency)
+        for name in ("prompt_tokens", "generated_tokens", "loads", "evictions", "swaps"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 class Series:
     """The totals of those adapters that were used last.
 
     Attributes:
+        others: of those that had series before, so that sums over all never fall.
         exists: whether a name is an adapter's that is in memory; others get no series.
         pinned: the names that were pinned at the last scrape.
     """
 
     def __init__(self) -> None:
         self._of: OrderedDict[str, Totals] = OrderedDict()
+        self.others = Totals()
         self.exists: Callable[[str], bool] = lambda name: False
         self.pinned: Collection[str] = ()
 
@@ -122,12 +139,13 @@ class Series:
             self._of[adapter] = totals
         self._of.move_to_end(adapter)
         if len(self._of) > MOST:
-            del self._of[next(name for name in self._of if name != BASE)]
+            gone = next(name for name in self._of if name != BASE)
+            self.others.add(self._of.pop(gone))
         return totals
 
     def forget(self, adapter: str) -> None:
         """Takes those of a deleted adapter away; requests of it that end later do not count."""
-        self._of.pop(adapter, None)
+        self.others.add(self._of.pop(adapter, Totals()))
 
     def all(self) -> list[tuple[str, Totals]]:
         return list(self._of.items())
@@ -292,7 +310,7 @@ class AdapterMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         of = series.all()
-        yield from self._totals(of)
+        yield from self._totals([*of, (OTHERS, series.others)])
         yield from self._gauges([name for name, _ in of if name != BASE])
 
     @staticmethod

@@ -357,7 +357,9 @@ def test_only_the_adapters_used_last_have_series():
     kept = dict(series.all())
     assert kept.keys() == {BASE, names[0], *names[-(MOST - 2) :]}
     assert kept[names[0]].loads == 1 + len(names)
+    assert series.others.loads == len(names) - (MOST - 1)
     series.forget(names[-1])
+    assert series.others.loads == len(names) - (MOST - 1) + 1
     series.exists = lambda name: False
     series.of(names[-1]).loads += 1
     assert names[-1] not in dict(series.all())
