@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import transformers
 from vllm import AsyncEngineArgs
 from vllm.entrypoints.cli.serve import cmd_init, run_multi_api_server
 from vllm.platforms import current_platform
@@ -22,7 +23,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from guilomo_serve import cli, flags, room
 from guilomo_serve.adapter import CONFIG_FILE
 from guilomo_serve.precision import half_precision_is_slow
-from tests.serve.helpers import random_lora
+from tests.serve.helpers import byte_tokenizer, random_lora
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -258,6 +259,27 @@ def test_a_cpu_is_slow_in_half_precision_without_its_instructions():
 def test_a_plugin_that_would_not_load_is_an_error(tiny_model, monkeypatch, capsys):
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     assert "VLLM_PLUGINS" in refused(capsys, str(tiny_model))
+
+
+def test_ranks_of_a_mixture_behind_a_load_balancer_are_to_be_replicas(tmp_path, capsys):
+    """Where vLLM itself has them: for other bases it says so by itself (above)."""
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    transformers.Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        architectures=["Qwen3MoeForCausalLM"],
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        moe_intermediate_size=64,
+    ).save_pretrained(tmp_path)
+    two = (str(tmp_path), "--data-parallel-size", "2", "--data-parallel-rank", "0")
+    for flags_of_rank in ((), ("--data-parallel-external-lb",)):
+        message = refused(capsys, *two, *flags_of_rank)
+        assert "--data-parallel-external-lb" in message
+        assert "with one --state postgresql://" in message
 
 
 def test_vllm_has_no_runtime_updates_with_several_servers_whatever_else(
