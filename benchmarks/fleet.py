@@ -68,13 +68,14 @@ defaults
     timeout check 1s
     retries 3
     option redispatch
+    option http-no-delay
     retry-on conn-failure empty-response 503
 frontend front
     bind 127.0.0.1:{port}
     option http-buffer-request
     default_backend replicas
 backend replicas
-    balance roundrobin
+    balance {balance}
     option httpchk GET /ready
     default-server check inter 500ms fall 2 rise 1
 """
@@ -122,6 +123,11 @@ class Replica:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def group(self) -> int:
+        """Of its processes."""
+        return self._process.pid
 
     def start(self) -> None:
         environment = {**os.environ, "GUILOMO_ADMIN_KEY": KEY, "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -223,8 +229,8 @@ def alone(replicas: list[Replica], adapter: Path) -> str:
     return str(found.pop())
 
 
-def ask(url: str, session: Any = requests) -> Asked:
-    body = {"model": NAME, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
+def ask(url: str, session: Any = requests, model: str = NAME) -> Asked:
+    body = {"model": model, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
     sent = time.monotonic()
     try:
         answer = session.post(
@@ -338,15 +344,19 @@ def judged(seen: Seen, texts: list[str], replicas: int) -> dict[str, Any]:
 
 
 @contextmanager
-def haproxy(replicas: list[Replica], scratch: Path) -> Iterator[str]:
+def haproxy(
+    replicas: list[Replica], scratch: Path, balance: str = "roundrobin", model: str = NAME
+) -> Iterator[str]:
+    """Args: model: that it is asked for to see whether it is there."""
     program = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
         raise SystemExit("haproxy is not installed (Debian has it)")
     port = free_port()
     servers = [f"    server r{n} 127.0.0.1:{r.port}\n" for n, r in enumerate(replicas)]
     config = scratch / "haproxy.cfg"
-    config.write_text(HAPROXY.format(port=port) + "".join(servers))
-    with running([program, "-db", "-f", str(config)], port, scratch / "haproxy.log") as url:
+    config.write_text(HAPROXY.format(port=port, balance=balance) + "".join(servers))
+    command = [program, "-db", "-f", str(config)]
+    with running(command, port, scratch / "haproxy.log", model) as url:
         yield url
 
 
@@ -371,14 +381,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: list[str], port: int, log: Path) -> Iterator[str]:
+def running(command: list[str], port: int, log: Path, model: str = NAME) -> Iterator[str]:
     """A load balancer, once it passes on what clients ask."""
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 60
-        while ask(url).text is None:
+        while ask(url, model=model).text is None:
             if time.monotonic() > deadline or process.poll() is not None:
                 raise SystemExit(f"{log.read_text()[-3000:]}\nthe load balancer does not answer")
             time.sleep(0.5)

@@ -120,14 +120,18 @@ class Fleet:
         holders: adapter -> the replicas that have it.
     """
 
-    def __init__(self, replicas: int, capacity: int) -> None:
+    def __init__(self, replicas: int, capacity: int, ring: int = 0) -> None:
         self.size, self._capacity = replicas, capacity
         self.in_flight = np.zeros(replicas, dtype=np.int64)
         self.resident: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(replicas)]
         self.holders: dict[int, set[int]] = {}
         self._free_at = np.zeros(replicas)
         self._ends: list[tuple[float, int]] = []
-        self._ring = sorted((_place(f"{r}/{i}"), r) for r in range(replicas) for i in range(POINTS))
+        self._ring = sorted(
+            (_place(f"{ring * replicas + r}/{i}"), r)
+            for r in range(replicas)
+            for i in range(POINTS)
+        )
 
     def pass_time(self, now: float) -> None:
         """Takes away what has ended by now."""
@@ -236,10 +240,15 @@ def simulate(
     capacity: int,
     policy: Callable[[Fleet, Costs, float], Policy],
     seed: int = 0,
+    ring: int = 0,
 ) -> Run:
-    """Runs a fleet on drawn traffic; the first half fills its memory and does not count."""
+    """Runs a fleet on drawn traffic; the first half fills its memory and does not count.
+
+    Args:
+        ring: on which of all rings, by chance, the replicas have their places.
+    """
     times, adapters, answers = traffic.draw(seed)
-    fleet = Fleet(replicas, capacity)
+    fleet = Fleet(replicas, capacity, ring)
     choose = policy(fleet, costs, costs.prompt_s + traffic.answer_tokens * costs.token_s)
     seconds, cold = np.zeros(len(times)), np.zeros(len(times), dtype=bool)
     each = zip(times.tolist(), adapters.tolist(), answers.tolist(), strict=True)
