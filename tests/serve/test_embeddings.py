@@ -1,4 +1,4 @@
-"""Adapters of heads are refused, and vLLM's own LoRA of them and of embeddings is wrong on a CPU."""
+"""Adapters of heads are refused: vLLM's own LoRA of heads and embeddings is wrong on a CPU."""
 
 from __future__ import annotations
 
