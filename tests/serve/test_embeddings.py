@@ -1,4 +1,4 @@
-"""Adapters of heads are refused: vLLM's own LoRA of heads and embeddings is wrong on a CPU."""
+"""Adapters of heads and embeddings are refused: vLLM's own LoRA of them is wrong on a CPU."""
 
 from __future__ import annotations
 
@@ -28,14 +28,20 @@ def place(root: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_adapters_of_heads_are_refused_by_name(opened, tiny_model, place):
-    module = "lm_head"
-    plain = random_lora(tiny_model, place / "plain", seed=5, target_modules=[module, "v_proj"])
-    routed = random_adapter(tiny_model, place / "routed", seed=6, targets=(module, "v_proj"))
-    for folder in (plain, routed):
-        refused = opened.put("head", folder)
-        assert refused.status_code == 400
-        assert module in refused.json()["error"]["message"]
+def test_adapters_of_heads_and_embeddings_are_refused_by_name(opened, tiny_model, place):
+    def lora(module: str) -> Path:
+        return random_lora(tiny_model, place / module, seed=5, target_modules=[module, "v_proj"])
+
+    routed = random_adapter(tiny_model, place / "routed", seed=6, targets=("lm_head", "v_proj"))
+    refused = (
+        (lora("lm_head"), "lm_head"),
+        (routed, "lm_head"),
+        (lora("embed_tokens"), "embed_tokens"),
+    )
+    for folder, module in refused:
+        answer = opened.put("head", folder)
+        assert answer.status_code == 400
+        assert module in answer.json()["error"]["message"]
 
 
 def wrapper() -> PunicaWrapperCPU:
