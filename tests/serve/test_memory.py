@@ -120,6 +120,7 @@ def test_what_is_pinned_is_loaded(server):
     assert answer["pinned"]
     assert answer["resident"]
     assert resident(server) == {"b", "c"}
+    assert server.admin("POST", "/c/unpin").status_code == 200
 
 
 def test_what_is_being_rendered_is_in_use(server):
