@@ -32,7 +32,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -179,6 +179,24 @@ class Replica:
         return answer.ok
 
 
+@contextmanager
+def three_replicas(model: Path, flags: Sequence[str], scratch: Path) -> Iterator[list[Replica]]:
+    """Three servers of a model, with further flags, that run for the length of the block."""
+    command = [
+        *(sys.executable, "-m", "guilomo_serve.cli", str(model), "--served-model-name", "base"),
+        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
+        *(*flags, "--host", "127.0.0.1"),
+    ]
+    replicas = [Replica(command, scratch / f"{n}.log") for n in range(3)]
+    print("starting three replicas", flush=True)
+    with ExitStack() as stack:
+        for replica in replicas:
+            stack.callback(replica.end)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Replica.start, replicas))
+        yield replicas
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--swaps", type=int, default=200)
@@ -190,18 +208,8 @@ def main() -> None:
         model = tiny_llama(scratch / "model")
         adapters = [random_adapter(model, scratch / str(n), seed=n) for n in range(VERSIONS)]
         database = stack.enter_context(postgres())
-        command = [
-            *(sys.executable, "-m", "guilomo_serve.cli", str(model), "--served-model-name", "base"),
-            *("--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
-            *("--state", database.address, "--state-files", str(scratch / "files")),
-            *("--host", "127.0.0.1"),
-        ]
-        replicas = [Replica(command, scratch / f"{n}.log") for n in range(3)]
-        print("starting three replicas", flush=True)
-        for replica in replicas:
-            stack.callback(replica.end)
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(Replica.start, replicas))
+        shared = ("--state", database.address, "--state-files", str(scratch / "files"))
+        replicas = stack.enter_context(three_replicas(model, shared, scratch))
         texts = [alone(replicas, adapter) for adapter in adapters]
         if len(set(texts)) < VERSIONS:
             raise SystemExit("two adapters give the same answer: nothing could tell them apart")

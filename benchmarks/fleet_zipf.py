@@ -43,7 +43,7 @@ import numpy as np
 import requests
 import transformers
 from common import report
-from fleet import KEY, Replica, haproxy
+from fleet import KEY, Replica, haproxy, three_replicas
 from fleet_plan import Costs, Traffic, hashing, round_robin, simulate
 
 sys.path.append(str(Path(__file__).parents[1]))  # tests are no installed package
@@ -177,6 +177,8 @@ def main() -> None:
     parser.add_argument("--answer-tokens", type=float, default=16, help="mean; geometric")
     parser.add_argument("--out", type=Path, help="write the result with machine and versions here")
     args = parser.parse_args()
+    if args.adapters < SAMPLES:
+        parser.error(f"--adapters {args.adapters}: expected at least {SAMPLES}, to time their loads")
     # All replicas are on this machine: threads of several would wait for one another on its cores.
     os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     traffic = Traffic(args.adapters, args.zipf, args.rate, args.requests, args.answer_tokens, 0.0)
@@ -190,18 +192,9 @@ def main() -> None:
         for adapter in range(args.adapters):
             random_adapter(model, scratch / "root" / name_of(adapter), seed=adapter, ranks=ranks)
         memory = memory_of(scratch / "root" / name_of(0), 4) * (args.resident + 0.5) / 2**30
-        command = [
-            *(sys.executable, "-m", "guilomo_serve.cli", str(model), "--served-model-name", "base"),
-            *("--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
-            *("--adapter-root", str(scratch / "root"), "--adapter-memory", str(memory)),
-            *("--expert-load", "off", "--host", "127.0.0.1"),
-        ]
-        replicas = [Replica(command, scratch / f"{n}.log") for n in range(3)]
-        print("starting three replicas", flush=True)
-        for replica in replicas:
-            stack.callback(replica.end)
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(Replica.start, replicas))
+        flags = ("--adapter-root", str(scratch / "root"), "--adapter-memory", str(memory))
+        flags += ("--expert-load", "off")
+        replicas = stack.enter_context(three_replicas(model, flags, scratch))
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda r: asyncio.run(know(r.url, args.adapters)), replicas))
         costs, steps = asyncio.run(measure(replicas[0].url))
