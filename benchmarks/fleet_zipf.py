@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the result with machine and versions here")
     args = parser.parse_args()
     if args.adapters < SAMPLES:
-        parser.error(f"--adapters {args.adapters}: expected at least {SAMPLES}, to time their loads")
+        parser.error(f"--adapters {args.adapters}: expected {SAMPLES} or more, to time loads")
     # All replicas are on this machine: threads of several would wait for one another on its cores.
     os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     traffic = Traffic(args.adapters, args.zipf, args.rate, args.requests, args.answer_tokens, 0.0)
