@@ -35,7 +35,8 @@ foreign.py  adapters of MoLA, LoRAMoE and HydraLoRA as ours
 push.py     an adapter to the Hugging Face Hub
 allocation_map.py  an allocation as a table and a heat map
 model_card.py  the card of an adapter folder
-report.py   the report page of a run, from the files it leaves
+run_files.py  the files of a run, and a finished run read from them
+report.py   the report page of a run
 report_pictures.py  its pictures
 pictures.py what all pictures share
 run.py      a run: its stages with their files

@@ -185,7 +185,7 @@ def _plan(
     machine: PlanConfig,
 ) -> None:
     from guilomo_train.plan import plan
-    from guilomo_train.run import write_json
+    from guilomo_train.run_files import write_json
 
     planned = plan(common, search, finetune, machine)
     if machine.json is not None:
@@ -213,7 +213,7 @@ def _dev(run: Run, config: FinetuneConfig) -> Dataset | None:
 
 def _eval(chosen: EvalOptions, config: EvalConfig) -> None:
     from guilomo_train.evaluate import evaluate_adapter
-    from guilomo_train.run import write_json
+    from guilomo_train.run_files import write_json
 
     scores, answers = evaluate_adapter(
         chosen.base,

@@ -1,93 +1,20 @@
-"""The report page of a run: `report.md` and its pictures, made from the files that a run leaves.
-
-run.json        settings, times, sizes, scores
-history.json    per stage the modules that could be adapted and the trainer's log; of a search its
-                allocations over the steps; of a fine-tuning the health of each router in its last
-                steps; of an evaluation 1 for each row that a score counts, 0 for the others
-allocation.json or adapter/adapter_config.json: the allocation
-"""
+"""The report page of a run: `report.md` and its pictures, made from the files that a run leaves
+(run_files.py)."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from guilomo_train.adapters import read_trained_spec
-from guilomo_train.allocation_map import allocation_of, grid, heat_map
-from guilomo_train.config import FRESH, WITHOUT_EFFECT
+from guilomo_train.allocation_map import grid, heat_map
+from guilomo_train.config import WITHOUT_EFFECT
 from guilomo_train.errors import ConfigError
 from guilomo_train.health import DEAD
 from guilomo_train.limits import replace_file
 from guilomo_train.model_card import finding
-from guilomo_train.report_pictures import Curve, loss_picture, router_picture, search_picture
-from guilomo_train.search.allocation import Allocation
-
-RUN_FILE = "run.json"
-HISTORY_FILE = "history.json"
-PAGE_FILE = "report.md"
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What a run left behind: its folder, run.json, history.json and its allocation."""
-
-    folder: Path
-    record: Mapping[str, Any]
-    history: Mapping[str, Any]
-    allocation: Allocation
-
-    @classmethod
-    def read(cls, folder: Path) -> Finished:
-        """Reads the files of a run.
-
-        Raises:
-            ConfigError: a file is missing or broken.
-            AllocationError, AdapterError: its allocation is.
-        """
-        record, history = (read_json(folder / name) for name in (RUN_FILE, HISTORY_FILE))
-        if "finetune" in history:
-            modules = history["finetune"].get("modules", ())  # a run of before has none
-            allocation = allocation_of(read_trained_spec(folder / "adapter")[0], modules)
-        else:
-            allocation = Allocation.load(folder / "allocation.json")
-        return cls(folder, record, history, allocation)
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
-
-    @property
-    def start(self) -> str:
-        """What its fine-tuning began with."""
-        if self.record["inputs"].get("start", FRESH) == FRESH:
-            return FRESH
-        return "the search's weights" if "search" in self.record else "an adapter's weights"
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """What each stage took."""
-        seconds = {}
-        if "search" in self.record:
-            seconds["search"] = float(self.record["search"]["seconds"])
-        if "finetune_seconds" in self.record:
-            seconds["fine-tuning"] = float(self.record["finetune_seconds"])
-        return seconds
-
-    def curve(self, stage: str, key: str) -> Curve:
-        """A figure of the trainer's log over the steps."""
-        log = self.history[stage]["log"] if stage in self.history else []
-        at = {e["step"]: e[key] for e in log if key in e}
-        return Curve(tuple(at), tuple(at.values()))
-
-    def final_nll(self) -> float | None:
-        """Of the fine-tuning: the mean over the last tenth of its log."""
-        values = self.curve("finetune", "nll").values
-        last = values[-max(1, len(values) // 10) :]
-        return sum(last) / len(last) if last else None
+from guilomo_train.report_pictures import loss_picture, router_picture, search_picture
+from guilomo_train.run_files import PAGE_FILE, RUN_FILE, Curve, FinishedRun
+from guilomo_train.scoring import paired_error, unpaired_error
 
 
 def write_page(folder: Path, control: Path | None = None) -> Path:
@@ -104,8 +31,8 @@ def write_page(folder: Path, control: Path | None = None) -> Path:
         ConfigError, AllocationError, AdapterError: files of a run are missing or broken, or the
             control is of another base.
     """
-    run = Finished.read(folder)
-    other = Finished.read(control) if control is not None else None
+    run = FinishedRun.read(folder)
+    other = FinishedRun.read(control) if control is not None else None
     if other is not None:
         bases = [r.record["config"]["common"]["base"] for r in (run, other)]
         if bases[0] != bases[1]:
@@ -123,7 +50,7 @@ def write_page(folder: Path, control: Path | None = None) -> Path:
     return page
 
 
-def _head(run: Finished) -> str:
+def _head(run: FinishedRun) -> str:
     common = run.record["config"]["common"]
     return (
         f"# {run.name}\n\n"
@@ -133,7 +60,7 @@ def _head(run: Finished) -> str:
     )
 
 
-def _summary(run: Finished, other: Finished | None) -> str:
+def _summary(run: FinishedRun, other: FinishedRun | None) -> str:
     allocation, record = run.allocation, run.record
     parameters, whole = record["parameters"], record["uniform_parameters"]
     modules, adapted = len(allocation.ranks), len(allocation.adapted)
@@ -173,7 +100,7 @@ def _summary(run: Finished, other: Finished | None) -> str:
     return "\n".join(lines)
 
 
-def _control(run: Finished, other: Finished) -> str:
+def _control(run: FinishedRun, other: FinishedRun) -> str:
     rows = [f"| | {run.name} | {other.name} (control) | gained or lost |", "|---|---|---|---|"]
     scores = [r.record["scores"] for r in (run, other) if "scores" in r.record]
     paired = _same_rows(run, other)
@@ -183,7 +110,7 @@ def _control(run: Finished, other: Finished) -> str:
             if paired:
                 error = paired_error(*(r.history["eval"][key] for r in (run, other)))
             else:
-                error = math.hypot(*(_standard_error(s[key], s["rows"]) for s in scores))
+                error = unpaired_error(*((s[key], s["rows"]) for s in scores))
             rows.append(f"| {name} | {a:.3f} | {b:.3f} | {a - b:+.3f} ± {error:.3f} |")
     final = [nll for nll in (run.final_nll(), other.final_nll()) if nll is not None]
     if len(final) == 2:
@@ -215,7 +142,7 @@ def _control(run: Finished, other: Finished) -> str:
     return "\n".join(["## Against the control", "", *rows, "", " ".join(notes)])
 
 
-def _differences(run: Finished, other: Finished) -> str:
+def _differences(run: FinishedRun, other: FinishedRun) -> str:
     """Settings of stages that both had, in which they differ."""
     found = []
     mine, theirs = run.record["config"], other.record["config"]
@@ -229,7 +156,7 @@ def _differences(run: Finished, other: Finished) -> str:
     return ", ".join(found)
 
 
-def _losses(run: Finished, other: Finished | None) -> str:
+def _losses(run: FinishedRun, other: FinishedRun | None) -> str:
     panels = {}
     for stage, title in (("search", "search"), ("finetune", "fine-tuning")):
         curves = {}
@@ -245,7 +172,7 @@ def _losses(run: Finished, other: Finished | None) -> str:
     return f"## Loss\n\n![NLL over the steps](loss.png)\n\n{note}"
 
 
-def _search(run: Finished) -> str:
+def _search(run: FinishedRun) -> str:
     if "search" not in run.history:
         return ""
     modules = run.history["search"]["modules"]
@@ -284,12 +211,12 @@ def _search(run: Finished) -> str:
     )
 
 
-def _allocation(run: Finished) -> str:
+def _allocation(run: FinishedRun) -> str:
     heat_map(run.allocation, run.folder / "allocation.png")
     return "## Allocation\n\n![Experts and total rank of each layer](allocation.png)"
 
 
-def _routers(run: Finished) -> str:
+def _routers(run: FinishedRun) -> str:
     routers = run.history.get("finetune", {}).get("routers", {})
     if "finetune" not in run.history:
         return ""
@@ -324,31 +251,10 @@ def _routers(run: Finished) -> str:
     )
 
 
-def _standard_error(share: float, rows: int) -> float:
-    """Of a share of so many rows, smoothed (one more of each kind): 0 of 8 is not certain."""
-    smooth = (share * rows + 1) / (rows + 2)
-    return math.sqrt(smooth * (1 - smooth) / rows)
-
-
-def _same_rows(run: Finished, other: Finished) -> bool:
+def _same_rows(run: FinishedRun, other: FinishedRun) -> bool:
     """Whether both were asked the same rows, and left what they made of each."""
     asked = [r.record["inputs"].get("rows of --eval") for r in (run, other)]
     return asked[0] == asked[1] and all("eval" in r.history for r in (run, other))
-
-
-def paired_error(mine: Sequence[int], theirs: Sequence[int]) -> float:
-    """The standard error of the difference of two shares of the same rows.
-
-    A row's difference is 1, 0 or -1, so that rows which both answer alike, however hard they are,
-    add nothing to the error. Smoothed as a single share's: one more row gained, and one lost.
-
-    Args:
-        mine, theirs: for each row 1 if it counts, else 0.
-    """
-    differences = [a - b for a, b in zip(mine, theirs, strict=True)] + [1, -1]
-    mean = sum(differences) / len(differences)
-    variance = sum(d * d for d in differences) / len(differences) - mean * mean
-    return math.sqrt(variance / len(mine))
 
 
 def _saved(parameters: int, whole: int) -> str:
@@ -361,19 +267,3 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def read_json(path: Path) -> Any:
-    """Reads a file of a run.
-
-    Raises:
-        ConfigError: it is missing or broken.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file; guilomo-train search, finetune and run write it"
-        ) from None
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{path}: not a JSON file ({e})") from None

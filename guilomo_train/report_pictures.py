@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from guilomo_train.pictures import Cells, cells_of, heat, label_layers, save, subplots
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A figure over the steps of a training."""
-
-    steps: tuple[int, ...]
-    values: tuple[float, ...]
+from guilomo_train.run_files import Curve
 
 
 def loss_picture(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> None:

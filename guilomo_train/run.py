@@ -1,22 +1,11 @@
-"""A run of `search`, `finetune` or `run`: its stages, one after another, with their files.
-
-<output>/allocation.json   the allocation a search found
-<output>/allocation.png    its heat map
-<output>/selection.safetensors    the selection vectors it was read off
-<output>/start/            the adapter as the search left it, where fine-tuning starts
-<output>/adapter/          the adapter folder
-<output>/history.json      losses, router health and allocations over the steps; which rows of an
-                           evaluation were answered right
-<output>/run.json          settings, seed, versions, times, scores; written when all is done
-<output>/report.md         the report page (report.py), made of all these, with its pictures
-<output>/checkpoints/      while it runs: see checkpoints.py
+"""A run of `search`, `finetune` or `run`: its stages, one after another, with their files
+(run_files.py).
 
 Of several processes all train and the first writes.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -54,19 +43,25 @@ from guilomo_train.finetuning import FinetuneResult, finetune
 from guilomo_train.limits import enough_memory, replace_file
 from guilomo_train.model_card import finding, model_card
 from guilomo_train.processes import Sharding, processes, take_sharding_request
-from guilomo_train.report import HISTORY_FILE, RUN_FILE, read_json, write_page
+from guilomo_train.report import write_page
+from guilomo_train.run_files import (
+    ADAPTER_FOLDER,
+    ALLOCATION_FILE,
+    CHECKPOINT_FOLDER,
+    HISTORY_FILE,
+    PICTURE_FILE,
+    RUN_FILE,
+    SELECTION_FILE,
+    START_FOLDER,
+    read_json,
+    write_json,
+)
 from guilomo_train.scoring import Scores, expected_text, hits
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.searching import SearchResult, search
 from guilomo_train.shards import check_spreading, count_parameters
 from guilomo_train.versions import versions
 
-ALLOCATION_FILE = "allocation.json"
-PICTURE_FILE = "allocation.png"
-SELECTION_FILE = "selection.safetensors"
-START_FOLDER = "start"
-ADAPTER_FOLDER = "adapter"
-CHECKPOINT_FOLDER = "checkpoints"
 # Their versions decide what a run results in.
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
@@ -382,12 +377,6 @@ def settings_of(record: dict[str, Any], stage: str) -> dict[str, Any]:
     """All that the result of a stage depends on, as `checkpoints.check_same` compares it."""
     config = record["config"]
     return {"common": config["common"], stage: config[stage], "inputs": dict(record["inputs"])}
-
-
-def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Writes a JSON file; one of that name is replaced only when all is written."""
-    with replace_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=indent) + "\n")
 
 
 def say(text: str) -> None:

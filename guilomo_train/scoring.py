@@ -1,9 +1,11 @@
-"""What is right: exact match, and accuracy by the answer that a generated text ends with."""
+"""What is right: exact match, and accuracy by the answer that a generated text ends with; and how
+sure a difference of two such shares is."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -110,3 +112,33 @@ def expected_text(row: dict[str, Any]) -> str:
     if isinstance(row["completion"], str):
         return row["completion"]
     return row["expected"] if "expected" in row else row["completion"][-1]["content"]
+
+
+def paired_error(mine: Sequence[int], theirs: Sequence[int]) -> float:
+    """The standard error of the difference of two shares of the same rows.
+
+    A row's difference is 1, 0 or -1, so that rows which both answer alike, however hard they are,
+    add nothing to the error. Smoothed as a single share's: one more row gained, and one lost.
+
+    Args:
+        mine, theirs: for each row 1 if it counts, else 0.
+    """
+    differences = [a - b for a, b in zip(mine, theirs, strict=True)] + [1, -1]
+    mean = sum(differences) / len(differences)
+    variance = sum(d * d for d in differences) / len(differences) - mean * mean
+    return math.sqrt(variance / len(mine))
+
+
+def unpaired_error(*scores: tuple[float, int]) -> float:
+    """The standard error of the difference of two shares of different rows.
+
+    Each is smoothed (one more row of each kind): 0 of 8 is not certain.
+
+    Args:
+        scores: of each the share, 0 to 1, and the number of rows.
+    """
+    variance = 0.0
+    for share, rows in scores:
+        smooth = (share * rows + 1) / (rows + 2)
+        variance += smooth * (1 - smooth) / rows
+    return math.sqrt(variance)
