@@ -18,6 +18,7 @@ base.py     the base model and its tokenizer
 adapters.py the adapter of a PEFT model: put on, filled, taken out
 arguments.py what TRL's trainer is told
 loss.py     the loss on the completions of a batch
+preparing.py tokenised rows with their ends, none longer than it may be
 packing.py  several rows in one
 progress.py the progress line of a training
 trainer.py  that loss and the load-balance loss, on TRL's trainer

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
+from trl import pack_dataset
 
 from guilomo_train.errors import ConfigError
+from guilomo_train.rendering import NOT_LEARNED
 
 
 class PackedCollator:
@@ -25,6 +28,31 @@ class PackedCollator:
             lengths = row.get("seq_lengths", [len(row["input_ids"])])
             place[: sum(lengths)] = torch.cat([torch.arange(length) for length in lengths])
         return {**batch, "position_ids": positions}
+
+
+def packed(model: nn.Module, rows: Dataset, max_length: int | None) -> Dataset:
+    """Whole rows put one after another, up to a number of tokens. Each has positions from 0, which
+    is how transformers knows to keep their attention apart. (TRL's own packing computes with
+    FlashAttention alone.)
+
+    Args:
+        model: what will compute with them.
+        rows: `input_ids` and `labels`, none longer than `max_length`.
+        max_length: tokens of a packed row.
+
+    Returns:
+        `input_ids`, `labels` and `seq_lengths`, the tokens of each row in a packed one.
+
+    Raises:
+        ConfigError: `max_length` is None, or the model does not keep packed rows apart.
+    """
+    rows = rows.select_columns(["input_ids", "labels"])
+    if max_length is None:
+        raise ConfigError("packing needs max_length, the tokens of a packed row")
+    check_packing(model, list(rows[:2]["input_ids"]))
+    # A row's first token is predicted from nothing, and not from the row before it.
+    rows = rows.map(lambda row: {"labels": [NOT_LEARNED, *row["labels"][1:]]})
+    return pack_dataset(rows, max_length, "bfd")
 
 
 @torch.no_grad()

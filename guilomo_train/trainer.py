@@ -16,6 +16,7 @@ import copy
 import logging
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,40 +29,23 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import SaveStrategy, TrainOutput
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl import SFTConfig, SFTTrainer
 
 from guilomo_train.adapters import unsharded_state
+from guilomo_train.arguments import check_arguments
 from guilomo_train.balance import RouterWatch
 from guilomo_train.base import check_tokens
 from guilomo_train.batches import Batches, BatchLoader, with_blank
 from guilomo_train.checkpoints import STATE_FILE, Checkpointing, complete, whole
-from guilomo_train.endings import written_ends
-from guilomo_train.errors import ConfigError, DataError, DivergedError
+from guilomo_train.errors import ConfigError, DivergedError
 from guilomo_train.health import RouterFigures, RouterHealth
 from guilomo_train.lora_moe import LoraMoeLayer
 from guilomo_train.loss import completion_nll
-from guilomo_train.packing import PackedCollator, check_packing
+from guilomo_train.packing import PackedCollator, packed
+from guilomo_train.preparing import prepare
 from guilomo_train.progress import ProgressLine
-from guilomo_train.rendering import DROPPED
 
 _logger = logging.getLogger(__name__)
-
-
-# TRL's options for the loss, and for batches that its own loss knows, with what leaves them off.
-_OF_OTHER_TRAINERS: dict[str, tuple[Any, ...]] = {
-    "packing_strategy": ("bfd",),
-    "eval_packing": (None, False),
-    "padding_free": (False,),
-    "label_smoothing_factor": (0.0,),
-    "loss_type": ("nll", "chunked_nll"),  # the same, computed in parts
-    "use_liger_kernel": (False,),
-    "average_tokens_across_devices": (True,),
-    "router_aux_loss_coef": (None, 0.0),
-    # Of other orders of rows.
-    "data_seed": (None,),
-    "dataloader_drop_last": (False,),
-    "train_sampling_strategy": ("random",),
-}
 
 
 class LoraMoeTrainer(RouterWatch, SFTTrainer):
@@ -98,31 +82,7 @@ class LoraMoeTrainer(RouterWatch, SFTTrainer):
         checkpointing: Checkpointing | None = None,
         **kwargs: Any,
     ) -> None:
-        if args.deepspeed_plugin is not None:
-            raise ConfigError(
-                "deepspeed is given, which would leave each process a part of the adapter: spread "
-                "the base alone, as `accelerate launch --use_deepspeed --zero_stage 3 -m "
-                "guilomo_train.cli` does (guilomo_train.base.load_base with a Sharding)"
-            )
-        if args.n_gpu > 1:
-            raise ConfigError(
-                f"{args.n_gpu} GPUs are in one process, where DataParallel would split each batch "
-                "behind the routers' backs: start a process for each (torchrun --nproc-per-node "
-                f"{args.n_gpu}), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
-            )
-        if getattr(model, "dtype", None) == torch.float16 and not args.fp16:
-            raise ConfigError(
-                "the base is float16, in which small gradients are 0 without loss scaling: load it "
-                "in bfloat16 or float32, or set fp16=True"
-            )
-        for option, only in _OF_OTHER_TRAINERS.items():
-            # Versions have different ones, with different defaults, which nobody has asked for.
-            left_alone = (*only, getattr(SFTConfig, option, only[0]))
-            if getattr(args, option, only[0]) not in left_alone:
-                raise ConfigError(
-                    f"{option} is {getattr(args, option)!r}, expected {only[0]!r}: a LoRA-MoE has "
-                    "a trainer of its own, with its own loss and order of rows"
-                )
+        check_arguments(model, args)
         if kwargs.get("compute_metrics") is not None:
             raise ConfigError(
                 "compute_metrics is given, but held-out rows are watched by their loss alone: "
@@ -149,7 +109,8 @@ class LoraMoeTrainer(RouterWatch, SFTTrainer):
             if rows is not None:
                 check_tokens(self.model, self.processing_class, rows["input_ids"])
         if packing:
-            self._pack()
+            self.train_dataset = packed(self.model, self.train_dataset, self.args.max_length)
+            self.data_collator = PackedCollator(self.data_collator)
         self.balance_coefficient = balance_coefficient
         self.checkpointing = checkpointing or Checkpointing(0, {}, None)
         for parameter in self.model.parameters():
@@ -165,56 +126,17 @@ class LoraMoeTrainer(RouterWatch, SFTTrainer):
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: SFTConfig, *rest: Any
     ) -> Dataset:
-        """TRL's tokenized rows, cut to `max_length`. TRL cuts them and says nothing of it.
-
-        Where a chat template writes no end of an answer, the rows get the end token.
-        """
-        whole = copy.copy(args)
-        whole.max_length = None
-        prepared = super()._prepare_dataset(dataset, processing_class, whole, *rest)
-        if "dropped" in prepared.column_names:  # of plain texts TRL says it
-            unlike = [i for i, end in enumerate(prepared["dropped"]) if end]
-            if unlike:
-                what = f"have an end of the prompt that {DROPPED}"
-                shown = repr(prepared["dropped"][unlike[0]])
-                _warn(args, f"{_counted(prepared, unlike, what)}, there {shown}")
-        if not written_ends(processing_class):
-            end = [processing_class.eos_token_id]
-            prepared = prepared.map(lambda row: {k: row[k] + end for k in ("input_ids", "labels")})
-        limit = args.max_length
-        if limit is None:
-            return prepared
-        kept_end = args.truncation_mode == "keep_end"
-        span = slice(-limit, None) if kept_end else slice(None, limit)
-        long = [i for i, ids in enumerate(prepared["input_ids"]) if len(ids) > limit]
-        if not long:
-            return prepared
-        cut = prepared.map(lambda row: {k: row[k][span] for k in ("input_ids", "labels")})
-        learned = [i for i, labels in enumerate(cut["labels"]) if any(x != -100 for x in labels)]
-        if len(learned) < len(cut):
-            lost = sorted(set(range(len(cut))) - set(learned))
-            what = f"have no token of their completion within --max_length {limit}"
-            found = _counted(prepared, lost, what)
-            if not learned:
-                raise DataError(f"{found}; raise --max_length or shorten the prompts")
-            _warn(args, f"{found}; they are left out")
-        ends = [] if kept_end else sorted(set(long) & set(learned))
-        if ends:
-            what = f"go on after --max_length {limit}, where their completion is cut"
-            _warn(args, f"{_counted(prepared, ends, what)}: they teach no end")
-        return cut.select(learned)
-
-    def _pack(self) -> None:
-        """Puts whole rows one after another, up to `max_length` tokens. Each has positions from 0,
-        which is how transformers knows to keep their attention apart."""
-        rows = self.train_dataset.select_columns(["input_ids", "labels"])
-        if self.args.max_length is None:
-            raise ConfigError("packing needs max_length, the tokens of a packed row")
-        check_packing(self.model, list(rows[:2]["input_ids"]))
-        # A row's first token is predicted from nothing, and not from the row before it.
-        rows = rows.map(lambda row: {"labels": [-100, *row["labels"][1:]]})
-        self.train_dataset = pack_dataset(rows, self.args.max_length, "bfd")
-        self.data_collator = PackedCollator(self.data_collator)
+        """TRL's tokenised rows, cut by preparing.py and not by TRL."""
+        uncut = copy.copy(args)
+        uncut.max_length = None
+        rows = super()._prepare_dataset(dataset, processing_class, uncut, *rest)
+        return prepare(
+            rows,
+            processing_class,
+            args.max_length,
+            args.truncation_mode == "keep_end",
+            partial(_warn, args),
+        )
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         resume = resume_from_checkpoint or self.checkpointing.resume
@@ -461,11 +383,6 @@ def _leave_out_auxiliary_loss(model: PeftModel, args: SFTConfig) -> None:
 def _warn(args: SFTConfig, message: str) -> None:
     if args.process_index == 0:
         _logger.warning("%s", message)
-
-
-def _counted(rows: Dataset, which: list[int], what: str) -> str:
-    first = f" (first: {rows[which[0]]['where']})" if "where" in rows.column_names else ""
-    return f"{len(which)} of {len(rows)} rows {what}{first}"
 
 
 def _read_state(checkpoint: str | Path) -> dict[str, Any]:
