@@ -56,6 +56,7 @@ RANKS = 8 * (16,)  # of each module: all adapters are of one size, some 2 MiB
 SAMPLES = 60  # of each cost
 PAUSE_S = 0.1  # before each, as a process that has slept takes longer
 BATCH = 8
+ROUNDS, STEPS = 10, 63  # of each batch, to time a step
 PLACES = 50  # on the ring, for hashing
 HASHING = (
     "hash req.body,json_query('$.model')\n    hash-type consistent\n    hash-balance-factor 125"
@@ -113,10 +114,11 @@ async def measure(url: str) -> tuple[Costs, dict[int, float]]:
         warm = [await ask(session, url, SAMPLES - 1, 8, PAUSE_S) for _ in range(SAMPLES)]
         steps = {}
         for batch in (1, 2, 4, BATCH):
-            tokens = 64
-            each = [ask(session, url, SAMPLES - 1 - i, tokens) for i in range(batch)]
-            answers = await asyncio.gather(*each)
-            steps[batch] = median((a.last_s - a.first_s) / (tokens - 1) for a in answers)
+            answers = []
+            for _ in range(ROUNDS):
+                each = [ask(session, url, SAMPLES - 1 - i, STEPS + 1) for i in range(batch)]
+                answers += await asyncio.gather(*each)
+            steps[batch] = median((a.last_s - a.first_s) / STEPS for a in answers)
     prompt_s = median(a.first_s for a in warm)
     load_s = median(a.first_s for a in cold) - prompt_s
     return Costs(load_s, prompt_s, steps[BATCH] / BATCH, steps[1], 0.0), steps

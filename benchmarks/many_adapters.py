@@ -13,6 +13,8 @@ is loaded.
     stream_p99_ratio   99th percentile of the time between tokens of a stream while /metrics and
                        /v1/adapters are asked for each second, over that without
     cold_p99_s         99th percentile of a cold adapter's first token; and warm_p99_s
+    load_p99_s         that of loading a cold adapter without a request, by pinning it
+    cold_over_goal     cold_p99_s over twice warm_p99_s plus load_p99_s
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ from guilomo_serve.catalogue.database import CATALOGUE_FILE
 REPOSITORY = Path(__file__).parent.parent
 PROMPT = "A customer writes: my card has not arrived."
 FLAGS = ("--enforce-eager", "--max-model-len", "1024")
-STREAMED = 400  # tokens of a stream
+STREAMS, STREAMED = 4, 400  # of each kind, in turn, and tokens of each
 
 
 def main() -> None:
@@ -145,20 +147,26 @@ def measure(url: str, count: int, asked: int, bound: int) -> dict[str, Any]:
             print(f"{i} asked, {(most - before) / 2**20:.0f} MiB more", flush=True)
     pages = [page for _ in range(3) for page in list_all(server)]
     metrics = [seconds_of(f"{server}/metrics") for _ in range(20)]
-    quiet = between_tokens(client, names[-1])
-    stop = threading.Event()
-    watcher = threading.Thread(target=watch, args=(server, stop))
-    watcher.start()
-    watched = between_tokens(client, names[-1])
-    stop.set()
-    watcher.join()
+    loads = [seconds_to_load(server, name_of(i + 1)) for i in range(0, count - 1, step)][:asked]
+    quiet, watched = [], []
+    for _ in range(STREAMS):
+        quiet += between_tokens(client, names[-1])
+        stop = threading.Event()
+        watcher = threading.Thread(target=watch, args=(server, stop))
+        watcher.start()
+        watched += between_tokens(client, names[-1])
+        stop.set()
+        watcher.join()
+    cold_p99_s, warm_p99_s, load_p99_s = (percentile(times, 99) for times in (cold, warm, loads))
     return {
         "resident_over_bound": (most - before) / bound,
         "list_s": max(pages),
         "metrics_ms": 1e3 * statistics.median(metrics),
         "stream_p99_ratio": percentile(watched, 99) / percentile(quiet, 99),
-        "cold_p99_s": percentile(cold, 99),
-        "warm_p99_s": percentile(warm, 99),
+        "cold_p99_s": cold_p99_s,
+        "warm_p99_s": warm_p99_s,
+        "load_p99_s": load_p99_s,
+        "cold_over_goal": cold_p99_s / (2 * warm_p99_s + load_p99_s),
     }
 
 
@@ -178,6 +186,16 @@ def seconds_of(url: str, headers: dict[str, str] | None = None) -> float:
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {})) as answer:
         answer.read()
     return time.monotonic() - began
+
+
+def seconds_to_load(server: str, name: str) -> float:
+    """Has a server load an adapter that nobody has asked for."""
+    url, headers = f"{server}/v1/adapters/{name}", admin_headers(server)
+    began = time.monotonic()
+    urllib.request.urlopen(urllib.request.Request(f"{url}/pin", b"", headers)).close()
+    seconds = time.monotonic() - began
+    urllib.request.urlopen(urllib.request.Request(f"{url}/unpin", b"", headers)).close()
+    return seconds
 
 
 def list_all(server: str) -> list[float]:
@@ -203,19 +221,16 @@ def watch(server: str, stop: threading.Event) -> None:
 
 
 def between_tokens(client: openai.OpenAI, model: str) -> list[float]:
-    """Seconds between the tokens of three streams, one after another."""
-    seconds: list[float] = []
-    for _ in range(3):
-        stream = client.completions.create(
-            model=model,
-            prompt=PROMPT,
-            max_tokens=STREAMED,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
-        times = [time.monotonic() for _ in stream]
-        seconds += [later - earlier for earlier, later in itertools.pairwise(times)]
-    return seconds
+    """Seconds between the tokens of a stream."""
+    stream = client.completions.create(
+        model=model,
+        prompt=PROMPT,
+        max_tokens=STREAMED,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    times = [time.monotonic() for _ in stream]
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 
 def percentile(values: list[float], rank: int) -> float:

@@ -18,6 +18,7 @@ the layers are ours.
     unsupported.py   settings that do not go with adapters, refused before the engine starts
     stages.py        a model split by layers
     report.py        what a worker says of its adapters: memory, and the load of their routers
+    waiting.py       how vLLM's processes wait for one another
     warm_up.py       what vLLM compiles late
     workers.py       a worker that has no plugin ends the start
 
@@ -48,6 +49,7 @@ The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
   `vllm.entrypoints.generate.beam_search`: see stops.py.
 - `add_lora` of `vllm.v1.executor.Executor` and of `LoRAModelRunnerMixin`: see refusal.py.
 - `intermediate_tensors` of the model runner: see stages.py.
+- `SpinCondition` of `vllm.distributed.device_communicators.shm_broadcast`: see waiting.py.
 - `collective_rpc_async` of `DPLBAsyncMPClient`: see engines.py.
 - `_gen_lora_extra_hash_keys` and `LoRARequest.name`: see identity.py.
 - `load_lora_model` of `LoRAModelRunnerMixin`, and of the model runner `sample_tokens`,
@@ -97,6 +99,7 @@ def register() -> None:
         stages,
         stops,
         unsupported,
+        waiting,
         warm_up,
     )
     from guilomo_serve.runtime.layers import device_of
@@ -114,6 +117,7 @@ def register() -> None:
     stops.install()
     reading.install()
     report.install()
+    waiting.install()
     warm_up.install()
     cpu_sampling.install()
     server.install()
