@@ -7,7 +7,8 @@ step that it waits for, the worker one from whatever comes after it, and each re
 does. Here they look for `LOOK_S`, which is little beside a step on a CPU, and sleep.
 
 The seam, for vLLM 0.32: `SpinCondition` of vllm/distributed/device_communicators/shm_broadcast.py,
-its `busy_loop_s` and `wait`. If they move, the plugin cannot be imported, or processes go on looking.
+its `busy_loop_s` and `wait`. If `wait` moves, no engine starts; if the other does, processes go on
+looking for a second.
 """
 
 from __future__ import annotations
