@@ -433,11 +433,13 @@ def test_an_adapter_for_which_a_gpu_has_no_kernels_is_refused_when_it_is_read() 
 def test_token_blocks_keep_their_place_and_forget_the_last_batch() -> None:
     blocks = TokenBlocks(max_tokens=100, adapters=3, device="cpu")
     places = [blocks.order.data_ptr(), *(b.data_ptr() for b in blocks.of_size.values())]
-    for slot_of_token in (
+    batches = (
         np.array([2] * 70 + [0] * 17 + [-1] * 3 + [1]),
         np.array([1, -1, 1]),
         np.array([-1]),
-    ):
+    )
+    # Each so often that it comes through all of the host's memory, where the last one was.
+    for slot_of_token in (of_batch for of_batch in batches for _ in range(TokenBlocks._AHEAD)):
         batch = Batch(slot_of_token)
         blocks.update(batch)
         assert batch.blocks(torch.device("cpu")) is blocks
