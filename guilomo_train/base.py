@@ -263,7 +263,7 @@ def check_tokens(
     Args:
         model: the base, or a PEFT model of it.
         tokenizer: what made the tokens.
-        texts: token ids.
+        texts: token ids; taken one after another, as there may be more than memory holds.
 
     Raises:
         BaseError: it lacks a token's, which the message names, or the last position's.
@@ -280,7 +280,8 @@ def check_tokens(
                     f"--base: has {most} positions ({part}), but a row has {longest} tokens; give "
                     f"--max_length {most} or less, or shorter rows"
                 )
-    most = max(max(ids, default=0) for ids in [*texts, [tokenizer.pad_token_id]])
+    most = max((max(ids, default=0) for ids in texts), default=0)
+    most = max(most, tokenizer.pad_token_id)
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
     embeddings = size_of(weight)[0]
     if most >= embeddings:

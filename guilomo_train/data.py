@@ -67,12 +67,16 @@ def load_rows(
     if loss_on == "all" and not chat:
         raise DataError("--loss_on all: the base has no chat template, so its rows have no turns")
     sources_ = [source] if isinstance(source, str) else list(source)
+    places = []  # of the rows in their order, which is that of the draw
 
     def rows() -> Iterator[dict[str, Any]]:
-        for where, row in chosen(sources_, limit, seed, weights):
+        for place, where, row in chosen(sources_, limit, seed, weights):
+            places.append(place)
             yield in_form(where, row, tokenizer, loss_on)
 
-    return _as_dataset(rows())
+    dataset = _as_dataset(rows())
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return dataset if order == list(range(len(order))) else dataset.select(order)
 
 
 def in_form(
@@ -121,18 +125,22 @@ def _shown(message: Message) -> dict[str, str]:
 
 def chosen(
     sources_: list[str], limit: int | None, seed: int, weights: Sequence[float] | None
-) -> Iterator[tuple[str, Any]]:
-    """The rows to load, of all sources, as `sources.read` gives them; arguments as `load_rows`.
+) -> Iterator[tuple[int, str, Any]]:
+    """The rows to load, one after another as their sources have them; arguments as `load_rows`.
+
+    Yields:
+        A row's place in the order of the draw, where it stands, and the row.
 
     Raises:
         DataError: a source cannot be read, or has no rows.
     """
     if limit is None and weights is None:
+        place = itertools.count()
         for source in sources_:
             empty = True
-            for found in sources.read(source):
+            for where, row in sources.read(source):
                 empty = False
-                yield found
+                yield next(place), where, row
             if empty:
                 raise DataError(f"{source}: has no rows")
         return
@@ -143,10 +151,12 @@ def chosen(
     wanted = mixture(counts, weights, limit)
     if weights is None:  # one draw over all sources
         drawn = _draw(sum(counts), wanted[0], seed)
-        yield from _numbered((row for source in sources_ for row in sources.read(source)), drawn)
+        yield from _drawn((row for source in sources_ for row in sources.read(source)), drawn, 0)
         return
+    before = 0
     for source, count, number in zip(sources_, counts, wanted, strict=True):
-        yield from _numbered(sources.read(source), _draw(count, number, seed))
+        yield from _drawn(sources.read(source), _draw(count, number, seed), before)
+        before += number
 
 
 def mixture(counts: Sequence[int], weights: Sequence[float] | None, limit: int | None) -> list[int]:
@@ -172,14 +182,14 @@ def _draw(rows: int, number: int, seed: int) -> list[int]:
     return numbers.shuffle(seed=seed)["number"][:number]
 
 
-def _numbered(rows: Iterator[tuple[str, Any]], numbers: Sequence[int]) -> Iterator[tuple[str, Any]]:
-    """The rows of these numbers, in the order of the numbers."""
-    if numbers == list(range(len(numbers))):
-        yield from itertools.islice(rows, len(numbers))
-        return
-    wanted = set(numbers)
-    kept = {number: row for number, row in enumerate(rows) if number in wanted}
-    yield from (kept[number] for number in numbers)
+def _drawn(
+    rows: Iterator[tuple[str, Any]], numbers: Sequence[int], before: int
+) -> Iterator[tuple[int, str, Any]]:
+    """The rows of these numbers, with their places among them after so many others."""
+    place_of = {number: place for place, number in enumerate(numbers, start=before)}
+    for number, (where, row) in enumerate(itertools.islice(rows, max(numbers) + 1)):
+        if number in place_of:
+            yield place_of[number], where, row
 
 
 def _as_dataset(rows: Iterator[dict[str, Any]]) -> Dataset:

@@ -38,7 +38,7 @@ def preview(config: PreviewConfig) -> Iterator[str]:
     tokenizer = load_tokenizer(config.base, config.revision, config.trust_remote_code)
     written = written_ends(tokenizer)
     found = _Found()
-    for where, raw in chosen(config.train, config.train_rows, config.seed, config.train_weights):
+    for _, where, raw in chosen(config.train, config.train_rows, config.seed, config.train_weights):
         try:
             row = in_form(where, raw, tokenizer, config.loss_on)
         except DataError as e:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import subprocess
+import sys
 import tempfile
 import tracemalloc
 from functools import cache
@@ -23,7 +26,8 @@ from guilomo_train.config import CommonConfig
 from guilomo_train.data import load_rows, search_rows
 from guilomo_train.errors import DataError
 from guilomo_train.messages import chat_of
-from tests.train.tiny import CHAT_TEMPLATE, TOOL_TEMPLATE, tiny_tokenizer
+from guilomo_train.search.allocation import Allocation
+from tests.train.tiny import CHAT_TEMPLATE, TOOL_TEMPLATE, tiny_llama, tiny_tokenizer
 
 PROMPT = [{"role": "user", "content": "2 + 2?"}]
 COMPLETION = [{"role": "assistant", "content": "4"}]
@@ -419,19 +423,65 @@ def test_sources_are_mixed_by_their_weights_without_a_row_twice(
     assert sum(counts(limit=7)) == 7
 
 
-def test_rows_are_read_one_after_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [None, 7999])
+def test_rows_are_read_one_after_another(limit: int | None, tmp_path: Path) -> None:
     rows = [{"prompt": "p" * 2000, "completion": "b"}] * 8000
     source = write(tmp_path / "rows.jsonl", rows)
     size = Path(source).stat().st_size
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     tracemalloc.start()
-    loaded = load_rows(source, tokenizer)
+    loaded = load_rows(source, tokenizer, limit)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(loaded) == 8000
+    assert len(loaded) == (limit or 8000)
     assert loaded.cache_files, "the rows are on disk"
     assert most < size / 3, (most, size)
+
+
+# Trains on ten rows, then on many, and says by how much this process's own memory grew with these.
+GROWTH = """
+import re, sys, threading
+from pathlib import Path
+from guilomo_train.cli import main
+
+def taken():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def watch():
+    while not done.wait(0.02):
+        seen.append(taken())
+
+few, many, *flags = sys.argv[1:]
+seen, done = [], threading.Event()
+assert main(["finetune", "--train", few, "--output", "few", *flags]) == 0
+before, watcher = taken(), threading.Thread(target=watch)
+watcher.start()
+try:
+    flags += ["--train_rows", "4999"]
+    assert main(["finetune", "--train", many, "--output", "many", *flags]) == 0
+finally:
+    done.set()
+print("grew by", max(seen) - before)
+"""
+
+
+def test_a_training_has_a_part_of_its_rows_in_memory(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    for saved in (tiny_llama(len(tokenizer)), tokenizer):
+        saved.save_pretrained(tmp_path / "base")
+    row = {"prompt": "p" * 1000, "completion": "b"}
+    few, many = (write(tmp_path / f"{n}.jsonl", [row] * n) for n in (10, 5000))
+    Allocation.uniform(("model.layers.0.self_attn.q_proj",), 2, 2).save(tmp_path / "a.json")
+    command = [sys.executable, "-c", GROWTH, few, many, "--base", "base", "--allocation", "a.json"]
+    command += ["--epochs", "0.0001", "--batch_size", "1", "--save_steps", "0"]  # a step
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    grew = int(re.findall(r"grew by (\d+)", done.stdout)[0])
+    # A list of the tokens of all rows alone would take this: it is a thousand rows at a time.
+    assert grew < 0.75 * 5000 * 1000 * 8, grew
 
 
 def test_the_data_command_shows_what_is_learned_and_what_is_left_out(
