@@ -1,6 +1,6 @@
 # Every target sets up what it needs first (deploy/setup.sh); that costs minutes once.
 
-.PHONY: demo test test-peft test-extras test-lowest test-fleet lint format setup
+.PHONY: demo test test-peft test-vllm test-extras test-lowest test-fleet lint format setup
 
 demo: setup
 	.venv/bin/python -m demo
@@ -11,6 +11,10 @@ test: setup
 # PEFT's own tests, on our method.
 test-peft: setup
 	.venv/bin/python -m tests.peft_suite.run
+
+# vLLM's own tests, with our plugin and on our server.
+test-vllm: setup
+	.venv/bin/python -m tests.vllm_suite.run
 
 # Training with packages that the locks do not have.
 test-extras: .extras

@@ -324,8 +324,8 @@ def random_adapter(
     return folder
 
 
-def random_lora(base: Path, folder: Path, seed: int, **settings: object) -> Path:
-    """Writes a plain LoRA with PEFT, its B random too."""
+def random_lora(base: Path, folder: Path, seed: int, std: float = 0.05, **settings: object) -> Path:
+    """Writes a plain LoRA with PEFT, its B random too, of the standard deviation given."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(
@@ -335,7 +335,7 @@ def random_lora(base: Path, folder: Path, seed: int, **settings: object) -> Path
     peft_model = get_peft_model(model, config)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+            torch.nn.init.normal_(parameter, std=std)
     peft_model.save_pretrained(folder)
     return folder
 
