@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -338,6 +339,17 @@ def random_lora(base: Path, folder: Path, seed: int, std: float = 0.05, **settin
             torch.nn.init.normal_(parameter, std=std)
     peft_model.save_pretrained(folder)
     return folder
+
+
+def in_hub_cache(folder: Path, cache: Path) -> Path:
+    """A copy of an adapter folder as the Hub's cache has it: of links to files beside it."""
+    repository = cache / "models--some--adapter"
+    snapshot, blobs = repository / "snapshots" / f"{7:040x}", repository / "blobs"
+    shutil.copytree(folder, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    return snapshot
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from guilomo_serve.check import command, hf
 from guilomo_serve.check.compare import HALF, compare, difference
 from guilomo_serve.check.served import Product, Record, Served, record
 from guilomo_serve.ops.layer import SliceWeights
-from tests.serve.helpers import random_adapter
+from tests.serve.helpers import in_hub_cache, random_adapter
 
 SHORT = "The quick brown fox jumps over the lazy dog.\n\n2 + 2 =\n"
 INT8 = {
@@ -137,7 +137,7 @@ def test_an_int8_base_and_what_makes_a_difference(
 ):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(SHORT)
-    folders = (adapters["second"], adapters["plain"], sparse)
+    folders = (adapters["second"], adapters["plain"], in_hub_cache(sparse, tmp_path))
     arguments = (int8_model, *folders, "--prompts", prompts)
     records: list[Record] = []
     monkeypatch.setattr(command, "record", keeping(record, records))

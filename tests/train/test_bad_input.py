@@ -17,7 +17,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    OPTConfig,
+    PretrainedConfig,
+)
 from trl import SFTConfig
 
 from guilomo_train.cli import main
@@ -215,16 +221,26 @@ def test_a_base_without_an_end_token(refused: Refused, base: Path, tmp_path: Pat
     assert "its tokenizer has no eos_token" in refused("search", "--base", tmp_path / "endless")
 
 
-def test_rows_longer_than_learned_positions(refused: Refused, data: Path, tmp_path: Path) -> None:
+OPT = OPTConfig(
+    vocab_size=259, hidden_size=32, word_embed_proj_dim=32, ffn_dim=32, num_hidden_layers=1,
+    num_attention_heads=4, max_position_embeddings=50,
+)  # fmt: skip
+GPT2 = GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=4, n_positions=50)
+
+
+@pytest.mark.parametrize(
+    ("config", "embedding"), [(OPT, "embed_positions"), (GPT2, "wpe")], ids=["OPT", "GPT-2"]
+)
+def test_rows_longer_than_learned_positions(
+    config: PretrainedConfig, embedding: str, refused: Refused, data: Path, tmp_path: Path
+) -> None:
     tokenizer = tiny_tokenizer()
-    sizes = {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = OPTConfig(vocab_size=len(tokenizer), word_embed_proj_dim=32, **sizes,
-                       max_position_embeddings=50)  # fmt: skip
-    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
-    tokenizer.save_pretrained(tmp_path / "opt")
+    assert len(tokenizer) == config.vocab_size
+    for saved in (AutoModelForCausalLM.from_config(config), tokenizer):
+        saved.save_pretrained(tmp_path / "base")
     write(data, [*ROWS, {"prompt": "x" * 40, "completion": "y"}])
-    line = refused("search", "--base", tmp_path / "opt")
-    assert re.search(r"has 50 positions \([a-z_.]*embed_positions\)", line)
+    line = refused("search", "--base", tmp_path / "base")
+    assert re.search(rf"has 50 positions \([a-z_.]*{embedding}\)", line)
     assert "give --max_length 50 or less" in line
 
 

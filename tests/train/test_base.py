@@ -13,6 +13,7 @@ from guilomo_train.base import load_base
 from guilomo_train.cli import main
 from guilomo_train.errors import BaseError
 from guilomo_train.lora_moe import LoraMoeConfig
+from tests.serve.helpers import in_hub_cache
 from tests.train.tiny import tiny_llama, tiny_tokenizer
 
 COMMIT, OTHER = 40 * "a", 40 * "b"
@@ -60,14 +61,9 @@ def test_the_commit_of_the_base_is_in_the_adapter(
 
 def test_an_adapter_in_the_hubs_cache_is_evaluated(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
-    folder = tmp_path / "models--some--adapter" / "snapshots" / COMMIT
     config = LoraMoeConfig(num_experts=2, expert_rank=2, task_type="CAUSAL_LM")
-    get_peft_model(load_base(str(base)).model, config).save_pretrained(folder)
-    blobs = folder.parent.parent / "blobs"
-    blobs.mkdir()
-    for path in list(folder.iterdir()):
-        path.rename(blobs / path.name)
-        path.symlink_to(Path("../../blobs") / path.name)
+    get_peft_model(load_base(str(base)).model, config).save_pretrained(tmp_path / "adapter")
+    folder = in_hub_cache(tmp_path / "adapter", tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "1", "completion": "odd"}')
     given = {"--base": base, "--data": rows, "--adapter": folder, "--max_new_tokens": 2}

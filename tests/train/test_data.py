@@ -132,6 +132,20 @@ def test_files_and_folders_of_every_kind_have_the_same_rows(
             assert found == [row["prompt"] for row in rows], (kind, source)
 
 
+def test_rows_of_several_forms_are_read_from_a_file_and_its_folder(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [
+        {"prompt": "2 + 2?", "completion": "4", "id": 1},
+        {"messages": PROMPT + COMPLETION, "id": "two"},
+        {"instruction": "2 + 2?", "output": "4"},
+    ]
+    for source in (write(tmp_path / "train.jsonl", rows), str(tmp_path)):
+        loaded = load_rows(source, tokenizer)
+        assert loaded["prompt"][:] == [PROMPT] * 3, source
+        assert loaded["completion"][:] == [COMPLETION] * 3
+
+
 def test_rows_beyond_a_limit_are_not_rendered(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +212,12 @@ def test_a_limit_draws_rows_by_the_seed(tmp_path: Path, tokenizer: PreTrainedTok
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", '
             '"weight": 0}]}',
             "completion has a message with 'weight'",
+        ),
+        ('{"prompt": "a", "completion": "b", "reasoning_content": "c"}', "has 'reasoning_content'"),
+        (
+            f'{{"messages": [{CHAT}, {{"role": "assistant", "content": "b", '
+            '"reasoning_content": "c"}]}',
+            "completion has a message with 'reasoning_content'",
         ),
         (
             '{"prompt": "a", "completion": "hi \\ud83d"}',
