@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         group = "servers" if item.path in sharing else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish() -> None:
+    """What tests have imported stays, so the collector need not look through it: transformers and
+    accelerate have it run before each training, for up to a second."""
+    import hypothesis  # noqa: F401  (as it is imported it asks the collector what refers to what)
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
