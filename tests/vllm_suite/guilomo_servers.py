@@ -32,6 +32,7 @@ class Difference:
     tests: str  # a pattern of their ids
     errors: type[Exception] | tuple[type[Exception], ...]
     reason: str
+    always: bool = True  # False: they may pass by luck
 
 
 DIFFERENT = (
@@ -83,6 +84,18 @@ DIFFERENT = (
         "it counts the prompt's tokens as OPT's tokenizer has them",
     ),
     Difference(
+        r"test_chat\.py::test_(single_chat_session|more_than_one_prompt_logprobs_chat)",
+        AssertionError,
+        "it counts and guesses the prompt's tokens as Zephyr does",
+    ),
+    Difference(
+        r"test_chat\.py::test_(structured_outputs_(choice|json)_chat$|response_format_json|"
+        "complex_message_content)",
+        (AssertionError, ValueError),
+        "it wants the right answers of a model of billions of parameters",
+        always=False,
+    ),
+    Difference(
         r"test_kv_cache_utils\.py::test_(kv_tp_replicas|estimate_max_model_len\[Qwen|"
         r"hisparse_pool_must_fit_max_model_len\[32768|get_max_concurrency_for_kv_cache_config|"
         r"\w+_respects_num_gpu_blocks_override)",
@@ -118,7 +131,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip_global_cleanup)
         for known in DIFFERENT:
             if re.search(known.tests, item.nodeid):
-                mark = pytest.mark.xfail(reason=known.reason, raises=known.errors, strict=True)
+                mark = pytest.mark.xfail(
+                    reason=known.reason, raises=known.errors, strict=known.always
+                )
                 item.add_marker(mark)
 
 
@@ -130,6 +145,8 @@ def _start(server: Any, model: str, args: list[str], env: dict[str, str] | None)
 
         adapters[model] = snapshot_download(PLAIN)
         rest += ["--served-model-name", "base"]
+        # A small model's answer without a limit goes on to the longest context.
+        rest += ["--override-generation-config", '{"max_new_tokens": 256}']
     for name, folder in adapters.items():
         rest += ["--adapter", f"{name}={folder}"]
     server.proc = subprocess.Popen(
