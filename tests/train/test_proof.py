@@ -15,6 +15,7 @@ import torch
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.controls import rescaled, shuffled
 from guilomo_train.search.space import Prices, SearchSpace
+from tests.train.tiny import tiny_llama, tiny_tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -34,6 +35,15 @@ def data(tmp_path: Path) -> Path:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         (tmp_path / f"banking77.{split}.jsonl").write_text("\n".join(lines) + "\n")
     return tmp_path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """With few tokens, as EVA scores every position against all of them."""
+    tokenizer = tiny_tokenizer()
+    for saved in (tiny_llama(len(tokenizer)), tokenizer):
+        saved.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
 
 
 @pytest.fixture
@@ -75,16 +85,16 @@ def test_arms_of_a_seed_have_the_same_rows_and_seeds_others(benchmark, small, da
 
 @pytest.mark.slow
 def test_a_killed_plan_goes_on_to_the_same_files(
-    small, data: Path, tiny_base: Path, tmp_path: Path, monkeypatch
+    small, data: Path, base: Path, tmp_path: Path, monkeypatch
 ) -> None:
     proof = small
     stage = proof.Stage(
-        ("shuffled", "uniform"), (0.001,), (0,), tasks=("ticket",), tuned_on=("ticket",)
+        ("shuffled", "uniform"), (0.07,), (0,), tasks=("ticket",), tuned_on=("ticket",)
     )
     sizes = proof.Sizes(train=16, dev=4, test=6)
 
     def plan(out: Path) -> None:
-        proof.Proof(tiny_base, data, out, sizes).stage(stage)
+        proof.Proof(base, data, out, sizes).stage(stage)
 
     plan(tmp_path / "whole")
     write, written = proof.write, []
@@ -105,7 +115,7 @@ def test_a_killed_plan_goes_on_to_the_same_files(
     assert results(tmp_path / "killed") == whole
     assert all(run["parameters"] <= run["parameters_allowed"] for run in whole.values())
     assert {name for name in whole if name.startswith("test")} == {
-        f"test_ticket_0.001_{arm}_0" for arm in stage.arms
+        f"test_ticket_0.07_{arm}_0" for arm in stage.arms
     }
 
 
@@ -120,14 +130,14 @@ def results(out: Path) -> dict[str, dict]:
 
 @pytest.mark.slow
 def test_every_arm_trains_at_its_budget_and_has_a_cost_of_serving(
-    small, benchmark, data: Path, tiny_base: Path, tmp_path: Path
+    small, benchmark, data: Path, base: Path, tmp_path: Path
 ) -> None:
     proof = small
-    bench = proof.Proof(tiny_base, data, tmp_path / "out", proof.Sizes(train=16, dev=4, test=6))
+    bench = proof.Proof(base, data, tmp_path / "out", proof.Sizes(train=16, dev=4, test=6))
     shapes = {"uniform": "mlp", "uniform-run": "all", "one-shot": "whitened"}
     for arm in proof.ARMS:
-        run = proof.Run(arm, 0.004, "calendar", 0, "dev", rate=1e-2, shape=shapes.get(arm, ""))
-        result = bench.result(run, proof.Stage((arm,), (0.004,), (0,), "dev", ("calendar",)))
+        run = proof.Run(arm, 0.27, "calendar", 0, "dev", rate=1e-2, shape=shapes.get(arm, ""))
+        result = bench.result(run, proof.Stage((arm,), (0.27,), (0,), "dev", ("calendar",)))
         assert math.isfinite(result["loss"])
         # AdaLoRA and EVA count rows of modules of any size.
         assert 0.6 < result["parameters"] / result["parameters_allowed"] < 1.4, arm
@@ -142,10 +152,10 @@ def test_every_arm_trains_at_its_budget_and_has_a_cost_of_serving(
     lora = next(run for run in runs if run["arm"] == "lora")
     there = [rows for rows in lora["rows"].values() if rows]
     assert cost["lora"] == pytest.approx(len(there) + 2 * sum(there))
-    searched = next(run for run in runs if run["arm"] == "searched")
+    searched, other = (next(r for r in runs if r["arm"] == arm) for arm in ("searched", "random"))
     with pytest.raises(ValueError, match="another run"):
         benchmark("proof_serving").add_serving_costs(
-            [searched, searched | {"arm": "shuffled"}], space, tmp_path / "out" / "searches"
+            [searched, other | {"arm": "shuffled"}], space, tmp_path / "out" / "searches"
         )
 
 
