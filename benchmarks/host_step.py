@@ -38,7 +38,7 @@ from guilomo_serve.ops.layer import LayerWeights, SliceWeights, TokenBlocks
 from guilomo_serve.ops.memory import AdapterMemory
 from guilomo_serve.ops.triton_slots import AdapterSlots, TritonSlots
 from guilomo_serve.runtime import layers
-from guilomo_serve.runtime.manager import SLOTS, TokenSlots
+from guilomo_serve.runtime.model_manager import SLOTS, TokenSlots
 
 WIDTH, RANKS, ADAPTERS = 256, (4, 8), 8
 LAYERS, NARROW = 128, 16  # of an 8B base: four in each of 32 blocks

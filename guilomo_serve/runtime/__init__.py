@@ -4,23 +4,24 @@ vLLM calls `register` in each of its processes (entry point `vllm.general_plugin
 the LRU of adapters, requests and HTTP stay vLLM's; reading an adapter, keeping its weights and
 the layers are ours.
 
-    cpu_sampling.py  what vLLM's CPU build samples wrongly: seeds, drafts
-    engines.py       several engines behind one server
-    experts.py       bases that are mixtures of experts
-    graph_check.py   a GPU's server tries its adapters' path, and CUDA graphs, before it serves
-    identity.py      what versions are called inside vLLM, and outside
-    layers.py        vLLM's LoRA layers with our product in place of theirs
-    loading.py       an adapter folder -> the weights of each layer of the served model
-    manager.py       which adapter is in which slot, and which token of a batch uses which slot
-    reading.py       an adapter is read beside the steps of the engine
-    stops.py         an adapter's own stop tokens
-    refusal.py       an adapter that is refused, in a server of several processes
-    unsupported.py   settings that do not go with adapters, refused before the engine starts
-    stages.py        a model split by layers
-    report.py        what a worker says of its adapters: memory, and the load of their routers
-    waiting.py       how vLLM's processes wait for one another
-    warm_up.py       what vLLM compiles late
-    workers.py       a worker that has no plugin ends the start
+    cpu_sampling.py    what vLLM's CPU build samples wrongly: seeds, drafts
+    engines.py         several engines behind one server
+    experts.py         bases that are mixtures of experts
+    graph_check.py     a GPU's server tries its adapters' path, and CUDA graphs, before it serves
+    identity.py        what versions are called inside vLLM, and outside
+    layers.py          vLLM's LoRA layers with our product in place of theirs
+    loading.py         an adapter folder -> the weights of each layer of the served model
+    model_manager.py   which adapter is in which slot, and which token of a batch uses which slot
+    reading.py         an adapter is read beside the steps of the engine
+    refusal.py         an adapter that is refused, in a server of several processes
+    report.py          what a worker says of its adapters: memory, and the load of their routers
+    stages.py          a model split by layers
+    stops.py           an adapter's own stop tokens
+    unsupported.py     settings that do not go with adapters, refused before the engine starts
+    waiting.py         how vLLM's processes wait for one another
+    warm_up.py         what vLLM compiles late
+    worker_manager.py  which adapters a worker has read, and for how long it keeps them
+    workers.py         a worker that has no plugin ends the start
 
 The seam, for vLLM 0.32 (what is replaced, and what breaks if it moves):
 
@@ -103,7 +104,7 @@ def register() -> None:
         warm_up,
     )
     from guilomo_serve.runtime.layers import device_of
-    from guilomo_serve.runtime.manager import RoutedWorkerManager
+    from guilomo_serve.runtime.worker_manager import RoutedWorkerManager
 
     vllm.lora.layers.base_linear._get_lora_device = device_of
     mixin.LRUCacheWorkerLoRAManager = RoutedWorkerManager

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from guilomo_serve.ops.layer import Batch, LayerWeights, SliceWeights
 from guilomo_serve.runtime.layers import LAYER_CLASSES
-from guilomo_serve.runtime.manager import TokenSlots
+from guilomo_serve.runtime.model_manager import TokenSlots
 
 WIDTH, RANKS = 16, (2, 3)
 NAMES = ("model.layers.0.o_proj", "model.layers.1.o_proj")

@@ -250,8 +250,7 @@ def main() -> None:
     from vllm.lora.request import LoRARequest
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
-    from guilomo_serve.runtime import graph_check
-    from guilomo_serve.runtime import manager as runtime_manager
+    from guilomo_serve.runtime import graph_check, model_manager, worker_manager
     from guilomo_serve.server.inspection import memory_of
 
     # vLLM names memory that the processes share by this file, and by nothing else.
@@ -260,7 +259,7 @@ def main() -> None:
     # Of a server that was not told how much: room for the two largest adapters and not for three,
     # of which a process has about half.
     room = sum(sorted(memory_of(Path(folder), itemsize=4) for folder in adapters.values())[1:])
-    runtime_manager.default_memory = lambda: int(0.6 * room)
+    model_manager.default_memory = worker_manager.default_memory = lambda: int(0.6 * room)
     llm = LLM(
         model,
         **{"dtype": "float32", "enforce_eager": True, "seed": 0, "enable_prefix_caching": False},

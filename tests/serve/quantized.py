@@ -35,7 +35,7 @@ from guilomo_serve.ops import reference
 from guilomo_serve.ops.layer import Batch, LayerWeights, SliceWeights
 from guilomo_serve.runtime import register
 from guilomo_serve.runtime.layers import device_of
-from guilomo_serve.runtime.manager import TokenSlots, _our_layers
+from guilomo_serve.runtime.model_manager import TokenSlots, _our_layers
 from guilomo_serve.runtime.unsupported import UnsupportedError
 
 WIDTH, HEAD, RANKS, TOP_K = 256, 64, (2, 3), 1

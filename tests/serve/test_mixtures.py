@@ -77,7 +77,7 @@ from pathlib import Path
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
-from guilomo_serve.runtime import manager
+from guilomo_serve.runtime import worker_manager as manager
 
 prompt, tokens, jobs = json.loads(sys.argv[1])
 parameters = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=0)

@@ -20,7 +20,7 @@ import pytest
 import transformers
 
 from guilomo_serve.adapter import BaseModel
-from guilomo_serve.runtime.manager import SLOTS
+from guilomo_serve.runtime.model_manager import SLOTS
 from tests.serve import hf_reference
 from tests.serve.expert_load import check_load, expected_load, first_sampled
 from tests.serve.helpers import ask, guilomo_serve, random_adapter, serving
