@@ -19,7 +19,7 @@ from typing import Any
 
 _IMPORTED = [
     "guilomo_serve.cli",
-    "guilomo_serve.plugin",
+    "guilomo_serve.runtime",
     "vllm.entrypoints.cli.serve",
     "vllm.entrypoints.openai.api_server",
     "vllm.v1.engine.core",

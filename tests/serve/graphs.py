@@ -160,19 +160,20 @@ def _with_kernels() -> None:
     """Slots and batches as on a GPU."""
     from guilomo_serve.ops.layer import TokenBlocks
     from guilomo_serve.ops.triton_slots import TritonSlots
-    from guilomo_serve.runtime import layers, manager
+    from guilomo_serve.runtime import layers, model_manager
 
     layers.make_slots = TritonSlots
-    init = manager.RoutedModelManager._init_punica_wrapper
+    init = model_manager.RoutedModelManager._init_punica_wrapper
 
     def with_blocks(self: Any, tokens: int, vllm_config: Any) -> None:
         init(self, tokens, vllm_config)
         blocks = TokenBlocks(tokens, self.lora_config.max_loras, self.device)
         self.punica_wrapper_mapping = {
-            key: manager.TokenSlots(blocks, self.slot_of) for key in self.punica_wrapper_mapping
+            key: model_manager.TokenSlots(blocks, self.slot_of)
+            for key in self.punica_wrapper_mapping
         }
 
-    manager.RoutedModelManager._init_punica_wrapper = with_blocks
+    model_manager.RoutedModelManager._init_punica_wrapper = with_blocks
 
 
 def _refusal(manager: Any, vllm_config: Any) -> str:
