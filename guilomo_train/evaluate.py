@@ -16,10 +16,10 @@ from guilomo_train.adapters import put_on
 from guilomo_train.base import check_tokens, load_base
 from guilomo_train.config import EvalConfig
 from guilomo_train.data import load_rows
+from guilomo_train.data.rendering import encode, prompt_ids
 from guilomo_train.endings import end_tokens, written_ends
 from guilomo_train.limits import enough_memory
 from guilomo_train.loss import completion_nll
-from guilomo_train.rendering import encode, prompt_ids
 from guilomo_train.scoring import Scores, expected_text, score
 
 

@@ -41,11 +41,11 @@ from guilomo_serve.adapter.files import replace_folder
 from guilomo_train.base import check_tokens, load_base
 from guilomo_train.config import ExportConfig
 from guilomo_train.data import load_rows
+from guilomo_train.data.rendering import encode
 from guilomo_train.endings import written_ends
 from guilomo_train.errors import ConfigError
 from guilomo_train.evaluate import completion_loss
 from guilomo_train.lora_moe import LoraMoeLayer
-from guilomo_train.rendering import encode
 
 # Of the products of inputs at once; more modules take another pass over the rows.
 _MOST_BYTES = 4 * 2**30

@@ -35,12 +35,12 @@ from guilomo_train.config import (
     order_of,
 )
 from guilomo_train.data import load_rows
+from guilomo_train.data.rendering import encode
 from guilomo_train.endings import written_ends
 from guilomo_train.limits import enough_memory
 from guilomo_train.lora_moe import LoraMoeConfig, LoraMoeLayer
 from guilomo_train.lora_moe.layer import Masks
 from guilomo_train.processes import processes
-from guilomo_train.rendering import encode
 from guilomo_train.searching import search_budget, search_space
 from guilomo_train.shards import check_spreading
 

@@ -35,14 +35,14 @@ from guilomo_train.adapters import unsharded_state
 from guilomo_train.arguments import check_arguments
 from guilomo_train.balance import RouterWatch
 from guilomo_train.base import check_tokens
-from guilomo_train.batches import Batches, BatchLoader, with_blank
 from guilomo_train.checkpoints import STATE_FILE, Checkpointing, complete, whole
+from guilomo_train.data.batches import Batches, BatchLoader, with_blank
+from guilomo_train.data.packing import PackedCollator, packed
+from guilomo_train.data.preparing import prepare
 from guilomo_train.errors import ConfigError, DivergedError
 from guilomo_train.health import RouterFigures, RouterHealth
 from guilomo_train.lora_moe import LoraMoeLayer
 from guilomo_train.loss import completion_nll
-from guilomo_train.packing import PackedCollator, packed
-from guilomo_train.preparing import prepare
 from guilomo_train.progress import ProgressLine
 
 _logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from guilomo_train.batches import Batches, with_blank
+from guilomo_train.data.batches import Batches, with_blank
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.estimators import Estimator
 from guilomo_train.search.hypergradient import UnrolledStep, adam_scales

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from guilomo_train.config import EvalConfig
+from guilomo_train.data.rendering import encode, prompt_ids
 from guilomo_train.endings import written_ends
 from guilomo_train.evaluate import completion_loss, evaluate
-from guilomo_train.rendering import encode, prompt_ids
 from guilomo_train.scoring import answers_given, score
 
 

@@ -10,9 +10,9 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM
 
 from guilomo_train.cli import main
+from guilomo_train.data.packing import check_packing
 from guilomo_train.errors import ConfigError
 from guilomo_train.loss import completion_nll
-from guilomo_train.packing import check_packing
 from guilomo_train.search.allocation import Allocation
 from tests.train.tiny import tiny_llama
 

@@ -19,8 +19,8 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from trl import SFTConfig
 
-from guilomo_train.batches import Batches
 from guilomo_train.cli import main
+from guilomo_train.data.batches import Batches
 from guilomo_train.errors import ConfigError
 from guilomo_train.lora_moe import LoraMoeConfig
 from guilomo_train.processes import take_sharding_request

@@ -16,8 +16,8 @@ from trl import SFTConfig, SFTTrainer
 
 from guilomo_train.cli import main
 from guilomo_train.data import load_rows
+from guilomo_train.data.rendering import prompt_ids
 from guilomo_train.errors import DataError
-from guilomo_train.rendering import prompt_ids
 from guilomo_train.scoring import expected_text
 from tests.train.tiny import CHAT_TEMPLATE, TOOL_TEMPLATE, tiny_llama, tiny_tokenizer
 

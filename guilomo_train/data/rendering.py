@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from guilomo_train.data.messages import Chat, Message, chat_of
 from guilomo_train.errors import DataError
-from guilomo_train.messages import Chat, Message, chat_of
 
 NOT_LEARNED = -100  # as a label
 # What is to be said of a row whose prompt, opened for an answer, is not how the whole row begins.

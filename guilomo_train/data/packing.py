@@ -10,8 +10,8 @@ from datasets import Dataset
 from torch import nn
 from trl import pack_dataset
 
+from guilomo_train.data.rendering import NOT_LEARNED
 from guilomo_train.errors import ConfigError
-from guilomo_train.rendering import NOT_LEARNED
 
 
 class PackedCollator:

@@ -20,12 +20,17 @@ from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
-from guilomo_train import sources
 from guilomo_train.config import VALIDATION_SHARE, CommonConfig
+from guilomo_train.data import sources
+from guilomo_train.data.messages import Chat, Message, read_row
+from guilomo_train.data.rendering import (
+    NOT_LEARNED,
+    check_template,
+    encode_all_turns,
+    encode_last_turn,
+)
 from guilomo_train.errors import DataError
 from guilomo_train.limits import writing
-from guilomo_train.messages import Chat, Message, read_row
-from guilomo_train.rendering import NOT_LEARNED, check_template, encode_all_turns, encode_last_turn
 
 _IN_MEMORY = 200  # rows; more are in a file, and so many are written at once
 _FEWEST_ROWS = 8  # that a search can judge by

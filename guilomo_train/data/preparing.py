@@ -10,9 +10,9 @@ from collections.abc import Callable
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from guilomo_train.data.rendering import DROPPED, NOT_LEARNED
 from guilomo_train.endings import written_ends
 from guilomo_train.errors import DataError
-from guilomo_train.rendering import DROPPED, NOT_LEARNED
 
 _TOKENS = ("input_ids", "labels")  # columns with an entry a token
 

@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from guilomo_train.base import load_tokenizer
 from guilomo_train.config import PreviewConfig
-from guilomo_train.data import chosen, in_form
+from guilomo_train.data.rendering import DROPPED, NOT_LEARNED, encode
+from guilomo_train.data.rows import chosen, in_form
 from guilomo_train.endings import written_ends
 from guilomo_train.errors import DataError
-from guilomo_train.rendering import DROPPED, NOT_LEARNED, encode
 
 
 @dataclass
