@@ -6,6 +6,7 @@ data/               rows: from a file to a batch
 config.py           one dataclass a stage: the command line, saved runs and docs derive from it
 settings.py         a file of settings, for --config
 endings.py          how an answer ends, and where generation stops
+preview.py          how training will read rows
 plan.py             memory and time of a run before it starts
 balance.py          the load-balance loss, and how DPO, GRPO and KTO get it
 processes.py        the processes that train together, and whether the base is in shards

@@ -249,7 +249,7 @@ def _push(config: PushConfig) -> None:
 
 
 def _data(config: PreviewConfig) -> None:
-    from guilomo_train.data.preview import preview
+    from guilomo_train.preview import preview
 
     for line in preview(config):
         print(line)

@@ -12,9 +12,18 @@ def completion_nll(
     inputs: dict[str, torch.Tensor],
     num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Negative log-likelihood of the labelled tokens, per token.
+    """Negative log-likelihood of the labelled tokens, per token, in nats.
 
     The output layer runs on the columns alone in which some row of the batch has a label.
+
+    Args:
+        model: a causal language model.
+        inputs: `input_ids`, `attention_mask` and `labels` (-100: not scored), `[B, S]`; of packed
+            rows `position_ids` as well, from 0 in each of them.
+        num_items: what to divide by; None for the labelled tokens of this batch.
+
+    Returns:
+        A scalar, in float32 at least.
     """
     targets = inputs["labels"][:, 1:]
     scored = targets != -100

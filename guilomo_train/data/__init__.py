@@ -7,7 +7,6 @@ rows.py       rows chosen, mixed and brought to one form
 preparing.py  tokenised rows with their ends, none longer than it may be
 packing.py    several rows in one
 batches.py    which rows a step takes, for any number of processes
-preview.py    how training will read rows: `guilomo-train data`
 """
 
 from guilomo_train.data.rows import load_rows, search_rows
