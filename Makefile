@@ -6,7 +6,7 @@ demo: setup
 	.venv/bin/python -m demo
 
 test: setup
-	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	.venv/bin/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 # PEFT's own tests, on our method.
 test-peft: setup

@@ -10,7 +10,7 @@ import pytest
 
 # Tests have all they need; a look-up of a name that does not exist would be retried for a minute.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# `make test` runs two processes: two threads in each would wait for one another.
+# `make test` runs several processes: threads in each would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).parent.parent
