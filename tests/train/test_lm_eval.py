@@ -95,7 +95,7 @@ def test_a_server_and_a_process_give_the_same_answers_and_likelihoods(folder: Pa
         {"support": folder / "runs" / "mine" / "adapter"},
         *("--dtype", "float32", "--enforce-eager"),
     )
-    with serving(command, folder / "server.log", anew=True) as server:
+    with serving(command, folder / "server.log") as server:
         asked = evaluated(CHATS, "chats", server.url)
         likely = evaluated(LIKELIHOODS, "choices", server.url)
     assert said(asked) == answers
