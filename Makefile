@@ -12,7 +12,7 @@ test: setup
 test-peft: setup
 	.venv/bin/python -m tests.peft_suite.run
 
-# vLLM's own tests, with our plugin and on our server.
+# vLLM's own tests, with our plugin and on our server: half an hour on two cores that do other work too.
 test-vllm: setup
 	.venv/bin/python -m tests.vllm_suite.run
 
