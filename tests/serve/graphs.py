@@ -3,12 +3,12 @@
     torchrun --nproc-per-node 2 -m tests.serve.graphs MODEL '{"first": FOLDER, ...}' OUTPUT
 
 is two processes of tensor parallelism. Each writes to a file in OUTPUT, named by its rank, as JSON,
-the greedy tokens of each job eager and replayed, the adapters that it copied into slots, what the
-report says of experts, which layers launch kernels for "second" alone, what a worker says of the
-adapter "large", for which there is no memory, and of one to be pinned, and what the check of
-graph_check.py finds: without graphs, with such as leave adapters out because they were captured
-before slots could have any, with such in one process alone, with right ones, and where the kernels
-of one process are wrong.
+the greedy tokens of each job eager and replayed, the adapters that it copied into slots, the order
+of a batch's tokens and slots, what the report says of experts, which layers launch kernels for
+"second" alone, what a worker says of the adapter "large", for which there is no memory, and of one
+to be pinned, and what the check of graph_check.py finds: without graphs, with such as leave
+adapters out because they were captured before slots could have any, with such in one process alone,
+with right ones, and where the kernels of one process are wrong.
 
 `Graphs` stands for CUDA graphs as far as our op goes: of each layer, padded size and case that vLLM
 would capture it records the operations that run then, with vLLM's own adapters without weights, and
@@ -291,6 +291,15 @@ def main() -> None:
     fill = memory.fill
     memory.fill = lambda taken, data: (copied.append(data.data_ptr()), fill(taken, data))
 
+    batches: list[tuple[list[int], list[int]]] = []
+    update = model_manager.TokenSlots.update_metadata
+
+    def updated(slots: Any, *mapping: Any) -> None:
+        update(slots, *mapping)
+        batches.append((slots.batch.order.tolist(), list(slots.batch.slots)))
+
+    model_manager.TokenSlots.update_metadata = updated
+
     def run(job: tuple[str, ...]) -> tuple[list[list[int]], list[str]]:
         """The answers, and the adapters that were copied for them."""
         copied.clear()
@@ -312,7 +321,9 @@ def main() -> None:
     # In the processes adapters get other slots, as where a step brings several in.
     for name in ("plain", "first")[:: -1 if is_last else 1]:
         llm.llm_engine.add_lora(loras[name])
+    batches.clear()
     eager, brought = zip(*map(run, jobs), strict=True)
+    orders, in_slots = zip(*batches, strict=True)
     assert not wrong.replays, "graphs that were found wrong are used"
     try:
         llm.llm_engine.pin_lora(loras["first"].lora_int_id)
@@ -342,6 +353,8 @@ def main() -> None:
             "brought": [brought, brought_again],
             "slots": [manager.lora_slots, len(manager.slot_of)],
             "report": report,
+            "orders": orders,
+            "in slots": in_slots,
         },
     }
     (Path(sys.argv[3]) / f"{rank}.json").write_text(json.dumps(result))

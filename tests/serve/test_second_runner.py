@@ -95,6 +95,9 @@ def test_kernels_answer_eager_and_replayed_as_cuda_graphs_are(
         assert found[of_all] == other[of_all]
     assert found["runner"] == "vllm.v1.worker.gpu.model_runner"
     assert found["replays"] > 0
+    # A token is at the same place of a batch in both, for the sum of logits, whatever its slot.
+    assert found["orders"] == other["orders"]
+    assert found["in slots"] != other["in slots"]
     # What is in a slot stays there while there is memory, and is not copied again.
     for of_rank in (found, other):
         assert of_rank["brought"][0] == [[], ["second"]]
