@@ -4,7 +4,13 @@ An engine and its worker hand each other messages through shared memory. Whoever
 for it in a loop for a second after the last, and sleeps only then. Beside a GPU that is a core
 which nobody else needs. On a CPU it is one of those that compute: the engine takes a core from the
 step that it waits for, the worker one from whatever comes after it, and each replica on a machine
-does. Here they look for `LOOK_S`, which is little beside a step on a CPU, and sleep.
+does. Here they look for `LOOK_S`, and sleep.
+
+A bell wakes who sleeps: a zmq socket that holds one ring, and drops another one while it has not
+heard that the first is gone. It listens for that once in 3 million ticks of the processor's clock,
+3 ms at most, so of two messages a millisecond apart the second one may ring no bell. Who looks for
+longer than that after a message needs none for the next. `SLEEP_MS` is for what is left: a first
+message that comes before the bell is hung, and a writer held up between writing and ringing.
 
 The seam, for vLLM 0.32: `SpinCondition` of vllm/distributed/device_communicators/shm_broadcast.py,
 its `busy_loop_s` and `wait`. If `wait` moves, no engine starts; if the other does, processes go on
@@ -15,10 +21,8 @@ from __future__ import annotations
 
 from typing import Any
 
-LOOK_S = 0.0005
-# A message that comes before the waiting process has subscribed to the bell wakes nobody. vLLM's
-# second of looking covers that; here whoever sleeps looks at least so often.
-SLEEP_MS = 100
+LOOK_S = 0.005
+SLEEP_MS = 20  # at most, before another look
 
 
 def install() -> None:
