@@ -77,17 +77,17 @@ from pathlib import Path
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
-from guilomo_serve.runtime import worker_manager as manager
+from guilomo_serve.runtime import worker_manager
 
 prompt, tokens, jobs = json.loads(sys.argv[1])
 parameters = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=0)
 found = {}
-memory = manager.default_memory
+memory = worker_manager.default_memory
 for base, adapters in jobs.items():
     # Two adapters may be kept: of the first base by memory, of others by number.
     most = 2 if found else 5
     size = Path(adapters[0], "adapter_model.safetensors").stat().st_size if adapters else 0
-    manager.default_memory = memory if found else lambda: int(2.5 * size)
+    worker_manager.default_memory = memory if found else lambda: int(2.5 * size)
     llm = LLM(base, enable_lora=True, max_lora_rank=64, enforce_eager=True, dtype="float32",
               max_model_len=256, max_num_seqs=4, max_cpu_loras=most)
     for number, adapter in enumerate([base, *adapters]):
@@ -111,7 +111,9 @@ for base, adapters in jobs.items():
         lora = LoRARequest(f"{number}", number, adapters[0])
         llm.generate(asked, one, use_tqdm=False, lora_request=lora)
     gc.collect()
-    found[f"{base} holds"] = sum(isinstance(o, manager.ReadAdapter) for o in gc.get_objects())
+    held = [o for o in gc.get_objects() if isinstance(o, worker_manager.ReadAdapter)]
+    found[f"{base} holds"] = len(held)
+    del held
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()

@@ -27,7 +27,7 @@ from guilomo_train.data import load_rows, search_rows
 from guilomo_train.data.messages import chat_of
 from guilomo_train.errors import DataError
 from guilomo_train.search.allocation import Allocation
-from tests.train.tiny import CHAT_TEMPLATE, TOOL_TEMPLATE, tiny_llama, tiny_tokenizer
+from tests.train.tiny import CHAT_TEMPLATE, TOOL_TEMPLATE, save_tiny_base, tiny_tokenizer
 
 PROMPT = [{"role": "user", "content": "2 + 2?"}]
 COMPLETION = [{"role": "assistant", "content": "4"}]
@@ -487,9 +487,7 @@ print("grew by", max(seen) - before)
 
 
 def test_a_training_has_a_part_of_its_rows_in_memory(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    for saved in (tiny_llama(len(tokenizer)), tokenizer):
-        saved.save_pretrained(tmp_path / "base")
+    save_tiny_base(tmp_path / "base")
     row = {"prompt": "p" * 1000, "completion": "b"}
     few, many = (write(tmp_path / f"{n}.jsonl", [row] * n) for n in (10, 5000))
     Allocation.uniform(("model.layers.0.self_attn.q_proj",), 2, 2).save(tmp_path / "a.json")

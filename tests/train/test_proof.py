@@ -15,7 +15,7 @@ import torch
 from guilomo_train.search.allocation import Allocation
 from guilomo_train.search.controls import rescaled, shuffled
 from guilomo_train.search.space import Prices, SearchSpace
-from tests.train.tiny import tiny_llama, tiny_tokenizer
+from tests.train.tiny import save_tiny_base
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -40,10 +40,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """With few tokens, as EVA scores every position against all of them."""
-    tokenizer = tiny_tokenizer()
-    for saved in (tiny_llama(len(tokenizer)), tokenizer):
-        saved.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    return save_tiny_base(tmp_path / "base")
 
 
 @pytest.fixture

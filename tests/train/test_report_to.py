@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 
 from guilomo_train.cli import main
-from tests.train.tiny import tiny_llama, tiny_tokenizer
+from tests.train.tiny import save_tiny_base
 
 
 def reported(to: str, folder: Path) -> None:
     """A search and a fine-tuning of ten steps each, with their logs in a service."""
-    tokenizer = tiny_tokenizer()
-    for saved in (tiny_llama(len(tokenizer)), tokenizer):
-        saved.save_pretrained(folder / "base")
+    save_tiny_base(folder / "base")
     rows = [{"prompt": f"{i}?", "completion": "odd" if i % 2 else "even"} for i in range(40)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     command = ["run", "--base", folder / "base", "--train", folder / "rows.jsonl"]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from guilomo_serve.adapter import AdapterError, BaseModel, read_adapter
 from guilomo_train.cli import main
 from tests.conftest import REPOSITORY
-from tests.train.tiny import tiny_llama, tiny_tokenizer
+from tests.train.tiny import save_tiny_base
 
 HOW_TO = REPOSITORY / "docs" / "new_tokens.md"
 ROWS = [{"prompt": f"{i}?", "completion": "<odd>" if i % 2 else "<even>"} for i in range(48)]
@@ -24,10 +24,7 @@ ROWS = [{"prompt": f"{i}?", "completion": "<odd>" if i % 2 else "<even>"} for i 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    tokenizer = tiny_tokenizer()
-    for saved in (tiny_llama(len(tokenizer)), tokenizer):
-        saved.save_pretrained(tmp_path / "MODEL")
-    return tmp_path / "MODEL"
+    return save_tiny_base(tmp_path / "MODEL")
 
 
 def blocks(language: str) -> list[str]:

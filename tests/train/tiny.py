@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -57,3 +59,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def save_tiny_base(folder: Path) -> Path:
+    """Both in a folder, as a base model is. Returns: the folder."""
+    tokenizer = tiny_tokenizer()
+    for saved in (tiny_llama(len(tokenizer)), tokenizer):
+        saved.save_pretrained(folder)
+    return folder
